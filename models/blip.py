@@ -1,0 +1,196 @@
+"""The feature extractor and the captioner, and what every BLIP model is built from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.generation import GenerationConfig, generate
+from models.losses import IGNORED, lm_loss
+from models.med import MED_CONFIG, MedConfig, TextDecoder, TextTransformer, load_med_config
+from models.pretrained import load_checkpoint, load_pretrained
+from models.tokenizer import TokenBatch, init_tokenizer, tokenize
+from models.vit import create_vit
+from utils import UserError
+
+__all__ = [
+    "BLIP_Base",
+    "BLIP_Decoder",
+    "blip_decoder",
+    "blip_feature_extractor",
+    "create_vit",
+    "init_tokenizer",
+    "load_checkpoint",
+]
+
+MAX_CAPTION_TOKENS = 40
+
+
+def text_parts(
+    med_config: str | Path | Mapping | None, encoder_width: int, default: Path = MED_CONFIG
+) -> tuple[Any, MedConfig]:
+    """Return the tokenizer and the text transformer's shape, with room for [DEC] and [ENC]."""
+    config = load_med_config(med_config, default)
+    tokenizer = init_tokenizer(config.vocab_file or None)
+    vocab_size = max(config.vocab_size, len(tokenizer)) if not config.vocab_file else len(tokenizer)
+    return tokenizer, replace(config, encoder_width=encoder_width, vocab_size=vocab_size)
+
+
+class BLIP_Base(nn.Module):
+    """Image encoder and text encoder: features of images, of texts, and of both together.
+
+    Args:
+        med_config: shape of the text transformer, a JSON path or a mapping.
+        image_size: side of the square input in pixels.
+        vit: "tiny", "small", "base", "large" or a mapping of sizes (see `models.vit.create_vit`).
+        vit_grad_ckpt, vit_ckpt_layer: recompute the last blocks of the ViT in the backward pass.
+    """
+
+    def __init__(
+        self,
+        med_config: str | Path | Mapping = MED_CONFIG,
+        image_size: int = 224,
+        vit: str | Mapping = "base",
+        vit_grad_ckpt: bool = False,
+        vit_ckpt_layer: int = 0,
+    ):
+        super().__init__()
+        self.visual_encoder, vision_width = create_vit(vit, image_size, vit_grad_ckpt, vit_ckpt_layer)
+        self.tokenizer, config = text_parts(med_config, vision_width)
+        self.text_encoder = TextTransformer(config)
+
+    def forward(self, image: torch.Tensor, caption: str | Sequence[str], mode: str) -> torch.Tensor:
+        """Return token features.
+
+        Args:
+            image: float (batch, 3, H, W); its device is used for the text too.
+            caption: a text per image.
+            mode: "image": image tokens (batch, 1 + patches, vision width); "text": text tokens alone
+                (batch, length, text width); "multimodal": text tokens that have read the image, same shape.
+
+        Raises:
+            UserError: another mode.
+        """
+        if mode == "image":
+            return self.visual_encoder(image)
+        if mode == "text":
+            return self.text_encoder(*ids_and_mask(tokenize(self.tokenizer, caption, device=image.device)))
+        if mode == "multimodal":
+            text = tokenize(self.tokenizer, caption, first="enc", device=image.device)
+            projection = self.text_encoder.project(self.visual_encoder(image))
+            return self.text_encoder(*ids_and_mask(text), projection)
+        raise UserError(f"mode is {mode!r}; expected 'image', 'text' or 'multimodal'")
+
+
+def ids_and_mask(text: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what a text transformer takes first."""
+    return text.input_ids, text.attention_mask
+
+
+class BLIP_Decoder(nn.Module):
+    """The captioner: image encoder and image-grounded text decoder (sections 3.1 and 5.2).
+
+    Args:
+        med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer: as `BLIP_Base`.
+        prompt: begins every caption; its tokens are not in the loss.
+        smooth_padding: label smoothing counts padding and prompt too, as in the released training.
+    """
+
+    def __init__(
+        self,
+        med_config: str | Path | Mapping = MED_CONFIG,
+        image_size: int = 384,
+        vit: str | Mapping = "base",
+        vit_grad_ckpt: bool = False,
+        vit_ckpt_layer: int = 0,
+        prompt: str = "a picture of ",
+        smooth_padding: bool = True,
+    ):
+        super().__init__()
+        self.visual_encoder, vision_width = create_vit(vit, image_size, vit_grad_ckpt, vit_ckpt_layer)
+        self.tokenizer, config = text_parts(med_config, vision_width)
+        self.text_decoder = TextDecoder(config)
+        self.prompt = prompt
+        self.prompt_length = len(self.tokenizer(prompt).input_ids) - 1  # without [SEP]
+        self.smooth_padding = smooth_padding
+
+    def forward(self, image: torch.Tensor, caption: Sequence[str]) -> torch.Tensor:
+        """Return the language-modelling loss, a scalar, of captions that begin with the prompt.
+
+        Args:
+            image: float (batch, 3, H, W).
+            caption: one per image, prompt included.
+        """
+        text = tokenize(self.tokenizer, caption, "dec", MAX_CAPTION_TOKENS, image.device)
+        projection = self.text_decoder.bert.project(self.visual_encoder(image))
+        labels = text.input_ids.masked_fill(text.attention_mask == 0, IGNORED)
+        labels[:, : self.prompt_length] = IGNORED
+        return next_token_loss(self.text_decoder, text, labels, projection, self.smooth_padding)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        image: torch.Tensor,
+        sample: bool = False,
+        num_beams: int = 3,
+        max_length: int = 30,
+        min_length: int = 10,
+        top_p: float = 0.9,
+        repetition_penalty: float = 1.0,
+    ) -> list[str]:
+        """Caption images.
+
+        Args:
+            image: float (batch, 3, H, W).
+            sample: nucleus sampling with `top_p` instead of beam search.
+            num_beams: width of the search; 1 is greedy.
+            max_length, min_length: in tokens, prompt and [DEC] included.
+            top_p: share of probability that sampling draws from.
+            repetition_penalty: above 1 discourages tokens already said.
+
+        Returns:
+            A caption per image, without the prompt.
+        """
+        config = GenerationConfig(
+            max_length, min_length, num_beams, sample, top_p=top_p, repetition_penalty=repetition_penalty
+        )
+        return self.caption(image, config)[0]
+
+    @torch.no_grad()
+    def caption(self, image: torch.Tensor, config: GenerationConfig) -> tuple[list[str], torch.Tensor]:
+        """Caption images (batch, 3, H, W); also each caption's log-probability over its length (batch,)."""
+        prompt = tokenize(self.tokenizer, self.prompt, "dec", device=image.device).input_ids[:, :-1]
+        projection = self.text_decoder.bert.project(self.visual_encoder(image))
+        prompts = prompt.expand(len(image), -1)
+        ids, scores = generate(self.text_decoder, projection, prompts, self.tokenizer.sep_token_id, config)
+        return [text[len(self.prompt) :] for text in decode(self.tokenizer, ids)], scores
+
+
+def next_token_loss(
+    decoder: TextDecoder, text: TokenBatch, labels: torch.Tensor, projection: Any, smooth_padding: bool
+) -> torch.Tensor:
+    """Mean loss of each position's next token; without `smooth_padding` only labelled positions meet the LM head."""
+    hidden = decoder.hidden_states(text.input_ids, attention_mask=text.attention_mask, projection=projection)
+    hidden, labels = hidden[:, :-1], labels[:, 1:]
+    if not smooth_padding:
+        labelled = labels != IGNORED
+        hidden, labels = hidden[labelled], labels[labelled]
+    return lm_loss(decoder.logits(hidden), labels, smooth_padding)
+
+
+def decode(tokenizer: Any, ids: Sequence[torch.Tensor]) -> list[str]:
+    """Turn token ids into texts, special tokens left out."""
+    return [tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=True) for row in ids]
+
+
+def blip_decoder(pretrained: str = "", **kwargs) -> BLIP_Decoder:
+    """Build a captioner, with weights from `pretrained` (path, URL, `hf:owner/name`, or '' for none)."""
+    return load_pretrained(BLIP_Decoder(**kwargs), pretrained, task="caption")
+
+
+def blip_feature_extractor(pretrained: str = "", **kwargs) -> BLIP_Base:
+    """Build a feature extractor, with weights from `pretrained` (as `blip_decoder`)."""
+    return load_pretrained(BLIP_Base(**kwargs), pretrained, task="features")

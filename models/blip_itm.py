@@ -1,0 +1,78 @@
+"""Image-text matching: does this text describe this image?"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.blip import ids_and_mask, text_parts
+from models.med import MED_CONFIG, TextTransformer
+from models.pretrained import load_pretrained
+from models.tokenizer import tokenize
+from models.vit import create_vit
+from utils import UserError
+
+MAX_TEXT_TOKENS = 35
+
+
+class BLIP_ITM(nn.Module):
+    """Matching head and contrastive projections over the two encoders.
+
+    Args:
+        med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer: as `models.blip.BLIP_Base`.
+        embed_dim: width of the contrastive features.
+        first_token: first token of a text before the matching head. "cls" is what the released model does,
+            though its head was trained with "enc", which gives better scores.
+    """
+
+    def __init__(
+        self,
+        med_config: str | Path | Mapping = MED_CONFIG,
+        image_size: int = 384,
+        vit: str | Mapping = "base",
+        vit_grad_ckpt: bool = False,
+        vit_ckpt_layer: int = 0,
+        embed_dim: int = 256,
+        first_token: str = "cls",
+    ):
+        super().__init__()
+        if first_token not in ("cls", "enc"):
+            raise UserError(f"first_token is {first_token!r}; expected 'cls' (as released) or 'enc' (as trained)")
+        self.visual_encoder, vision_width = create_vit(vit, image_size, vit_grad_ckpt, vit_ckpt_layer)
+        self.tokenizer, config = text_parts(med_config, vision_width)
+        self.text_encoder = TextTransformer(config)
+        self.vision_proj = nn.Linear(vision_width, embed_dim)
+        self.text_proj = nn.Linear(config.hidden_size, embed_dim)
+        self.itm_head = nn.Linear(config.hidden_size, 2)
+        self.first_token = first_token
+
+    def forward(self, image: torch.Tensor, caption: Sequence[str], match_head: str = "itm") -> torch.Tensor:
+        """Score texts against images.
+
+        Args:
+            image: float (batch, 3, H, W).
+            caption: texts; one per image for "itm".
+            match_head: "itm": logits of "no match" and "match" for each pair (batch, 2); "itc": cosine
+                similarity of every image with every text (images, texts).
+
+        Raises:
+            UserError: another head.
+        """
+        if match_head not in ("itm", "itc"):
+            raise UserError(f"match_head is {match_head!r}; expected 'itm' or 'itc'")
+        image_embeds = self.visual_encoder(image)
+        first = self.first_token if match_head == "itm" else "cls"
+        text = tokenize(self.tokenizer, caption, first, MAX_TEXT_TOKENS, image.device)
+        if match_head == "itm":
+            hidden = self.text_encoder(*ids_and_mask(text), self.text_encoder.project(image_embeds))
+            return self.itm_head(hidden[:, 0])
+        hidden = self.text_encoder(*ids_and_mask(text))
+        image_feat = F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1)
+        return image_feat @ F.normalize(self.text_proj(hidden[:, 0]), dim=-1).T
+
+
+def blip_itm(pretrained: str = "", **kwargs) -> BLIP_ITM:
+    """Build a matching model, with weights from `pretrained` (path, URL, `hf:owner/name`, or '' for none)."""
+    return load_pretrained(BLIP_ITM(**kwargs), pretrained, task="itm")

@@ -1,0 +1,63 @@
+"""NLVR2: is a statement true of a pair of images? (section 4.4)"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.blip import ids_and_mask, text_parts
+from models.med import MED_CONFIG, TextTransformer
+from models.pretrained import load_pretrained
+from models.tokenizer import tokenize
+from models.vit import create_vit
+
+
+class BLIP_NLVR(nn.Module):
+    """A text encoder that reads two images in each layer, and a two-way classifier.
+
+    Args:
+        med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer: as `models.blip.BLIP_Base`.
+        drop_path_rate: stochastic depth of the ViT.
+    """
+
+    def __init__(
+        self,
+        med_config: str | Path | Mapping = MED_CONFIG,
+        image_size: int = 480,
+        vit: str | Mapping = "base",
+        vit_grad_ckpt: bool = False,
+        vit_ckpt_layer: int = 0,
+        drop_path_rate: float = 0.1,
+    ):
+        super().__init__()
+        self.visual_encoder, vision_width = create_vit(
+            vit, image_size, vit_grad_ckpt, vit_ckpt_layer, drop_path_rate
+        )
+        self.tokenizer, config = text_parts(med_config, vision_width)
+        self.text_encoder = TextTransformer(config, two_images=True)
+        width = config.hidden_size
+        self.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
+
+    def forward(
+        self, image: torch.Tensor, text: Sequence[str], targets: torch.Tensor, train: bool = True
+    ) -> torch.Tensor:
+        """Judge statements.
+
+        Args:
+            image: float (2 * batch, 3, H, W): all left images, then all right ones.
+            text: a statement per pair.
+            targets: int64 (batch,), 1 where it is true.
+            train: return the cross-entropy, a scalar; otherwise the logits of false and true (batch, 2).
+        """
+        left, right = self.visual_encoder(image).chunk(2)
+        tokens = tokenize(self.tokenizer, text, "enc", device=image.device)
+        hidden = self.text_encoder(*ids_and_mask(tokens), self.text_encoder.project(left, right))
+        logits = self.cls_head(hidden[:, 0])
+        return F.cross_entropy(logits.float(), targets) if train else logits
+
+
+def blip_nlvr(pretrained: str = "", **kwargs) -> BLIP_NLVR:
+    """Build an NLVR2 model; from a pretrained checkpoint both cross-attentions start from its one."""
+    return load_pretrained(BLIP_NLVR(**kwargs), pretrained, task="nlvr")

@@ -1,0 +1,98 @@
+"""Pretraining with ITC, ITM and LM (section 3.2)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from models.blip import next_token_loss
+from models.losses import IGNORED, draw_negatives
+from models.med import BERT_CONFIG, TextDecoder
+from models.momentum import MomentumModel, enqueue, pick
+from models.pretrained import load_pretrained
+from models.tokenizer import TokenBatch
+from models.attention import Projection
+
+MAX_TEXT_TOKENS = 30
+NEGATIVE_FLOOR = 1e-4  # added to each negative's probability
+
+
+class BLIP_Pretrain(MomentumModel):
+    """Pretraining model; arguments as `MomentumModel`.
+
+    The decoder shares embeddings, cross-attention and feed-forward with the text encoder, so that ITM and LM
+    read one projection of each image.
+
+    Args:
+        smooth_padding: label smoothing counts padding too, all texts padded to 30 tokens, as in the released
+            training.
+    """
+
+    def __init__(
+        self,
+        med_config: str | Path | Mapping = BERT_CONFIG,
+        image_size: int = 224,
+        vit: str | Mapping = "base",
+        vit_grad_ckpt: bool = False,
+        vit_ckpt_layer: int = 0,
+        embed_dim: int = 256,
+        queue_size: int = 57600,
+        momentum: float = 0.995,
+        smooth_padding: bool = True,
+    ):
+        super().__init__(
+            med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer, embed_dim, queue_size, momentum
+        )
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+        self.text_decoder = TextDecoder(self.text_config, shared_with=self.text_encoder)
+        self.smooth_padding = smooth_padding
+
+    def forward(
+        self, image: torch.Tensor, caption: Sequence[str], alpha: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the losses loss_ita, loss_itm and loss_lm, scalars.
+
+        Args:
+            image: float (batch, 3, H, W).
+            caption: one per image.
+            alpha: weight of the momentum model's soft targets.
+        """
+        self.clamp_temperature()
+        text = self.tokenize(caption, MAX_TEXT_TOKENS, image.device)
+        image_embeds = self.visual_encoder(image)
+        feats = self.image_feat(image_embeds), self.text_feat(text)
+        feats_m = self.momentum_features(image, text)
+        hard_targets = torch.eye(len(image), len(image) + self.queue_size, device=image.device)
+        loss_ita, sim_i2t, sim_t2i = self.contrast(feats, feats_m, hard_targets, alpha)
+        enqueue(self.queue_ptr, (self.image_queue, feats_m[0]), (self.text_queue, feats_m[1]))
+
+        projection = self.text_encoder.project(image_embeds)
+        loss_itm = self.matching_loss(text, projection, sim_i2t, sim_t2i)
+        return loss_ita, loss_itm, self.language_loss(text, projection)
+
+    def matching_loss(
+        self, text: TokenBatch, projection: Projection, sim_i2t: torch.Tensor, sim_t2i: torch.Tensor
+    ) -> torch.Tensor:
+        """ITM with negatives from the local batch, by similarity to its momentum features."""
+        batch = len(sim_i2t)
+        text = text.with_first(self.tokenizer.enc_token_id)
+        own = torch.eye(batch, dtype=torch.bool, device=sim_i2t.device)
+        negative_image = draw_negatives(sim_t2i[:, :batch].detach(), own, NEGATIVE_FLOOR)
+        negative_text = draw_negatives(sim_i2t[:, :batch].detach(), own, NEGATIVE_FLOOR)
+        return self.match(text, projection, pick(text, negative_text), projection.select(negative_image))
+
+    def language_loss(self, text: TokenBatch, projection: Projection) -> torch.Tensor:
+        """LM of each image's text."""
+        text = text.with_first(self.tokenizer.bos_token_id)
+        if self.smooth_padding:
+            text = text.padded_to(MAX_TEXT_TOKENS, self.tokenizer.pad_token_id)
+        labels = text.input_ids.masked_fill(text.attention_mask == 0, IGNORED)
+        return next_token_loss(self.text_decoder, text, labels, projection, self.smooth_padding)
+
+
+def blip_pretrain(pretrained: str = "", **kwargs) -> BLIP_Pretrain:
+    """Build a pretraining model, with weights from `pretrained` (path, URL, or '' for none).
+
+    Starting weights of its parts (DeiT or ViT-in21k, and BERT) are loaded by `models.pretrained`.
+    """
+    return load_pretrained(BLIP_Pretrain(**kwargs), pretrained, task="pretrain")

@@ -1,0 +1,114 @@
+"""Fine-tuning for image-text retrieval: ITC and ITM (section 4.1)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from models.losses import draw_negatives
+from models.med import MED_CONFIG
+from models.momentum import MomentumModel, enqueue, pick
+from models.pretrained import load_pretrained
+from models.tokenizer import TokenBatch
+from utils import all_gather, all_gather_with_grad, get_world_size
+
+MAX_TEXT_TOKENS = 35
+EMPTY_INDEX = -100  # image index of queue entries not yet written
+
+
+class BLIP_Retrieval(MomentumModel):
+    """Retrieval model; arguments as `MomentumModel`.
+
+    Args:
+        negative_all_rank: draw negatives from the batches of all ranks instead of the local one.
+    """
+
+    def __init__(
+        self,
+        med_config: str | Path | Mapping = MED_CONFIG,
+        image_size: int = 384,
+        vit: str | Mapping = "base",
+        vit_grad_ckpt: bool = False,
+        vit_ckpt_layer: int = 0,
+        embed_dim: int = 256,
+        queue_size: int = 57600,
+        momentum: float = 0.995,
+        negative_all_rank: bool = False,
+    ):
+        super().__init__(
+            med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer, embed_dim, queue_size, momentum
+        )
+        self.negative_all_rank = negative_all_rank
+        self.register_buffer("idx_queue", torch.full((1, queue_size), EMPTY_INDEX))
+        self.register_buffer("ptr_queue", torch.zeros(1, dtype=torch.long))
+
+    def forward(
+        self, image: torch.Tensor, caption: Sequence[str], alpha: float, idx: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the losses loss_ita and loss_itm, scalars.
+
+        Args:
+            image: float (batch, 3, H, W).
+            caption: one per image.
+            alpha: weight of the momentum model's soft targets.
+            idx: int64 (batch,); equal where pairs have the same image.
+        """
+        self.clamp_temperature()
+        idx = idx.to(image.device)
+        text = self.tokenize(caption, MAX_TEXT_TOKENS, image.device)
+        image_embeds = self.visual_encoder(image)
+        feats = self.image_feat(image_embeds), self.text_feat(text)
+        feats_m = self.momentum_features(image, text)
+        loss_ita, _, _ = self.contrast(feats, feats_m, self.hard_targets(idx), alpha)
+        enqueue(
+            self.ptr_queue,
+            (self.image_queue, feats_m[0]),
+            (self.text_queue, feats_m[1]),
+            (self.idx_queue, idx[:, None]),
+        )
+        return loss_ita, self.matching_loss(image_embeds, text, feats, idx)
+
+    def hard_targets(self, idx: torch.Tensor) -> torch.Tensor:
+        """Spread each row over all entries of the same image: (batch, batch + queue_size)."""
+        same = (idx[:, None] == torch.cat((idx[None], self.idx_queue), dim=1)).float()
+        return same / same.sum(dim=1, keepdim=True)
+
+    def matching_loss(
+        self,
+        image_embeds: torch.Tensor,
+        text: TokenBatch,
+        feats: tuple[torch.Tensor, torch.Tensor],
+        idx: torch.Tensor,
+    ) -> torch.Tensor:
+        """ITM with negatives of other images, from the local batch or from all ranks."""
+        text = text.with_first(self.tokenizer.enc_token_id)
+        projection = self.text_encoder.project(image_embeds)
+        if self.negative_all_rank and get_world_size() > 1:
+            text = text.padded_to(MAX_TEXT_TOKENS, self.tokenizer.pad_token_id)  # one length on all ranks
+            texts = TokenBatch(all_gather(text.input_ids), all_gather(text.attention_mask))
+            negative_image, negative_text = self.negatives(feats, idx, gather=True)
+            # With gradients to the ranks the images come from.
+            negative_projection = self.text_encoder.project(all_gather_with_grad(image_embeds)[negative_image])
+        else:
+            texts = text
+            negative_image, negative_text = self.negatives(feats, idx, gather=False)
+            negative_projection = projection.select(negative_image)
+        return self.match(text, projection, pick(texts, negative_text), negative_projection)
+
+    @torch.no_grad()
+    def negatives(
+        self, feats: tuple[torch.Tensor, torch.Tensor], idx: torch.Tensor, gather: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw an image for each text and a text for each image, int64 (batch,), among one or all ranks' rows."""
+        image_feat, text_feat = feats
+        images, texts, indices = (
+            (all_gather(x) for x in (image_feat, text_feat, idx)) if gather else (image_feat, text_feat, idx)
+        )
+        same = idx[:, None] == indices[None]
+        image = draw_negatives(text_feat @ images.T / self.temp, same)
+        return image, draw_negatives(image_feat @ texts.T / self.temp, same)
+
+
+def blip_retrieval(pretrained: str = "", **kwargs) -> BLIP_Retrieval:
+    """Build a retrieval model, with weights from `pretrained` (path, URL, `hf:owner/name`, or '' for none)."""
+    return load_pretrained(BLIP_Retrieval(**kwargs), pretrained, task="retrieval")

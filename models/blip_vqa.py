@@ -1,0 +1,183 @@
+"""Visual question answering: the question reads the image, the answer reads the question (section 4.3)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.attention import Projection
+from models.blip import decode, ids_and_mask, text_parts
+from models.generation import GenerationConfig, generate
+from models.losses import IGNORED, lm_sequence_losses, lm_token_losses
+from models.med import MED_CONFIG, TextDecoder, TextTransformer
+from models.prefix_tree import build_prefix_trees
+from models.pretrained import load_pretrained
+from models.tokenizer import TokenBatch, tokenize
+from models.vit import create_vit
+from utils import UserError
+
+MAX_QUESTION_TOKENS = 35
+
+
+class BLIP_VQA(nn.Module):
+    """Question encoder over the image, answer decoder over the question's states.
+
+    Args:
+        med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer: as `models.blip.BLIP_Base`.
+        smooth_padding: label smoothing counts padded positions too, as in the released training and ranking.
+        drop_path_rate: stochastic depth of the ViT.
+    """
+
+    def __init__(
+        self,
+        med_config: str | Path | Mapping = MED_CONFIG,
+        image_size: int = 480,
+        vit: str | Mapping = "base",
+        vit_grad_ckpt: bool = False,
+        vit_ckpt_layer: int = 0,
+        smooth_padding: bool = True,
+        drop_path_rate: float = 0.1,
+    ):
+        super().__init__()
+        self.visual_encoder, vision_width = create_vit(
+            vit, image_size, vit_grad_ckpt, vit_ckpt_layer, drop_path_rate
+        )
+        self.tokenizer, config = text_parts(med_config, vision_width)
+        self.text_encoder = TextTransformer(config)
+        _, decoder_config = text_parts(med_config, config.hidden_size)
+        self.text_decoder = TextDecoder(decoder_config)
+        self.smooth_padding = smooth_padding
+
+    def forward(
+        self,
+        image: torch.Tensor,
+        question: Sequence[str],
+        answer: Any = None,
+        n: Sequence[int] | None = None,
+        weights: torch.Tensor | None = None,
+        train: bool = True,
+        inference: str = "rank",
+        k_test: int = 128,
+    ) -> torch.Tensor | list[str]:
+        """Train on answers, or answer.
+
+        Args:
+            image: float (batch, 3, H, W).
+            question: one per image.
+            answer: to train, the answers of all questions in one list; to rank, the tokenized candidates
+                (`input_ids` and `attention_mask`, first token [DEC]).
+            n: number of answers of each question.
+            weights: float (answers,), each answer's weight.
+            train: return the loss.
+            inference: "rank" chooses among candidates, "generate" writes freely.
+            k_test: number of candidates, chosen by their first token, that are scored whole.
+
+        Returns:
+            A scalar loss; candidate indices int64 (batch,) for "rank"; answers for "generate".
+        """
+        text = tokenize(self.tokenizer, question, "enc", MAX_QUESTION_TOKENS, image.device)
+        states = self.question_states(image, text)
+        if train:
+            return self.answer_loss(states, text.attention_mask, answer, n, weights)
+        if inference == "generate":
+            return self.generate_answers(states)[0]
+        if inference == "rank":
+            return self.rank_answer(states, text.attention_mask, answer.input_ids, answer.attention_mask, k_test)
+        raise UserError(f"inference is {inference!r}; expected 'rank' or 'generate'")
+
+    def question_states(self, image: torch.Tensor, text: TokenBatch) -> torch.Tensor:
+        """Let questions read their images; returns (batch, length, text width)."""
+        return self.text_encoder(*ids_and_mask(text), self.text_encoder.project(self.visual_encoder(image)))
+
+    def answer_loss(
+        self,
+        question_states: torch.Tensor,
+        question_atts: torch.Tensor,
+        answer: Sequence[str],
+        n: Sequence[int],
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Sum of the answers' weighted losses over the number of questions."""
+        device = question_states.device
+        text = tokenize(self.tokenizer, answer, "dec", device=device)
+        owner = torch.repeat_interleave(torch.as_tensor(n, device=device))  # question of each answer
+        projection = self.text_decoder.bert.project(question_states, mask=question_atts).select(owner)
+        hidden = self.text_decoder.hidden_states(
+            text.input_ids, attention_mask=text.attention_mask, projection=projection
+        )
+        labels = text.input_ids.masked_fill(text.attention_mask == 0, IGNORED)[:, 1:]
+        losses = lm_sequence_losses(self.text_decoder.logits(hidden[:, :-1]), labels, self.smooth_padding)
+        return (weights.to(device) * losses).sum() / len(question_states)
+
+    @torch.no_grad()
+    def generate_answers(self, question_states: torch.Tensor) -> tuple[list[str], torch.Tensor]:
+        """Write answers of 1 to 10 tokens by beam search; also their log-probabilities over their lengths.
+
+        Padding of the question is not masked, as in the released code.
+        """
+        start = question_states.new_full((len(question_states), 1), self.tokenizer.bos_token_id, dtype=torch.long)
+        config = GenerationConfig(max_length=10, min_length=1, num_beams=3)
+        projection = self.text_decoder.bert.project(question_states)
+        ids, scores = generate(self.text_decoder, projection, start, self.tokenizer.sep_token_id, config)
+        return decode(self.tokenizer, ids), scores
+
+    @torch.no_grad()
+    def rank_answer(
+        self,
+        question_states: torch.Tensor,
+        question_atts: torch.Tensor,
+        answer_ids: torch.Tensor,
+        answer_atts: torch.Tensor,
+        k: int,
+    ) -> torch.Tensor:
+        """Return the best candidate of each question, int64 (batch,)."""
+        losses, candidates = self.rank_losses(question_states, question_atts, answer_ids, k)
+        return candidates.gather(1, losses.argmin(dim=1, keepdim=True)).squeeze(1)
+
+    @torch.no_grad()
+    def rank_losses(
+        self, question_states: torch.Tensor, question_atts: torch.Tensor, answer_ids: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score the `k` candidates whose first token is the likeliest.
+
+        Args:
+            question_states: (batch, length, text width).
+            question_atts: (batch, length), 0 at padding.
+            answer_ids: int64 (candidates, answer length), first token [DEC].
+            k: lowered to the number of candidates.
+
+        Returns:
+            Token-summed losses (batch, k) and the candidates they belong to, int64 (batch, k).
+        """
+        projection = self.text_decoder.bert.project(question_states, mask=question_atts)
+        start = answer_ids[:1, :1].expand(len(question_states), 1)
+        logits = self.text_decoder.logits(self.text_decoder.hidden_states(start, projection=projection)[:, 0])
+        first_probs = logits.float().softmax(dim=1).index_select(1, answer_ids[:, 1])
+        candidates = first_probs.topk(min(k, len(answer_ids)), dim=1).indices
+        return self.candidate_losses(projection, answer_ids[candidates]), candidates
+
+    def candidate_losses(self, projection: Projection, texts: torch.Tensor) -> torch.Tensor:
+        """Token-summed losses (batch, k) of candidates (batch, k, length); equal prefixes are computed once."""
+        pad, device = self.tokenizer.pad_token_id, texts.device
+        tree = build_prefix_trees(texts[:, :, :-1].cpu(), pad, keep_padding=self.smooth_padding).to(device)
+        hidden = self.text_decoder.hidden_states(
+            tree.input_ids, attention_mask=tree.sees, positions=tree.positions, projection=projection
+        )
+        labels = texts[:, :, 1:].masked_fill(texts[:, :, 1:] == pad, IGNORED)
+        rows = zip(hidden, tree.node, labels, strict=True)
+        return torch.stack([self.tree_losses(*row) for row in rows])
+
+    def tree_losses(self, hidden: torch.Tensor, node: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """One question's losses (k,): states (nodes, width), nodes and labels (k, length - 1)."""
+        logits = self.text_decoder.logits(hidden).float()
+        log_z, mean = logits.logsumexp(dim=-1), logits.mean(dim=-1)
+        chosen = logits[node, labels.clamp_min(0)]
+        likelihood, smooth = lm_token_losses(log_z[node], mean[node], chosen, labels, self.smooth_padding)
+        return (likelihood + smooth).sum(dim=1)
+
+
+def blip_vqa(pretrained: str = "", **kwargs) -> BLIP_VQA:
+    """Build a VQA model, with weights from `pretrained` (path, URL, `hf:owner/name`, or '' for none)."""
+    return load_pretrained(BLIP_VQA(**kwargs), pretrained, task="vqa")

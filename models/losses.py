@@ -1,0 +1,119 @@
+"""ITC, ITM with hard negatives, and LM as functions of tensors (paper section 3.2)."""
+
+import torch
+import torch.nn.functional as F
+
+LABEL_SMOOTHING = 0.1
+IGNORED = -100  # label of a position whose likelihood does not count
+
+
+def soft_targets(
+    similarity_m: torch.Tensor, hard_targets: torch.Tensor, alpha: float | torch.Tensor
+) -> torch.Tensor:
+    """Mix the momentum model's softmax into the hard targets; all (batch, candidates), rows sum to 1."""
+    return alpha * F.softmax(similarity_m, dim=1) + (1 - alpha) * hard_targets
+
+
+def itc_loss(
+    sim_i2t: torch.Tensor, sim_t2i: torch.Tensor, targets_i2t: torch.Tensor, targets_t2i: torch.Tensor
+) -> torch.Tensor:
+    """Image-text contrastive loss: mean of both directions' cross-entropy with soft targets.
+
+    Args:
+        sim_i2t, sim_t2i: similarities over temperature (batch, candidates).
+        targets_i2t, targets_t2i: the same shape, rows sum to 1.
+
+    Returns:
+        A scalar.
+    """
+    loss_i2t = -(F.log_softmax(sim_i2t, dim=1) * targets_i2t).sum(dim=1).mean()
+    loss_t2i = -(F.log_softmax(sim_t2i, dim=1) * targets_t2i).sum(dim=1).mean()
+    return (loss_i2t + loss_t2i) / 2
+
+
+@torch.no_grad()
+def draw_negatives(similarity: torch.Tensor, same: torch.Tensor, floor: float = 0.0) -> torch.Tensor:
+    """Draw one hard negative a row, the likelier the more similar it is.
+
+    Args:
+        similarity: similarities over temperature (batch, candidates).
+        same: bool, the same shape, True where the candidate belongs to the row and must not be drawn.
+        floor: added to every probability (1e-4 in pretraining).
+
+    Returns:
+        int64 (batch,), indices of candidates. A row all of whose candidates belong to it draws among all.
+    """
+    weights = (F.softmax(similarity.float(), dim=1) + floor).masked_fill(same, 0)
+    nothing_left = weights.sum(dim=1, keepdim=True) == 0
+    return torch.multinomial(weights + nothing_left, 1).squeeze(1)
+
+
+def itm_loss(logits_positive: torch.Tensor, logits_negative: torch.Tensor) -> torch.Tensor:
+    """Image-text matching loss: cross-entropy of "match" (class 1) for positives and 0 for negatives.
+
+    Args:
+        logits_positive: (batch, 2).
+        logits_negative: (2 * batch, 2).
+    """
+    logits = torch.cat((logits_positive, logits_negative))
+    labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    labels[: len(logits_positive)] = 1
+    return F.cross_entropy(logits.float(), labels)
+
+
+def lm_token_losses(
+    log_z: torch.Tensor,
+    mean: torch.Tensor,
+    chosen: torch.Tensor,
+    labels: torch.Tensor,
+    smooth_padding: bool = True,
+    smoothing: float = LABEL_SMOOTHING,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each position's likelihood term and smoothing term.
+
+    Args:
+        log_z, mean, chosen: float32, of each position's logits the logarithm of the summed exponentials, the
+            mean over the vocabulary, and the label's own.
+        labels: int64, the same shape, IGNORED where the likelihood does not count.
+        smooth_padding: ignored positions keep their smoothing term, as under PyTorch 1.10, with which the
+            released weights were trained.
+        smoothing: share of the target spread evenly over the vocabulary.
+
+    Returns:
+        Two tensors of that shape: (1 - smoothing) * -log p(label), and smoothing * mean over the vocabulary
+        of -log p.
+    """
+    labelled = labels != IGNORED
+    likelihood = (1 - smoothing) * (log_z - chosen) * labelled
+    smooth = smoothing * (log_z - mean)
+    return likelihood, smooth if smooth_padding else smooth * labelled
+
+
+def summarize_logits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what the loss needs of logits (..., vocabulary): log_z, mean and chosen, float32 (...)."""
+    logits = logits.float()
+    chosen = logits.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    return logits.logsumexp(dim=-1), logits.mean(dim=-1), chosen
+
+
+def lm_loss(logits: torch.Tensor, labels: torch.Tensor, smooth_padding: bool = True) -> torch.Tensor:
+    """Mean language-modelling loss over labelled positions, labels smoothed by 0.1.
+
+    Args:
+        logits: (..., vocabulary), each at the position before its label's.
+        labels: int64 (...), IGNORED where the likelihood does not count.
+        smooth_padding: the smoothing term is averaged over all positions instead, ignored ones too.
+
+    Returns:
+        A scalar.
+    """
+    likelihood, smooth = lm_token_losses(*summarize_logits(logits, labels), labels, smooth_padding)
+    num_labelled = (labels != IGNORED).sum().clamp_min(1)
+    num_smoothed = labels.numel() if smooth_padding else num_labelled
+    return likelihood.sum() / num_labelled + smooth.sum() / num_smoothed
+
+
+def lm_sequence_losses(logits: torch.Tensor, labels: torch.Tensor, smooth_padding: bool = True) -> torch.Tensor:
+    """Token-summed loss of each sequence: (rows, length, vocabulary) and (rows, length) -> (rows,)."""
+    likelihood, smooth = lm_token_losses(*summarize_logits(logits, labels), labels, smooth_padding)
+    return (likelihood + smooth).sum(dim=1)

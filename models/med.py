@@ -1,0 +1,298 @@
+"""The one text transformer, MED: text encoder, image-grounded encoder and decoder (paper section 3.1).
+
+What it does is chosen by its arguments, not by its class: without a projection it encodes text alone, with
+one it reads an image (or a question), with `causal` it decodes. BERT's shape, post-norm, no token types.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from models.attention import CrossAttention, Output, Projection, SelfAttention, TextCache, TwoImageCrossAttention
+from utils import UserError
+
+CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
+MED_CONFIG = CONFIG_FOLDER / "med_config.json"
+BERT_CONFIG = CONFIG_FOLDER / "bert_config.json"
+FIRST_MERGE_LAYER = 6  # NLVR2: from this layer on the two images are merged by a learned layer
+
+
+@dataclass(frozen=True)
+class MedConfig:
+    """Shape of a text transformer; the defaults are bert-base-uncased's.
+
+    `vocab_file` is the vocabulary's path, '' for bert-base-uncased's. `vocab_size` 0 means as many as the
+    tokenizer has. Keys of transformers' BERT configuration that fix nothing here are accepted and ignored.
+    """
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    vocab_size: int = 30524
+    max_position_embeddings: int = 512
+    encoder_width: int = 768
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    pad_token_id: int = 0
+    vocab_file: str = ""
+
+
+def load_med_config(med_config: str | Path | Mapping | None, default: Path = MED_CONFIG) -> MedConfig:
+    """Read a configuration from a JSON file or a mapping.
+
+    A released path such as 'configs/med_config.json' that does not exist under the working directory is
+    looked for beside the code.
+
+    Raises:
+        UserError: no such file, not JSON, or heads that do not divide the width.
+    """
+    folder = CONFIG_FOLDER
+    if isinstance(med_config, Mapping):
+        values = dict(med_config)
+    else:
+        path = _find_config(Path(med_config or default))
+        folder, values = path.parent, _read_json(path)
+    known = {f.name for f in fields(MedConfig)}
+    config = MedConfig(**{key: value for key, value in values.items() if key in known})
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(
+            f"med_config: hidden_size {config.hidden_size} is not a multiple of "
+            f"num_attention_heads {config.num_attention_heads}; change one of them"
+        )
+    if config.vocab_file and not Path(config.vocab_file).is_absolute():
+        config = MedConfig(**{**vars(config), "vocab_file": str(folder / config.vocab_file)})
+    return config
+
+
+def _find_config(path: Path) -> Path:
+    beside_code = CONFIG_FOLDER.parent / path
+    for candidate in (path, beside_code):
+        if candidate.is_file():
+            return candidate
+    raise UserError(f"med_config {path} does not exist, neither here nor as {beside_code}; correct its path")
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"med_config {path} is not JSON: line {error.lineno}: {error.msg}") from None
+
+
+class Embeddings(nn.Module):
+    """Word plus position embeddings, norm and dropout."""
+
+    def __init__(self, config: MedConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Embed ids (rows, length) at positions (length,) or (rows, length)."""
+        return self.dropout(self.LayerNorm(self.word_embeddings(input_ids) + self.position_embeddings(positions)))
+
+
+class Intermediate(nn.Module):
+    """First half of the feed-forward network."""
+
+    def __init__(self, config: MedConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(rows, length, width) -> (rows, length, intermediate width)."""
+        return nn.functional.gelu(self.dense(hidden))
+
+
+class Layer(nn.Module):
+    """Self-attention, cross-attention where there is something to read, feed-forward."""
+
+    def __init__(self, config: MedConfig, index: int, two_images: bool):
+        super().__init__()
+        self.index = index
+        width, num_heads, eps = config.hidden_size, config.num_attention_heads, config.layer_norm_eps
+        dropout, attention_dropout = config.hidden_dropout_prob, config.attention_probs_dropout_prob
+        self.attention = SelfAttention(width, num_heads, eps, dropout, attention_dropout)
+        cross = (width, num_heads, config.encoder_width, eps, dropout, attention_dropout)
+        self.crossattention = (
+            TwoImageCrossAttention(*cross, merge=index >= FIRST_MERGE_LAYER) if two_images else CrossAttention(*cross)
+        )
+        self.intermediate = Intermediate(config)
+        self.output = Output(config.intermediate_size, width, eps, dropout)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        mask: torch.Tensor | None,
+        projection: Projection | None,
+        cache: TextCache | None,
+    ) -> torch.Tensor:
+        """Transform texts (rows, length, width)."""
+        hidden = self.attention(hidden, mask, cache, self.index)
+        if projection is not None:
+            hidden = self.crossattention(hidden, projection, self.index)
+        return self.output(self.intermediate(hidden), hidden)
+
+
+class Encoder(nn.Module):
+    """The stack of layers; its name is part of the released parameter names."""
+
+    def __init__(self, config: MedConfig, two_images: bool):
+        super().__init__()
+        self.layer = nn.ModuleList(Layer(config, index, two_images) for index in range(config.num_hidden_layers))
+
+
+class TextTransformer(nn.Module):
+    """BERT with cross-attention.
+
+    Args:
+        config: its shape.
+        two_images: cross-attention reads two images (NLVR2).
+    """
+
+    def __init__(self, config: MedConfig, two_images: bool = False):
+        super().__init__()
+        self.config = config
+        self.grad_checkpointing = False
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config, two_images)
+        init_weights(self, config.initializer_range)
+
+    def project(self, *states: torch.Tensor, mask: torch.Tensor | None = None) -> Projection:
+        """Project states once, for all layers and every text that will read them.
+
+        Args:
+            states: one tensor (sources, length, encoder width); two for a two-image transformer.
+            mask: int or bool (sources, length), 0 where no text may look.
+        """
+        layers = [layer.crossattention.project(list(states)) for layer in self.encoder.layer]
+        return Projection(layers, None if mask is None else mask.bool()[:, None, None, :])
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        projection: Projection | None = None,
+        causal: bool = False,
+        positions: torch.Tensor | None = None,
+        cache: TextCache | None = None,
+    ) -> torch.Tensor:
+        """Transform texts.
+
+        Args:
+            input_ids: int64 (rows, length). With a projection, rows = sources * readers.
+            attention_mask: (rows, length), 0 at padding; or (rows, length, length), who looks at whom; or None.
+            projection: what cross-attention reads; None skips it.
+            causal: a position sees only itself and those before it.
+            positions: int64 (length,) or (rows, length); by default 0, 1, 2 ... after what the cache holds.
+            cache: holds earlier positions and takes the new ones; new positions must not be padding.
+
+        Returns:
+            Hidden states (rows, length, width).
+        """
+        past = cache.length if cache is not None else 0
+        if positions is None:
+            positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
+        hidden = self.embeddings(input_ids, positions)
+        mask = attention_bias(attention_mask, input_ids.shape[1], past, causal, input_ids.device)
+        for layer in self.encoder.layer:
+            if self.grad_checkpointing and self.training:
+                hidden = checkpoint(layer, hidden, mask, projection, cache, use_reentrant=False)
+            else:
+                hidden = layer(hidden, mask, projection, cache)
+        return hidden
+
+
+def attention_bias(
+    attention_mask: torch.Tensor | None, length: int, past: int, causal: bool, device: torch.device
+) -> torch.Tensor | None:
+    """Return a bool mask that broadcasts to (rows, heads, length, past + length), or None where all is seen."""
+    mask = None
+    if attention_mask is not None:
+        mask = attention_mask.bool()
+        mask = mask[:, None, None, :] if mask.dim() == 2 else mask[:, None]
+    if causal and length > 1:
+        order = torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
+        mask = order if mask is None else mask & order
+    return mask
+
+
+class LMHead(nn.Module):
+    """Dense, GELU, norm, and a linear map tied to the word embeddings, with bias."""
+
+    def __init__(self, config: MedConfig, word_embeddings: nn.Embedding):
+        super().__init__()
+        self.transform = nn.ModuleDict(
+            {
+                "dense": nn.Linear(config.hidden_size, config.hidden_size),
+                "LayerNorm": nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
+            }
+        )
+        init_weights(self, config.initializer_range)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.tie(word_embeddings)
+
+    def tie(self, word_embeddings: nn.Embedding) -> None:
+        """Share the output matrix with the word embeddings, and the bias with `bias`."""
+        self.decoder.weight = word_embeddings.weight
+        self.decoder.bias = self.bias
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., width) -> logits (..., vocabulary)."""
+        hidden = nn.functional.gelu(self.transform["dense"](hidden))
+        return self.decoder(self.transform["LayerNorm"](hidden))
+
+
+class TextDecoder(nn.Module):
+    """A causal text transformer (`bert`) with a language-modelling head (`cls.predictions`).
+
+    Args:
+        config: its shape.
+        shared_with: an encoder whose embeddings, cross-attention and feed-forward it shares (section 3.2).
+    """
+
+    def __init__(self, config: MedConfig, shared_with: TextTransformer | None = None):
+        super().__init__()
+        self.config = config
+        self.bert = TextTransformer(config)
+        if shared_with is not None:
+            share_all_but_self_attention(self.bert, shared_with)
+        self.cls = nn.ModuleDict({"predictions": LMHead(config, self.bert.embeddings.word_embeddings)})
+
+    def hidden_states(self, input_ids: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Decode (rows, length) to hidden states; arguments as `TextTransformer.forward`."""
+        return self.bert(input_ids, causal=True, **kwargs)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., width) -> (..., vocabulary)."""
+        return self.cls["predictions"](hidden)
+
+
+def share_all_but_self_attention(decoder: TextTransformer, encoder: TextTransformer) -> None:
+    """Make the decoder use the encoder's embeddings, cross-attention and feed-forward as its own."""
+    decoder.embeddings = encoder.embeddings
+    for own, other in zip(decoder.encoder.layer, encoder.encoder.layer, strict=True):
+        own.crossattention = other.crossattention
+        own.intermediate = other.intermediate
+        own.output = other.output
+
+
+@torch.no_grad()
+def init_weights(module: nn.Module, std: float) -> None:
+    """Initialise as BERT does: normal matrices and embeddings, zero biases."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            part.weight.normal_(0.0, std)
+        if isinstance(part, nn.Linear) and part.bias is not None:
+            part.bias.zero_()

@@ -1,0 +1,179 @@
+"""What pretraining and retrieval share: momentum twin, feature queues, ITC and ITM (section 3.2, after ALBEF)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.attention import Projection
+from models.blip import ids_and_mask, text_parts
+from models.losses import itc_loss, itm_loss, soft_targets
+from models.med import TextTransformer
+from models.tokenizer import TokenBatch, tokenize
+from models.vit import create_vit
+from utils import UserError, all_gather
+
+TWINS = ("visual_encoder", "vision_proj", "text_encoder", "text_proj")
+INITIAL_TEMPERATURE = 0.07
+TEMPERATURE_RANGE = (0.001, 0.5)
+
+
+class MomentumModel(nn.Module):
+    """Two encoders, their momentum twin, queues of its features, a matching head.
+
+    Args:
+        med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer: as `models.blip.BLIP_Base`.
+        embed_dim: width of the contrastive features.
+        queue_size: number of past features of each kind that ITC compares with.
+        momentum: share of the twin that an update keeps.
+    """
+
+    def __init__(
+        self,
+        med_config: str | Path | Mapping,
+        image_size: int,
+        vit: str | Mapping,
+        vit_grad_ckpt: bool,
+        vit_ckpt_layer: int,
+        embed_dim: int,
+        queue_size: int,
+        momentum: float,
+    ):
+        super().__init__()
+        for twin, checkpointed in (("", vit_grad_ckpt), ("_m", False)):
+            vision, vision_width = create_vit(vit, image_size, checkpointed, vit_ckpt_layer)
+            self.tokenizer, config = text_parts(med_config, vision_width)
+            setattr(self, "visual_encoder" + twin, vision)
+            setattr(self, "text_encoder" + twin, TextTransformer(config))
+            setattr(self, "vision_proj" + twin, nn.Linear(vision_width, embed_dim))
+            setattr(self, "text_proj" + twin, nn.Linear(config.hidden_size, embed_dim))
+        self.text_config = config
+        self.itm_head = nn.Linear(config.hidden_size, 2)
+        self.temp = nn.Parameter(torch.tensor(INITIAL_TEMPERATURE))
+        self.queue_size, self.momentum = queue_size, momentum
+        self.register_buffer("image_queue", random_queue(embed_dim, queue_size))
+        self.register_buffer("text_queue", random_queue(embed_dim, queue_size))
+        copy_params(self)
+
+    def image_feat(self, image_embeds: torch.Tensor, twin: str = "") -> torch.Tensor:
+        """Unit features (batch, embed_dim) of image tokens; `twin` "_m" takes the momentum projection."""
+        return F.normalize(getattr(self, "vision_proj" + twin)(image_embeds[:, 0]), dim=-1)
+
+    def text_feat(self, text: TokenBatch, twin: str = "") -> torch.Tensor:
+        """Unit features (batch, embed_dim) of texts that begin with [CLS]."""
+        hidden = getattr(self, "text_encoder" + twin)(*ids_and_mask(text))
+        return F.normalize(getattr(self, "text_proj" + twin)(hidden[:, 0]), dim=-1)
+
+    @torch.no_grad()
+    def momentum_features(self, image: torch.Tensor, text: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Move the twin on, then return its image and text features (batch, embed_dim)."""
+        update_twin(self, self.momentum)
+        return self.image_feat(self.visual_encoder_m(image), "_m"), self.text_feat(text, "_m")
+
+    @torch.no_grad()
+    def clamp_temperature(self) -> None:
+        """Keep the temperature in its range; before each step."""
+        self.temp.clamp_(*TEMPERATURE_RANGE)
+
+    def contrast(
+        self,
+        feats: tuple[torch.Tensor, torch.Tensor],
+        feats_m: tuple[torch.Tensor, torch.Tensor],
+        hard_targets: torch.Tensor,
+        alpha: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """ITC against the momentum features of the batch and of the queues.
+
+        Args:
+            feats, feats_m: image and text features, online and momentum, each (batch, embed_dim).
+            hard_targets: float (batch, batch + queue_size), rows sum to 1.
+            alpha: weight of the momentum model's soft targets.
+
+        Returns:
+            The loss, and the similarities over temperature (batch, batch + queue_size), image to text and
+            text to image.
+        """
+        (image_feat, text_feat), (image_feat_m, text_feat_m) = feats, feats_m
+        image_all = torch.cat((image_feat_m.T, self.image_queue.clone()), dim=1)
+        text_all = torch.cat((text_feat_m.T, self.text_queue.clone()), dim=1)
+        with torch.no_grad():
+            targets_i2t = soft_targets((image_feat_m @ text_all / self.temp).float(), hard_targets, alpha)
+            targets_t2i = soft_targets((text_feat_m @ image_all / self.temp).float(), hard_targets, alpha)
+        sim_i2t, sim_t2i = image_feat @ text_all / self.temp, text_feat @ image_all / self.temp
+        return itc_loss(sim_i2t.float(), sim_t2i.float(), targets_i2t, targets_t2i), sim_i2t, sim_t2i
+
+    def match(
+        self,
+        text: TokenBatch,
+        projection: Projection,
+        text_negative: TokenBatch,
+        negative_projection: Projection,
+    ) -> torch.Tensor:
+        """ITM of each pair, of each image with its negative text, and of each text with its negative image.
+
+        Args:
+            text, text_negative: [ENC] texts of one length (batch, length).
+            projection, negative_projection: of each pair's image, and of each text's negative image.
+        """
+        # Both texts of an image stand side by side, so that they read its projection folded.
+        ids = torch.stack((text.input_ids, text_negative.input_ids), dim=1).flatten(0, 1)
+        mask = torch.stack((text.attention_mask, text_negative.attention_mask), dim=1).flatten(0, 1)
+        both = self.text_encoder(ids, mask, projection.read_by(2))[:, 0]
+        positive, negative_text = both.unflatten(0, (-1, 2)).unbind(dim=1)
+        negative_image = self.text_encoder(*ids_and_mask(text), negative_projection)[:, 0]
+        return itm_loss(self.itm_head(positive), self.itm_head(torch.cat((negative_image, negative_text))))
+
+    def tokenize(self, texts: str | Sequence[str], max_length: int, device: torch.device) -> TokenBatch:
+        """Tokenize texts with [CLS] in front; refuses a batch without a possible negative."""
+        if len(texts) < 2:
+            raise UserError("a batch of one pair has no negatives for matching; use a batch of at least 2 per process")
+        return tokenize(self.tokenizer, texts, "cls", max_length, device)
+
+
+def pick(text: TokenBatch, index: torch.Tensor) -> TokenBatch:
+    """Return rows `index` of a batch of texts."""
+    return TokenBatch(text.input_ids[index], text.attention_mask[index])
+
+
+def twin_parameters(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+    """Yield (momentum, online) pairs of parameters of a model with `<name>_m` beside each of TWINS."""
+    for name in TWINS:
+        yield from zip(getattr(model, name + "_m").parameters(), getattr(model, name).parameters(), strict=True)
+
+
+@torch.no_grad()
+def copy_params(model: nn.Module) -> None:
+    """Make the momentum twin a copy of the online encoders, out of the gradient's reach."""
+    for momentum_parameter, parameter in twin_parameters(model):
+        momentum_parameter.copy_(parameter)
+        momentum_parameter.requires_grad_(False)
+
+
+@torch.no_grad()
+def update_twin(model: nn.Module, momentum: float) -> None:
+    """Move the twin towards the online encoders: twin = momentum * twin + (1 - momentum) * online."""
+    twins, online = zip(*twin_parameters(model), strict=True)
+    torch._foreach_lerp_(list(twins), list(online), 1 - momentum)
+
+
+def random_queue(embed_dim: int, queue_size: int) -> torch.Tensor:
+    """Return a queue of random unit features (embed_dim, queue_size)."""
+    return F.normalize(torch.randn(embed_dim, queue_size), dim=0)
+
+
+@torch.no_grad()
+def enqueue(pointer: torch.Tensor, *queues_and_rows: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Write all ranks' newest rows over the oldest entries, wrapping round the end.
+
+    Args:
+        pointer: int64 (1,), next entry to overwrite; moved on.
+        queues_and_rows: pairs of a queue (width, queue_size) and this rank's rows (batch, width). Of a global
+            batch larger than the queue the last rows stay.
+    """
+    for queue, rows in queues_and_rows:
+        rows, size = all_gather(rows), queue.shape[1]
+        positions = (pointer + torch.arange(len(rows), device=rows.device)) % size
+        queue[:, positions[-size:]] = rows[-size:].T.to(queue.dtype)
+    pointer[:] = (pointer + len(rows)) % size

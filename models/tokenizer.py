@@ -1,0 +1,104 @@
+"""The vocabulary, its two added tokens, and the only place that sets a text's first token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import BertTokenizer
+
+from utils import UserError
+
+VOCAB_FILE = Path(__file__).resolve().parent.parent / "configs" / "bert-base-uncased-vocab.txt"
+
+
+def init_tokenizer(vocab_file: str | Path | None = None) -> BertTokenizer:
+    """Build the WordPiece tokenizer with [DEC] (begins decoding) and [ENC] (begins multimodal encoding).
+
+    Args:
+        vocab_file: one token per line, in BERT's format; bert-base-uncased's by default.
+
+    Returns:
+        A tokenizer whose `bos_token_id` is [DEC], the vocabulary's length, and `enc_token_id` is [ENC], one more.
+
+    Raises:
+        UserError: the vocabulary file is missing or lacks BERT's special tokens.
+    """
+    tokenizer = _bert_tokenizer(Path(vocab_file or VOCAB_FILE))
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
+    tokenizer.enc_token_id = tokenizer.convert_tokens_to_ids("[ENC]")
+    return tokenizer
+
+
+def _bert_tokenizer(vocab_file: Path) -> BertTokenizer:
+    if not vocab_file.is_file():
+        raise UserError(f"vocabulary file {vocab_file} does not exist; point vocab_file at one in BERT's format")
+    tokens = vocab_file.read_text(encoding="utf-8").splitlines()
+    missing = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"} - set(tokens)
+    if missing:
+        raise UserError(f"vocabulary file {vocab_file} lacks {', '.join(sorted(missing))}; add one token per line")
+    # transformers 5 takes the vocabulary itself and misreads a file's path; transformers 4 takes the path.
+    if int(transformers.__version__.split(".")[0]) < 5:
+        return BertTokenizer(vocab_file=str(vocab_file))
+    return BertTokenizer(vocab={token: index for index, token in enumerate(tokens)})
+
+
+@dataclass
+class TokenBatch:
+    """Token ids of several texts: `input_ids` and `attention_mask`, both int64 (batch, length)."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+
+    def to(self, device: torch.device) -> "TokenBatch":
+        """Return the batch on `device`."""
+        return TokenBatch(
+            self.input_ids.to(device, non_blocking=True), self.attention_mask.to(device, non_blocking=True)
+        )
+
+    def with_first(self, token_id: int) -> "TokenBatch":
+        """Return the batch with `token_id` at position 0 of every text."""
+        input_ids = self.input_ids.clone()
+        input_ids[:, 0] = token_id
+        return TokenBatch(input_ids, self.attention_mask)
+
+    def padded_to(self, length: int, pad_token_id: int) -> "TokenBatch":
+        """Return the batch padded on the right to `length` positions (never shortened)."""
+        extra = (0, max(length - self.input_ids.shape[1], 0))
+        return TokenBatch(
+            torch.nn.functional.pad(self.input_ids, extra, value=pad_token_id),
+            torch.nn.functional.pad(self.attention_mask, extra),
+        )
+
+
+def tokenize(
+    tokenizer: Any,
+    texts: str | Sequence[str],
+    first: str = "cls",
+    max_length: int | None = None,
+    device: torch.device | str = "cpu",
+) -> TokenBatch:
+    """Tokenize texts to the longest among them.
+
+    Args:
+        tokenizer: from `init_tokenizer`.
+        texts: one or several strings.
+        first: "cls" for ITC and text features; "enc" for ITM, VQA questions, NLVR2 and multimodal features;
+            "dec" for decoding.
+        max_length: longer texts are cut to this many tokens, [SEP] kept; None never cuts.
+        device: where the result goes.
+
+    Returns:
+        Token ids (batch, longest).
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    encoded = tokenizer(
+        texts, padding="longest", truncation=max_length is not None, max_length=max_length, return_tensors="pt"
+    )
+    batch = TokenBatch(encoded.input_ids, encoded.attention_mask)
+    if first != "cls":
+        batch = batch.with_first({"enc": tokenizer.enc_token_id, "dec": tokenizer.bos_token_id}[first])
+    return batch.to(torch.device(device))

@@ -1,0 +1,102 @@
+"""The image encoder: timm's Vision Transformer with BLIP's names, sizes and checkpointing (paper section 3.1)."""
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from fairscale.nn.checkpoint import checkpoint_wrapper
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from utils import UserError
+
+VARIANTS = {
+    "tiny": dict(embed_dim=192, depth=12, num_heads=3, patch_size=16),
+    "small": dict(embed_dim=384, depth=12, num_heads=6, patch_size=16),
+    "base": dict(embed_dim=768, depth=12, num_heads=12, patch_size=16),
+    "large": dict(embed_dim=1024, depth=24, num_heads=16, patch_size=16),
+}
+LARGE_DROP_PATH_RATE = 0.1  # the released large ViT has stochastic depth in every task
+
+
+def create_vit(
+    vit: str | Mapping,
+    image_size: int,
+    use_grad_checkpointing: bool = False,
+    ckpt_layer: int = 0,
+    drop_path_rate: float = 0.0,
+) -> tuple[nn.Module, int]:
+    """Build the image encoder.
+
+    Args:
+        vit: "tiny", "small", "base", "large", or a mapping with embed_dim, depth, num_heads, patch_size.
+        image_size: side of the square input in pixels; a multiple of the patch size.
+        use_grad_checkpointing: recompute attention and MLP of the last `ckpt_layer` blocks in the backward pass.
+        ckpt_layer: number of blocks, counted from the last, that are checkpointed.
+        drop_path_rate: stochastic depth of the last block (0 to 1), growing linearly from 0 at the first.
+
+    Returns:
+        The encoder, mapping images (batch, 3, H, W) to tokens (batch, 1 + patches, width) after the final
+        norm, and its width.
+
+    Raises:
+        UserError: unknown variant, missing or surplus size, or an image size the patches do not divide.
+    """
+    sizes = vit_sizes(vit)
+    if image_size % sizes["patch_size"]:
+        raise UserError(
+            f"image_size {image_size} is not a multiple of the ViT's patch size {sizes['patch_size']}; "
+            f"use {image_size - image_size % sizes['patch_size']} instead"
+        )
+    encoder = VisionTransformer(
+        img_size=image_size,
+        num_classes=0,
+        global_pool="",
+        drop_path_rate=drop_path_rate or (LARGE_DROP_PATH_RATE if vit == "large" else 0.0),
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        **sizes,
+    )
+    if use_grad_checkpointing:
+        checkpoint_last_blocks(encoder, ckpt_layer)
+    return encoder, sizes["embed_dim"]
+
+
+def vit_sizes(vit: str | Mapping) -> dict[str, int]:
+    """Return embed_dim, depth, num_heads and patch_size of a variant's name or of a mapping."""
+    if isinstance(vit, str) and vit in VARIANTS:
+        return VARIANTS[vit]
+    if isinstance(vit, Mapping) and set(vit) == set(VARIANTS["base"]):
+        return {key: int(value) for key, value in vit.items()}
+    raise UserError(
+        f"vit is {vit!r}; expected one of {', '.join(VARIANTS)}, or a mapping with exactly the keys "
+        f"{', '.join(VARIANTS['base'])}"
+    )
+
+
+def checkpoint_last_blocks(encoder: VisionTransformer, num_blocks: int) -> None:
+    """Recompute attention and MLP of the last `num_blocks` blocks in the backward pass, to save memory."""
+    for block in list(encoder.blocks)[max(len(encoder.blocks) - num_blocks, 0) :]:
+        block.attn = checkpoint_wrapper(block.attn)
+        block.mlp = checkpoint_wrapper(block.mlp)
+
+
+def interpolate_pos_embed(pos_embed_checkpoint: torch.Tensor, visual_encoder: nn.Module) -> torch.Tensor:
+    """Resize position embeddings to the encoder's grid, bicubically; the [CLS] position is kept.
+
+    Args:
+        pos_embed_checkpoint: (1, 1 + grid * grid, width), any float dtype.
+        visual_encoder: the encoder that is to read them.
+
+    Returns:
+        (1, 1 + new_grid * new_grid, width); the argument itself where the sizes agree.
+    """
+    num_extra = visual_encoder.pos_embed.shape[-2] - visual_encoder.patch_embed.num_patches
+    old_grid = int((pos_embed_checkpoint.shape[-2] - num_extra) ** 0.5)
+    new_grid = int(visual_encoder.patch_embed.num_patches**0.5)
+    if old_grid == new_grid:
+        return pos_embed_checkpoint
+    extra, grid = pos_embed_checkpoint.split([num_extra, old_grid**2], dim=1)
+    grid = grid.reshape(1, old_grid, old_grid, -1).permute(0, 3, 1, 2)  # (1, width, grid, grid)
+    grid = F.interpolate(grid.float(), size=(new_grid, new_grid), mode="bicubic", align_corners=False)
+    return torch.cat((extra, grid.flatten(2).transpose(1, 2).to(extra.dtype)), dim=1)
