@@ -99,8 +99,9 @@ def fill(model):
 def build(name, **kwargs):
     """A tiny model of one kind with formula weights, in eval mode."""
     spec = golden()["spec"]
-    if name in ("itm", "retrieval", "pretrain"):
+    if name in ("retrieval", "pretrain"):
         kwargs["embed_dim"] = spec["embed_dim"]
+    # "itm" keeps its default of 256: with the 32 of `spec`, itm/itc is off by 0.15, with 256 by 2e-7
     if name in ("retrieval", "pretrain"):
         kwargs["queue_size"] = spec["queue_size"]
     if name in ("vqa", "nlvr"):
@@ -135,7 +136,8 @@ def train(model, num_steps, losses_of_step):
 
 def grad_norms(model):
     """L2 norm of each parameter's gradient."""
-    return {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
+    # in float64: a float32 sum over two million word-embedding gradients is itself off by 2e-4
+    return {name: p.grad.double().norm().item() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_close(value, expected, rtol=1e-5, atol=1e-5):

@@ -159,8 +159,16 @@ def check_trajectory(model, entry, losses_of_step, queue_names, pointer):
         assert_close(model.state_dict()[name], expected(f"{entry}/{name}"), rtol=1e-3, atol=1e-3)
     assert pointer().tolist() == expected(f"{entry}/ptr").tolist()
     assert_close(model.temp, expected(f"{entry}/temp"), rtol=1e-3)
-    norms = {name: p.norm().item() for name, p in model.named_parameters()}
-    assert_norms(norms, golden()[f"{entry}/param_norms"], rtol=1e-3)
+    check_param_norms(model, golden()[f"{entry}/param_norms"])
+
+
+def check_param_norms(model, expected_norms):
+    """A key's bias adds the same to all scores of a query, so softmax gives it no gradient but rounding, which
+    AdamW scales up to full steps of either sign: such a norm can only be held to what five steps of 1e-3 move."""
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    for name, value in expected_norms.items():
+        noise = 5e-3 * params[name].numel() ** 0.5 if name.endswith(("key.bias", "attn.qkv.bias")) else 1e-6
+        assert params[name].double().norm().item() == pytest.approx(value, rel=1e-3, abs=noise), name
 
 
 def test_tokenizer():
