@@ -1,0 +1,1 @@
+"""What every task script runs on: configuration, processes, the training loop, checkpoints, reports."""

@@ -1,0 +1,304 @@
+"""Configurations: dataclasses read from YAML and `--set a.b=c`; every error names the file, the line and the remedy."""
+
+import difflib
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+
+from utils import UserError
+
+CODE_FOLDER = Path(__file__).resolve().parent.parent
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list", dict: "a mapping"}
+
+
+def setting(default: Any, text: str) -> Any:
+    """Declare a configuration key with its default and one line of explanation."""
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+class Settings:
+    """Mapping access to a dataclass of settings."""
+
+    def __getitem__(self, key: str) -> Any:
+        try:
+            return getattr(self, key)
+        except AttributeError:
+            raise KeyError(key) from None
+
+    def __contains__(self, key: str) -> bool:
+        return hasattr(self, key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the value of a key, or `default` for a key this task does not have."""
+        return getattr(self, key, default)
+
+
+@dataclass
+class ModelConfig(Settings):
+    """What every task needs to build its model and to run."""
+
+    image_root: str = setting("", "folder that the annotations' picture paths start from")
+    ann_root: str = setting("annotation", "folder of the annotation files; absent files are downloaded to it")
+    pretrained: str = setting("", "weights to start from: a path, a URL or hf:owner/name; '' for none")
+    allow_pickle: bool = setting(False, "accept a checkpoint that may run code when read; only from those you trust")
+    vit: str | dict = setting("base", "image encoder: tiny, small, base, large, or embed_dim, depth, num_heads, patch_size")
+    med_config: str | dict = setting("", "text transformer: a JSON file or a mapping; '' for configs/med_config.json")
+    vit_grad_ckpt: bool = setting(False, "recompute the ViT's last blocks in the backward pass, to save memory")
+    vit_ckpt_layer: int = setting(0, "how many of the ViT's last blocks that concerns")
+    image_size: int = setting(384, "side of the square input in pixels")
+    num_workers: int = setting(4, "processes that load data, per process that trains")
+    amp: str = setting("", "'bf16' for mixed precision in bfloat16; '' for float32")
+    compile: bool = setting(False, "compile the transformer blocks")
+
+
+@dataclass
+class TrainConfig(ModelConfig):
+    """What every training adds."""
+
+    init_lr: float = setting(1e-5, "learning rate at the start")
+    min_lr: float = setting(0.0, "learning rate at the end")
+    weight_decay: float = setting(0.05, "of AdamW, on every parameter")
+    max_epoch: int = setting(5, "passes over the training data")
+    schedule: str = setting("epoch", "the learning rate changes every 'epoch', as released, or every 'step'")
+    warmup: int = setting(0, "steps of linear warm-up, with schedule: step")
+    grad_accum: int = setting(1, "batches whose gradients are added up for one step")
+    clip_grad: float = setting(0.0, "largest norm of the gradient; 0 for no limit")
+    log_every: int = setting(50, "steps between two readings of the losses")
+    save_every: int = setting(0, "steps between two checkpoints; 0 for one an epoch")
+    tensorboard: bool = setting(False, "also write TensorBoard's event files")
+    augment: bool = setting(True, "random crop, flip and RandAugment in training; off: resize only")
+
+
+@dataclass
+class CaptionConfig(TrainConfig):
+    """Captioning (paper section 5.2)."""
+
+    coco_gt_root: str = setting("annotation/coco_gt", "folder of the ground-truth files in COCO format")
+    train_file: str = setting("", "own training annotations; '' for coco_karpathy_train.json")
+    val_file: str = setting("", "own validation annotations; '' for coco_karpathy_val.json")
+    test_file: str = setting("", "own test annotations; '' for coco_karpathy_test.json")
+    val_gt: str = setting("", "own validation ground truth; '' for coco_karpathy_val_gt.json")
+    test_gt: str = setting("", "own test ground truth; '' for coco_karpathy_test_gt.json")
+    batch_size: int = setting(32, "pictures per process and step")
+    max_length: int = setting(20, "longest caption in tokens, prompt included")
+    min_length: int = setting(5, "shortest caption in tokens, prompt included")
+    num_beams: int = setting(3, "width of the beam search")
+    prompt: str = setting("a picture of ", "what every caption begins with")
+    smooth_padding: bool = setting(True, "label smoothing counts padding, as the released training did")
+
+
+@dataclass
+class RetrievalConfig(TrainConfig):
+    """Image-text retrieval (paper section 5.1)."""
+
+    dataset: str = setting("coco", "'coco' or 'flickr'")
+    train_file: str = setting("", "own training annotations; '' for the dataset's")
+    val_file: str = setting("", "own validation annotations; '' for the dataset's")
+    test_file: str = setting("", "own test annotations; '' for the dataset's")
+    batch_size_train: int = setting(32, "pairs per process and step")
+    batch_size_test: int = setting(64, "pictures or texts at once in evaluation")
+    queue_size: int = setting(57600, "features kept in each queue")
+    alpha: float = setting(0.4, "share of the momentum model in the contrastive targets")
+    k_test: int = setting(256, "candidates that the matching head re-ranks")
+    negative_all_rank: bool = setting(True, "draw hard negatives from all processes, not the own batch only")
+    embed_dim: int = setting(256, "width of the contrastive features")
+
+
+@dataclass
+class VQAConfig(TrainConfig):
+    """Visual question answering (paper section 5.3)."""
+
+    vqa_root: str = setting("", "folder of the VQA pictures (COCO's)")
+    vg_root: str = setting("", "folder of the Visual Genome pictures")
+    train_files: list = setting(["vqa_train", "vqa_val", "vg_qa"], "annotation files to train on, without .json")
+    test_file: str = setting("", "own test questions; '' for vqa_test.json")
+    answer_list: str = setting("", "own candidate answers; '' for answer_list.json")
+    batch_size_train: int = setting(16, "questions per process and step")
+    batch_size_test: int = setting(32, "questions at once in evaluation")
+    k_test: int = setting(128, "candidates ranked in full")
+    inference: str = setting("rank", "'rank' a list of answers, or 'generate' freely")
+    drop_path_rate: float = setting(0.1, "stochastic depth of the image encoder")
+    smooth_padding: bool = setting(True, "label smoothing counts padding, as the released training did")
+
+
+@dataclass
+class NLVRConfig(TrainConfig):
+    """Statements about two pictures (paper section 5.4)."""
+
+    batch_size_train: int = setting(16, "statements per process and step")
+    batch_size_test: int = setting(64, "statements at once in evaluation")
+    drop_path_rate: float = setting(0.1, "stochastic depth of the image encoder")
+    released_eval_swap: bool = setting(False, "swap pictures at random in evaluation too, as the released code did")
+
+
+@dataclass
+class NoCapsConfig(ModelConfig):
+    """Captions for objects never seen in training (paper section 5.2)."""
+
+    val_file: str = setting("", "own validation pictures; '' for nocaps_val.json")
+    test_file: str = setting("", "own test pictures; '' for nocaps_test.json")
+    val_gt: str = setting("", "ground truth in COCO format, if there is one")
+    test_gt: str = setting("", "ground truth in COCO format, if there is one")
+    batch_size: int = setting(32, "pictures at once")
+    max_length: int = setting(20, "longest caption in tokens, prompt included")
+    min_length: int = setting(5, "shortest caption in tokens, prompt included")
+    num_beams: int = setting(3, "width of the beam search")
+    repetition_penalty: float = setting(1.1, "above 1 discourages words already said")
+    prompt: str = setting("a picture of ", "what every caption begins with")
+
+
+@dataclass
+class VideoConfig(ModelConfig):
+    """Zero-shot text-to-video retrieval (paper section 5.6)."""
+
+    video_root: str = setting("", "folder of the clips")
+    test_file: str = setting("", "own captions; '' for msrvtt_test.jsonl")
+    batch_size: int = setting(64, "texts at once")
+    num_frm_test: int = setting(8, "frames per clip, evenly spaced")
+    k_test: int = setting(128, "candidates that the matching head re-ranks")
+    embed_dim: int = setting(256, "width of the contrastive features")
+
+
+@dataclass
+class PretrainConfig(TrainConfig):
+    """Pretraining (paper section 4.1)."""
+
+    train_file: list = setting([], "lists of pairs, JSON or JSON lines")
+    laion_path: str = setting("", "folder of further lists, one per epoch in turn; '' for none")
+    init: str = setting("released", "starting weights: 'released' (DeiT or ViT-in21k, and BERT) or 'random'")
+    batch_size: int = setting(75, "pairs per process and step")
+    queue_size: int = setting(57600, "features kept in each queue")
+    alpha: float = setting(0.4, "share of the momentum model in the contrastive targets")
+    warmup_lr: float = setting(1e-6, "learning rate at the start of the warm-up")
+    lr_decay_rate: float = setting(0.9, "factor on the learning rate after each epoch")
+    warmup_steps: int = setting(3000, "steps of linear warm-up")
+    embed_dim: int = setting(256, "width of the contrastive features")
+    max_bad_images: int = setting(1000, "unreadable pictures that are replaced before the run stops")
+    smooth_padding: bool = setting(True, "label smoothing counts padding, as the released training did")
+
+
+Config = TypeVar("Config", bound=ModelConfig)
+
+
+def load_config(config_class: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and `key=value` overrides.
+
+    Args:
+        config_class: the task's dataclass.
+        path: YAML file; a released path such as configs/vqa.yaml is also looked for beside the code.
+        overrides: "key=value", value in YAML; "vit.depth=4" changes one entry of a mapping.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key or a wrong type, with file and line.
+    """
+    path = _find(Path(path))
+    values, places = _read(path)
+    for override in overrides:
+        _override(values, places, override)
+    return _build(config_class, values, places)
+
+
+def _find(path: Path) -> Path:
+    for candidate in (path, CODE_FOLDER / path):
+        if candidate.is_file():
+            return candidate
+    choices = ", ".join(sorted(p.name for p in (CODE_FOLDER / "configs").glob("*.yaml")))
+    raise UserError(f"config {path} does not exist; give --config an existing file, for instance of configs/: {choices}")
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the values of a file and where each stands."""
+    try:
+        tree = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        problem = " ".join(str(error.problem).split()).split(" To suppress")[0]
+        raise UserError(f"{path}, line {line}: not YAML ({problem}); correct that line") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a text file; expected YAML in UTF-8") from None
+    if tree is None:
+        return {}, {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds {_kind(tree)}; expected lines of 'key: value'")
+    return _plain(tree), {str(key): f"{path}, line {tree.lc.key(key)[0] + 1}" for key in tree}
+
+
+def _plain(value: Any) -> Any:
+    """Turn ruamel's types into Python's own."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
+
+
+def _override(values: dict[str, Any], places: dict[str, str], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set got {override!r}; expected key=value, for instance --set batch_size=8")
+    try:
+        value = _plain(YAML(typ="rt").load(text)) if text else ""
+    except MarkedYAMLError:
+        raise UserError(f"--set {override!r}: the value is not YAML; put it in quotes") from None
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise UserError(f"--set {override!r}: {parent} is {_kind(values)}, not a mapping; set {parent} as a whole")
+    values[last] = value
+    places[key.split(".")[0]] = f"--set {override}"
+
+
+def _build(config_class: type[Config], values: dict[str, Any], places: dict[str, str]) -> Config:
+    known: dict[str, Field] = {f.name: f for f in fields(config_class)}
+    hints = typing.get_type_hints(config_class)
+    for key, value in values.items():
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            meant = f"did you mean {close[0]!r}?" if close else f"this task has {', '.join(sorted(known))}"
+            raise UserError(f"{places[key]}: unknown key {key!r}; {meant}")
+        values[key] = _checked(value, hints[key], f"{places[key]}: {key}")
+    return config_class(**values)
+
+
+def _checked(value: Any, hint: Any, place: str) -> Any:
+    """Return the value as its type wants it, or raise."""
+    allowed = typing.get_args(hint) or (hint,)
+    if value is None and str in allowed:
+        return ""
+    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) in allowed:
+        return value
+    if list in allowed and isinstance(value, str):
+        return [value]
+    wanted = " or ".join(WORDS[kind] for kind in allowed)
+    raise UserError(f"{place} is {_kind(value)}; expected {wanted}")
+
+
+def _kind(value: Any) -> str:
+    name = WORDS.get(type(value), "nothing" if value is None else type(value).__name__)
+    return f"{name} ({value!r})" if isinstance(value, str | int | float) else name
+
+
+def save_config(config: ModelConfig, path: Path) -> None:
+    """Write a resolved configuration as YAML, so that the file starts the same run again."""
+    with open(path, "w", encoding="utf-8") as file:
+        YAML().dump(asdict(config), file)
+
+
+def describe(config_class: type[ModelConfig]) -> Iterator[str]:
+    """Yield a line per key: name, default, meaning."""
+    for item in fields(config_class):
+        default = item.default if item.default is not MISSING else item.default_factory()  # type: ignore[misc]
+        yield f"  {item.name}: {default!r}".ljust(36) + item.metadata["help"]
