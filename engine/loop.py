@@ -1,0 +1,410 @@
+"""The only training loop."""
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from engine.checkpoint import BEST, WEIGHTS, load_last, save_atomic, save_last
+from engine.config import TrainConfig
+from engine.optim import cosine_lr, create_optimizer, set_lr, warmup_lr
+from engine.run import Interrupted, Run
+from utils import (
+    Mean,
+    ProgressLine,
+    UserError,
+    all_gather_object,
+    all_reduce_mean,
+    get_rank,
+    get_world_size,
+    is_main_process,
+    memory_used,
+)
+
+Losses = dict[str, torch.Tensor]
+
+
+@dataclass
+class Progress:
+    """How far a training run is."""
+
+    steps_per_epoch: int
+    max_epoch: int
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+
+    @property
+    def epoch_fraction(self) -> float:
+        """Epochs done, as a float."""
+        return self.epoch + self.step_in_epoch / self.steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.steps_per_epoch * self.max_epoch
+
+
+def default_schedule(config: TrainConfig, progress: Progress) -> float:
+    """Cosine from init_lr to min_lr, a new rate every epoch as released, or every step."""
+    if config.schedule == "epoch":
+        return cosine_lr(progress.epoch, progress.max_epoch, config.init_lr, config.min_lr)
+    if config.schedule != "step":
+        raise UserError(f"schedule is {config.schedule!r}; expected 'epoch' or 'step'")
+    if progress.step < config.warmup:
+        return warmup_lr(progress.step + 1, config.warmup, 0.0, config.init_lr)
+    rest = max(progress.total_steps - config.warmup, 1)
+    return cosine_lr(progress.step - config.warmup, rest, config.init_lr, config.min_lr)
+
+
+def autocast(config: Any, device: torch.device) -> AbstractContextManager:
+    """Return the context of mixed precision that `amp` asks for."""
+    if config.amp not in ("", "bf16"):
+        raise UserError(f"amp is {config.amp!r}; expected 'bf16', or '' for float32")
+    return torch.autocast(device.type, torch.bfloat16) if config.amp else nullcontext()
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Move a batch's tensors to the device."""
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def prepare_model(model: nn.Module, config: Any, run: Run) -> nn.Module:
+    """Move a model to its device and compile its blocks if asked."""
+    model = model.to(run.device)
+    if config.compile:
+        for name, part in model.named_modules():
+            if name.split(".")[-2:-1] in (["blocks"], ["layer"]):
+                part.compile()
+    return model
+
+
+def fit(
+    run: Run,
+    config: TrainConfig,
+    model: nn.Module,
+    loader: DataLoader,
+    train_step: Callable[[nn.Module, dict[str, Any], Progress], Losses],
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    best_metric: Callable[[dict[str, float]], float] | None = None,
+    schedule: Callable[[TrainConfig, Progress], float] = default_schedule,
+    watch: Callable[[dict[str, float], Progress], str] | None = None,
+) -> dict[str, Any]:
+    """Train a model; save, log and evaluate after every epoch; keep the best and the last.
+
+    Args:
+        run: the run's device, folder and log.
+        config: settings of the training.
+        model: on any device.
+        loader: its sampler is a `data.sampler.EpochSampler`.
+        train_step: returns named losses of one batch; their sum is minimised.
+        evaluate: returns named scores, equal on all ranks; "val_..." and "test_..." by convention.
+        best_metric: picks from the scores what the best checkpoint maximises; None keeps the last.
+        schedule: learning rate at a progress.
+        watch: sees each reading of the mean losses; a text that it returns is printed as a warning.
+
+    Returns:
+        The best epoch's scores, with "epoch".
+
+    Raises:
+        UserError: a loss is not finite, the data are fewer than a batch, or saving failed.
+        Interrupted: SIGTERM came; the run has been saved.
+    """
+    return Loop(run, config, model, loader, train_step, evaluate, best_metric, schedule, watch).run_all()
+
+
+class Loop:
+    """State and steps of one training run; `fit` is its interface."""
+
+    def __init__(self, run, config, model, loader, train_step, evaluate, best_metric, schedule, watch):
+        self.run, self.config, self.loader = run, config, loader
+        self.train_step, self.evaluate, self.best_metric = train_step, evaluate, best_metric
+        self.schedule, self.watch = schedule, watch
+        self.model = prepare_model(model, config, run)
+        self.wrapped = self._wrap()
+        self.optimizer = create_optimizer(model, config.init_lr, config.weight_decay)
+        if len(loader) < config.grad_accum:
+            raise UserError(
+                f"the training data fill {len(loader)} batches and a step needs {config.grad_accum}; "
+                "use a smaller batch size, or more data"
+            )
+        self.progress = Progress(len(loader) // config.grad_accum, config.max_epoch)
+        self.meters: dict[str, Mean] = {}
+        self.recent: dict[str, Mean] = {}
+        self.best: dict[str, Any] = {}
+        self.stop_asked = False
+        self.writer = self._tensorboard()
+
+    def _wrap(self) -> nn.Module:
+        if get_world_size() == 1:
+            return self.model
+        ids = [self.run.device.index] if self.run.device.type == "cuda" else None
+        return DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
+
+    def _tensorboard(self) -> Any:
+        if not self.config.tensorboard or not is_main_process():
+            return None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("tensorboard: true needs the package; pip install tensorboard, or set it false") from None
+        return SummaryWriter(str(self.run.output_dir / "tensorboard"))
+
+    # The run.
+
+    def run_all(self) -> dict[str, Any]:
+        """Train the epochs that are left."""
+        if self.run.resume:
+            self.restore(self.run.resume)
+        previous = signal.signal(signal.SIGTERM, self._ask_to_stop)
+        try:
+            while self.progress.epoch < self.config.max_epoch:
+                self.run_epoch()
+                self.finish_epoch()
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+        if self.writer is not None:
+            self.writer.close()
+        return self.best
+
+    def _ask_to_stop(self, *_: Any) -> None:
+        self.stop_asked = True
+
+    def run_epoch(self) -> None:
+        """Take the steps of an epoch that are left."""
+        progress, accum = self.progress, self.config.grad_accum
+        done = progress.step_in_epoch * accum * (self.loader.batch_size or 1)
+        self.loader.sampler.set_position(progress.epoch, done)
+        self.model.train()
+        clock = Clock(self, progress.step_in_epoch)
+        batches = iter(clock.time_data(self.loader))
+        while progress.step_in_epoch < progress.steps_per_epoch:
+            lr = self.schedule(self.config, progress)
+            set_lr(self.optimizer, lr)
+            self.step([next(batches) for _ in range(accum)])
+            progress.step += 1
+            progress.step_in_epoch += 1
+            self._meter("lr", lr)
+            self.after_step(clock)
+        clock.close()
+
+    def step(self, batches: list[dict[str, Any]]) -> None:
+        """One update of the weights from one or several batches."""
+        total: Losses = {}
+        for number, batch in enumerate(batches, 1):
+            last = number == len(batches)
+            context = nullcontext() if last or self.wrapped is self.model else self.wrapped.no_sync()
+            with context:
+                with autocast(self.config, self.run.device):
+                    losses = self.train_step(self.wrapped, to_device(batch, self.run.device), self.progress)
+                (sum(losses.values()) / len(batches)).backward()
+            for name, value in losses.items():
+                total[name] = total.get(name, 0.0) + value.detach().float() / len(batches)
+        self.update(total)
+
+    def update(self, losses: Losses) -> None:
+        """Clip and take the optimizer's step, unless a loss of any rank is not finite or a stop was asked for."""
+        flags = torch.stack([1.0 - torch.isfinite(value).float() for value in losses.values()])
+        asked = torch.tensor([float(self.stop_asked)], device=flags.device)
+        self.flags = torch.cat((flags, asked))
+        if get_world_size() > 1:
+            dist.all_reduce(self.flags, dist.ReduceOp.MAX)
+        if self.run.device.type == "cuda":
+            # the device itself skips updates after a bad loss, so nothing has to wait for it
+            self.optimizer.found_inf = self.flags[:-1].max().reshape(())
+            self.optimizer.grad_scale = None
+        elif self.flags[:-1].any():
+            self.stop_at_bad_loss(losses)
+        if self.config.clip_grad > 0:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for name, value in losses.items():
+            self._meter(name, value)
+        if len(losses) > 1:
+            self._meter("loss", sum(losses.values()))
+
+    def _meter(self, name: str, value: torch.Tensor | float) -> None:
+        for meters in (self.meters, self.recent):
+            meters.setdefault(name, Mean()).update(value)
+
+    def stop_at_bad_loss(self, losses: Losses) -> None:
+        """Say which losses of which ranks are not finite, before any weight has changed."""
+        mine = [f"{name} is {value.item()} on rank {get_rank()}" for name, value in losses.items()
+                if not torch.isfinite(value)]  # fmt: skip
+        found = ", ".join(text for texts in all_gather_object(mine) for text in texts)
+        raise UserError(
+            f"{found or 'a loss was not finite'} at step {self.progress.step}; the weights were left as they were: "
+            "lower init_lr, set clip_grad, or look at the data of that step"
+        )
+
+    def after_step(self, clock: "Clock") -> None:
+        """Read losses, save and stop, each when it is due."""
+        progress = self.progress
+        due = progress.step % self.config.log_every == 0 or progress.step_in_epoch == progress.steps_per_epoch
+        if due:
+            self.read_losses(clock)
+        if self.run.device.type == "cpu" or due:
+            if self.flags[-1] > 0:
+                self.save()
+                raise Interrupted(f"stopped and saved at step {progress.step}; continue with: {self.how_to_continue()}")
+        if self.config.save_every and progress.step % self.config.save_every == 0:
+            self.save()
+
+    def how_to_continue(self) -> str:
+        """Return the command that continues the run."""
+        command = self.run.command.replace(" --overwrite", "")
+        return command if " --resume" in command else f"{command} --resume"
+
+    def read_losses(self, clock: "Clock") -> None:
+        """Write the mean losses since the last reading to the curve, the progress line and TensorBoard."""
+        means = {name: meter.value() for name, meter in self.recent.items()}
+        if self.run.device.type == "cuda" and self.flags[:-1].any():
+            self.stop_at_bad_loss({name: torch.tensor(value) for name, value in means.items()})
+        self.recent = {}
+        row = {f"train_{name}": round_to(value) for name, value in means.items()}
+        self.run.log({"step": self.progress.step, "epoch": self.progress.epoch, **row}, "curve.jsonl")
+        clock.show(means)
+        if self.writer is not None:
+            for name, value in means.items():
+                self.writer.add_scalar(f"train/{name}", value, self.progress.step)
+        if self.watch is not None and (warning := self.watch(means, self.progress)):
+            self.run.note(f"warning: {warning}")
+
+    # Between epochs.
+
+    def finish_epoch(self) -> None:
+        """Save, evaluate, log, keep the best, and begin the next epoch."""
+        self.save()  # first, so that a kill during evaluation loses nothing
+        epoch = self.progress.epoch
+        scores = self._scores()
+        means = {f"train_{name}": all_reduce_mean(torch.tensor(m.value())).item() for name, m in self.meters.items()}
+        row = {**{name: round_to(value) for name, value in {**means, **scores}.items()}, "epoch": epoch}
+        quality = self.best_metric(scores) if self.best_metric else epoch
+        if not self.best or quality > self.best["quality"]:
+            self.best = {"quality": quality, "epoch": epoch, **scores}
+            self._save_best()
+        self.run.log(row)
+        if self.writer is not None:
+            for name, value in scores.items():
+                self.writer.add_scalar(name.replace("_", "/", 1), value, self.progress.step)
+        self.progress.epoch, self.progress.step_in_epoch, self.meters = epoch + 1, 0, {}
+        self.save()
+
+    def _scores(self) -> dict[str, float]:
+        if self.evaluate is None:
+            return {}
+        self.model.eval()
+        with torch.random.fork_rng(), torch.no_grad(), autocast(self.config, self.run.device):
+            return self.evaluate(self.model)
+
+    def _save_best(self) -> None:
+        message = ""
+        if is_main_process():
+            weights = {"model": self.model.state_dict()}
+            content = {**weights, "config": asdict(self.config), "epoch": self.progress.epoch}
+            try:
+                save_atomic(content, self.run.output_dir / BEST)
+                save_atomic(weights, self.run.output_dir / WEIGHTS)
+            except UserError as error:
+                message = str(error)
+        if message := all_gather_object(message)[0]:
+            raise UserError(message)
+
+    def save(self) -> None:
+        """Save all that continuing bit for bit needs."""
+        content = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "config": asdict(self.config),
+            "epoch": self.progress.epoch,
+            "progress": asdict(self.progress),
+            "meters": all_gather_object(
+                [{name: meter.state() for name, meter in meters.items()} for meters in (self.meters, self.recent)]
+            ),
+            "best": self.best,
+        }
+        save_last(self.run.output_dir, content, self.run.device)
+
+    def restore(self, path: Path) -> None:
+        """Continue from a checkpoint that `save` wrote."""
+        content = load_last(path, self.run.device)
+        saved = Progress(**content["progress"])
+        if saved.steps_per_epoch != self.progress.steps_per_epoch and saved.step_in_epoch:
+            raise UserError(
+                f"{path} was saved within an epoch of {saved.steps_per_epoch} steps and this run's have "
+                f"{self.progress.steps_per_epoch}; continue with the same data and batch size"
+            )
+        try:
+            self.model.load_state_dict(content["model"])
+        except RuntimeError as error:
+            problem = " ".join(str(error).split())[:200]
+            raise UserError(f"{path} holds another model ({problem}); continue with the run's own config") from None
+        self.optimizer.load_state_dict(content["optimizer"])
+        saved.max_epoch, saved.steps_per_epoch = self.progress.max_epoch, self.progress.steps_per_epoch
+        self.progress, self.best = saved, content["best"]
+        states = content["meters"][get_rank()]
+        self.meters, self.recent = ({name: mean_of(state) for name, state in group.items()} for group in states)
+        self.run.trim_log(lambda row: row["epoch"] < saved.epoch)
+        self.run.trim_log(lambda row: row["step"] <= saved.step, "curve.jsonl")
+        self.run.print(f"continuing from {path}: epoch {saved.epoch}, step {saved.step}")
+
+
+class Clock:
+    """Measures an epoch and shows its progress line."""
+
+    def __init__(self, loop: Loop, first: int):
+        self.loop, self.first = loop, first
+        progress = loop.progress
+        self.line = ProgressLine(progress.steps_per_epoch, f"epoch {progress.epoch + 1}/{progress.max_epoch}", 5.0)
+        self.start, self.waited, self.steps = time.monotonic(), 0.0, first
+
+    def time_data(self, loader: DataLoader) -> Iterator[dict[str, Any]]:
+        """Yield the batches of a loader, measuring how long each was waited for."""
+        batches, end = iter(loader), object()
+        while True:
+            before = time.monotonic()
+            batch = next(batches, end)
+            self.waited += time.monotonic() - before
+            if batch is end:
+                return
+            yield batch
+
+    def show(self, means: dict[str, float]) -> None:
+        """Show losses, learning rate, images per second, share of time spent waiting for data, and memory."""
+        loop, now = self.loop, time.monotonic()
+        done = loop.progress.step_in_epoch
+        seconds = max(now - self.start, 1e-9)
+        batch = (loop.loader.batch_size or 1) * loop.config.grad_accum * get_world_size()
+        rate = (done - self.steps) * batch / seconds
+        losses = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
+        memory = memory_used(loop.run.device)
+        details = f"{losses}  {rate:.1f} images/s  data {self.waited / seconds:.0%}  {memory:.1f} GiB"
+        self.line.update(done, details, self.first)
+        self.start, self.waited, self.steps = now, 0.0, done
+
+    def close(self) -> None:
+        """End the line."""
+        self.line.close()
+
+
+def mean_of(state: tuple[float, int]) -> Mean:
+    """Return a meter with a saved state."""
+    meter = Mean()
+    meter.load(state)
+    return meter
+
+
+def round_to(value: float, digits: int = 6) -> float:
+    """Round to significant digits, so that nothing small becomes 0."""
+    return float(f"{value:.{digits}g}")
