@@ -1,0 +1,1 @@
+"""Metrics of captioning, retrieval, question answering and classification."""

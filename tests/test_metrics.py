@@ -1,0 +1,184 @@
+"""Tests of the metrics, against hand-computed values, golden values and the published scorers."""
+
+import contextlib
+import io
+import json
+import shutil
+
+import pytest
+
+from metrics import caption as caption_metrics
+from metrics.caption import caption_scores, domain_scores, simple_tokenize, write_caption_results
+from utils import UserError
+
+needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="Java is not installed")
+
+REFERENCES = {
+    7: ["A red ball lies on the green grass.", "The ball is red; it isn't blue!"],
+    "x9": ["Two dogs (both black) run along the beach.", "dogs running near the sea"],
+    12: ["A man riding a wave on a surfboard.", "a surfer on a big wave"],
+    13: ["A plate of food, with a fork.", "some food on a white plate"],
+}
+PREDICTIONS = {
+    "7": "a red ball on the grass",
+    "x9": "two black dogs run near the sea",
+    "12": "A man on a big wave.",
+    "13": "a cat sleeps",
+}
+
+
+def ground_truth(folder, domains=None):
+    """Write the references in the COCO caption format."""
+    annotations = [
+        {"id": n, "image_id": key, "caption": text}
+        for n, (key, texts) in enumerate(REFERENCES.items())
+        for text in texts
+    ]
+    images = [{"id": key} | ({"domain": domains[n]} if domains else {}) for n, key in enumerate(REFERENCES)]
+    file = folder / "gt.json"
+    file.write_text(json.dumps({"images": images, "annotations": annotations}))
+    return file
+
+
+def result_rows(predictions=PREDICTIONS):
+    """Return rows as a captioning run writes them."""
+    return [{"image_id": key, "caption": text} for key, text in predictions.items()]
+
+
+@pytest.fixture
+def no_java(monkeypatch):
+    """Hide Java."""
+    monkeypatch.setattr(caption_metrics.shutil, "which", lambda name: None)
+
+
+# Captions
+
+
+@needs_java
+def test_caption_scores_equal_pycocoevalcap(tmp_path):
+    """The scores are those of pycocoevalcap's classes on tokens of its own tokenizer."""
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.meteor.meteor import Meteor
+    from pycocoevalcap.rouge.rouge import Rouge
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    scores, left_out = caption_scores(result_rows(), ground_truth(tmp_path))
+    references = {str(k): [{"caption": c} for c in v] for k, v in REFERENCES.items()}
+    gts = PTBTokenizer().tokenize(references)
+    res = PTBTokenizer().tokenize({k: [{"caption": v}] for k, v in PREDICTIONS.items()})
+    with contextlib.redirect_stdout(io.StringIO()):
+        bleu = Bleu(4).compute_score(gts, res)[0]
+    expected = {f"Bleu_{n + 1}": value for n, value in enumerate(bleu)}
+    for name, metric in (("METEOR", Meteor()), ("ROUGE_L", Rouge()), ("CIDEr", Cider())):
+        expected[name] = metric.compute_score(gts, res)[0]
+    assert {k: v for k, v in scores.items() if k != "SPICE"} == pytest.approx(expected)
+    assert "SPICE" in scores or "SPICE" in left_out
+
+
+def test_perfect_captions_and_silence(tmp_path, no_java, capfd):
+    """A caption equal to a reference has BLEU 1, whatever the case; nothing is printed."""
+    rows = result_rows({str(k): v[0].upper() for k, v in REFERENCES.items()})
+    scores, left_out = caption_scores(rows, ground_truth(tmp_path))
+    assert scores["Bleu_4"] == pytest.approx(1.0, abs=1e-6)
+    assert scores["ROUGE_L"] == pytest.approx(1.0)
+    assert set(scores) == {"Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"}
+    assert set(left_out) == {"PTBTokenizer", "METEOR", "SPICE"}
+    assert all("Java" in reason for reason in left_out.values())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_duplicate_and_foreign_ids(tmp_path, no_java):
+    """The first of several captions of a picture counts; ids outside the ground truth do not."""
+    truth = ground_truth(tmp_path)
+    expected = caption_scores(result_rows(), truth)[0]
+    more = [*result_rows(), {"image_id": 7, "caption": "nonsense"}, {"image_id": 99, "caption": "elsewhere"}]
+    assert caption_scores(more, truth)[0] == expected
+    assert caption_scores(more[::-1], truth)[0] != expected
+
+
+def test_missing_captions_are_named(tmp_path):
+    """Pictures without a caption are counted and the first are named."""
+    with pytest.raises(UserError, match=r"3 of the 4 pictures.*7, x9, 13"):
+        caption_scores([{"image_id": 12, "caption": "a wave"}], ground_truth(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"annotations": [{"caption": "a"}]}', "{", '{"annotations": []}']
+)
+def test_wrong_ground_truth(tmp_path, text):
+    """A file of another format is refused in one line."""
+    file = tmp_path / "gt.json"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        caption_scores(result_rows(), file)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="absent"):
+        caption_scores(result_rows(), tmp_path / "absent.json")
+
+
+def test_failing_metric_loses_no_other(tmp_path, no_java, monkeypatch):
+    """The failure of one metric becomes a reason."""
+
+    def broken(references, predictions):
+        raise RuntimeError("out of order\nsecond line")
+
+    monkeypatch.setattr(caption_metrics, "_cider", broken)
+    scores, left_out = caption_scores(result_rows(), ground_truth(tmp_path))
+    assert {"Bleu_4", "ROUGE_L"} <= scores.keys() and "CIDEr" not in scores
+    assert left_out["CIDEr"] == "failed: RuntimeError: out of order"
+
+
+@needs_java
+def test_odd_captions(tmp_path):
+    """Empty captions, separators and line breaks shift no line of the Java tools."""
+    odd = {"7": "", "x9": " . ", "13": "a ||| b\ntwo\u2028three"}
+    scores, left_out = caption_scores(result_rows(PREDICTIONS | odd), ground_truth(tmp_path))
+    assert "PTBTokenizer" not in left_out and "METEOR" not in left_out
+    assert 0 < scores["METEOR"] < 1
+
+
+@needs_java
+def test_broken_meteor_ends(tmp_path, monkeypatch):
+    """A METEOR that does not start is left out, and neither hangs nor leaves a process."""
+    from pycocoevalcap.meteor import meteor
+
+    started = []
+    popen = meteor.subprocess.Popen
+    monkeypatch.setattr(meteor, "METEOR_JAR", "absent.jar")
+    monkeypatch.setattr(
+        meteor.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1]
+    )
+    scores, left_out = caption_scores(result_rows(), ground_truth(tmp_path))
+    assert "METEOR" in left_out and "CIDEr" in scores
+    assert all(process.poll() is not None for process in started)
+
+
+def test_simple_tokenizer():
+    """Tokens are those of the PTB tokenizer, whose lines stand here."""
+    pairs = {
+        "The dog's ball isn't here, don't you see?": "the dog 's ball is n't here do n't you see",
+        'Two people\'s hats; "quoted" (in brackets) & others': "two people 's hats quoted -lrb- in brackets -rrb- & others",
+        "A black-and-white cat, 3.5 years old - 10:30!": "a black-and-white cat 3.5 years old 10:30",
+        "1,000 dogs... at U.S. street \u2013 \u201ccaf\u00e9\u201d": "1,000 dogs at u.s. street caf\u00e9",
+        " . ": "",
+    }
+    assert {text: simple_tokenize(text) for text in pairs} == pairs
+
+
+def test_domains(tmp_path, no_java):
+    """Each domain is scored as a corpus of its own, next to the whole."""
+    truth = ground_truth(tmp_path, domains=["in-domain", "in-domain", "out-domain", "out-domain"])
+    scores, left_out = domain_scores(result_rows(), truth)
+    assert list(scores) == ["in-domain", "out-domain", "overall"]
+    assert scores["overall"] == caption_scores(result_rows(), truth)[0]
+    assert scores["in-domain"]["CIDEr"] > scores["out-domain"]["CIDEr"]
+    assert set(left_out) == {"PTBTokenizer", "METEOR", "SPICE"}
+    assert list(domain_scores(result_rows(), ground_truth(tmp_path))[0]) == ["overall"]
+
+
+def test_written_results(tmp_path):
+    """Results come back as written, in a folder that did not exist."""
+    rows = [{"image_id": 1, "caption": "caf\u00e9"}, {"image_id": "b", "caption": "two"}]
+    write_caption_results(tmp_path / "new" / "r.json", rows)
+    assert json.loads((tmp_path / "new" / "r.json").read_text(encoding="utf-8")) == rows
