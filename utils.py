@@ -4,8 +4,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -110,14 +109,18 @@ def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
     return total / get_world_size()
 
 
-@contextmanager
-def main_process_first() -> Iterator[None]:
-    """Let the main process run the body before the others do."""
-    if not is_main_process():
-        barrier()
-    yield
+def on_main_process(function: Callable[[], Item]) -> Item:
+    """Run a function on the main process only and return its result, or raise its UserError, on every rank."""
+    result, message = None, None
     if is_main_process():
-        barrier()
+        try:
+            result = function()
+        except UserError as error:
+            message = str(error)
+    result, message = all_gather_object((result, message))[0]
+    if message is not None:
+        raise UserError(message)
+    return result
 
 
 # Meters.

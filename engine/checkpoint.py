@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils import UserError, all_gather_object, barrier, get_rank, get_world_size, is_main_process
+from utils import UserError, all_gather_object, barrier, get_rank, get_world_size, on_main_process
 
 LAST, BEST, WEIGHTS = "checkpoint_last.pth", "checkpoint_best.pth", "model.pth"
 
@@ -67,15 +67,7 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
 def save_last(folder: Path, content: dict[str, Any], device: torch.device) -> None:
     """Save the checkpoint a run continues from; all ranks call it and all fail together."""
     rngs = all_gather_object(rng_state(device))
-    message = ""
-    if is_main_process():
-        try:
-            save_atomic({**content, "rng": rngs}, folder / LAST)
-        except UserError as error:
-            message = str(error)
-    messages = [text for text in all_gather_object(message) if text]
-    if messages:
-        raise UserError(messages[0])
+    on_main_process(lambda: save_atomic({**content, "rng": rngs}, folder / LAST))
 
 
 def load_last(path: Path, device: torch.device) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The only training loop."""
 
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -29,6 +28,7 @@ from utils import (
     get_world_size,
     is_main_process,
     memory_used,
+    on_main_process,
 )
 
 Losses = dict[str, torch.Tensor]
@@ -254,10 +254,9 @@ class Loop:
         due = progress.step % self.config.log_every == 0 or progress.step_in_epoch == progress.steps_per_epoch
         if due:
             self.read_losses(clock)
-        if self.run.device.type == "cpu" or due:
-            if self.flags[-1] > 0:
-                self.save()
-                raise Interrupted(f"stopped and saved at step {progress.step}; continue with: {self.how_to_continue()}")
+        if (self.run.device.type == "cpu" or due) and self.flags[-1] > 0:
+            self.save()
+            raise Interrupted(f"stopped and saved at step {progress.step}; continue with: {self.how_to_continue()}")
         if self.config.save_every and progress.step % self.config.save_every == 0:
             self.save()
 
@@ -309,17 +308,10 @@ class Loop:
             return self.evaluate(self.model)
 
     def _save_best(self) -> None:
-        message = ""
-        if is_main_process():
-            weights = {"model": self.model.state_dict()}
-            content = {**weights, "config": asdict(self.config), "epoch": self.progress.epoch}
-            try:
-                save_atomic(content, self.run.output_dir / BEST)
-                save_atomic(weights, self.run.output_dir / WEIGHTS)
-            except UserError as error:
-                message = str(error)
-        if message := all_gather_object(message)[0]:
-            raise UserError(message)
+        weights = {"model": self.model.state_dict()}
+        content = {**weights, "config": asdict(self.config), "epoch": self.progress.epoch}
+        on_main_process(lambda: save_atomic(content, self.run.output_dir / BEST))
+        on_main_process(lambda: save_atomic(weights, self.run.output_dir / WEIGHTS))
 
     def save(self) -> None:
         """Save all that continuing bit for bit needs."""

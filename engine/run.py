@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from engine.checkpoint import LAST
 from engine.config import ModelConfig, describe, load_config, save_config
-from utils import UserError, all_gather_object, get_rank, has_group, is_main_process, user_message
+from utils import UserError, get_rank, has_group, is_main_process, on_main_process, user_message
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # evaluation may keep one rank busy that long
 
@@ -103,6 +103,8 @@ def launch(
         return _end(str(stop), 143)
     except Exception as error:
         message = user_message(error)
+        if message is None and _lost_peer(error):
+            message = f"rank {get_rank()} lost another process, which ended or was killed; continue with --resume"
         if message is None:
             raise
         return _end(f"error: {message}", 2)
@@ -112,10 +114,25 @@ def launch(
 
 
 def _end(message: str, code: int) -> int:
-    """Say why it ends, once: rank 0 speaks, and the others only where it may not know."""
-    if is_main_process() or (message.startswith("error") and "rank" in message):
+    """Say why the run ends, once however many processes end with it."""
+    if _first_to_speak():
         print(f"\n{message}" if code == 130 else message, file=sys.stderr, flush=True)
     return code
+
+
+def _first_to_speak() -> bool:
+    if not has_group():
+        return int(os.environ.get("RANK", 0)) == 0
+    try:
+        return dist.distributed_c10d._get_default_store().add("blip_last_words", 1) == 1
+    except RuntimeError:  # the store went away with the process that held it, which has spoken
+        return False
+
+
+def _lost_peer(error: Exception) -> bool:
+    """Tell whether an error comes from another process that ended."""
+    signs = ("closed by peer", "reset by peer", "Broken pipe", "Socket", "NCCL", "remote process exited", "gloo")
+    return has_group() and isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def _parser(
@@ -185,16 +202,12 @@ def _prepare(args: argparse.Namespace, config: ModelConfig, device: torch.device
         run.resume = last
     elif last.is_file() and not args.evaluate and not args.overwrite:
         raise UserError(f"{run.output_dir} holds a run; continue it with --resume, or begin anew with --overwrite")
-    message = ""
-    if is_main_process():
-        message = _write_folder(run, config, begin=not run.resume and not args.evaluate)
-    if message := all_gather_object(message)[0]:
-        raise UserError(message)
+    on_main_process(lambda: _write_folder(run, config, begin=not run.resume and not args.evaluate))
     return run
 
 
-def _write_folder(run: Run, config: ModelConfig, begin: bool) -> str:
-    """Make the folder and write config.yaml; return what went wrong, '' for nothing."""
+def _write_folder(run: Run, config: ModelConfig, begin: bool) -> None:
+    """Make the output folder, clear it of an earlier run's state if this one begins anew, and write config.yaml."""
     try:
         run.output_dir.mkdir(parents=True, exist_ok=True)
         if begin:
@@ -203,8 +216,7 @@ def _write_folder(run: Run, config: ModelConfig, begin: bool) -> str:
         if begin or not (run.output_dir / "config.yaml").is_file():
             save_config(config, run.output_dir / "config.yaml")
     except OSError as error:
-        return f"output folder {run.output_dir}: {error.strerror}; choose another --output_dir"
-    return ""
+        raise UserError(f"output folder {run.output_dir}: {error.strerror}; choose another --output_dir") from None
 
 
 def seed_everything(seed: int) -> None:

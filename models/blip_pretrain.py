@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 
+from models.attention import Projection
 from models.blip import next_token_loss
 from models.losses import IGNORED, draw_negatives
 from models.med import BERT_CONFIG, TextDecoder
 from models.momentum import MomentumModel, enqueue, pick
 from models.pretrained import load_pretrained
 from models.tokenizer import TokenBatch
-from models.attention import Projection
 
 MAX_TEXT_TOKENS = 30
 NEGATIVE_FLOOR = 1e-4  # added to each negative's probability

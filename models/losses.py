@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from utils import UserError
+
 LABEL_SMOOTHING = 0.1
 IGNORED = -100  # label of a position whose likelihood does not count
 
@@ -42,7 +44,12 @@ def draw_negatives(similarity: torch.Tensor, same: torch.Tensor, floor: float = 
 
     Returns:
         int64 (batch,), indices of candidates. A row all of whose candidates belong to it draws among all.
+
+    Raises:
+        UserError: there is only one candidate.
     """
+    if similarity.shape[1] < 2:
+        raise UserError("a batch of one pair has no negatives for matching; use a batch of at least 2 per process")
     weights = (F.softmax(similarity.float(), dim=1) + floor).masked_fill(same, 0)
     nothing_left = weights.sum(dim=1, keepdim=True) == 0
     return torch.multinomial(weights + nothing_left, 1).squeeze(1)

@@ -13,7 +13,7 @@ from models.losses import itc_loss, itm_loss, soft_targets
 from models.med import TextTransformer
 from models.tokenizer import TokenBatch, tokenize
 from models.vit import create_vit
-from utils import UserError, all_gather
+from utils import all_gather
 
 TWINS = ("visual_encoder", "vision_proj", "text_encoder", "text_proj")
 INITIAL_TEMPERATURE = 0.07
@@ -126,9 +126,7 @@ class MomentumModel(nn.Module):
         return itm_loss(self.itm_head(positive), self.itm_head(torch.cat((negative_image, negative_text))))
 
     def tokenize(self, texts: str | Sequence[str], max_length: int, device: torch.device) -> TokenBatch:
-        """Tokenize texts with [CLS] in front; refuses a batch without a possible negative."""
-        if len(texts) < 2:
-            raise UserError("a batch of one pair has no negatives for matching; use a batch of at least 2 per process")
+        """Tokenize texts with [CLS] in front."""
         return tokenize(self.tokenizer, texts, "cls", max_length, device)
 
 

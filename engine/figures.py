@@ -1,0 +1,274 @@
+"""Figures of a report: scores as bars, training as curves, test pictures with their texts."""
+
+import math
+import textwrap
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from utils import UserError
+
+if TYPE_CHECKING:  # matplotlib takes a second to import, so only drawing imports it
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Scores = dict[str, dict[str, Any]]  # group (a domain, a split; "" when there is only one) -> metric -> value
+INK, FAINT = "#22272e", "#d0d7de"
+TONES = {"": INK, "good": "#1a7f37", "bad": "#b3261e"}
+MARKS = {"": "", "good": "\u2713 ", "bad": "\u2717 "}  # so that nothing is told by colour alone
+COLOURS = ("#2463a6", "#d9722b", "#2f8f6b", "#8b5fb0", "#b5446e", "#7a6a2f", "#3a9ab8", "#6b7280")
+MAX_SIDE = 480  # pixels of an embedded picture's longer side
+MAX_DRAWN = 24  # cards in pictures.png; the page shows all
+
+
+@dataclass
+class Card:
+    """One test example: pictures side by side, each with a tone, and lines of (label, text, tone) below."""
+
+    images: list[Image.Image]
+    lines: list[tuple[str, str, str]]
+    tones: list[str] = field(default_factory=list)
+
+    def framed(self) -> list[Image.Image]:
+        """Return the pictures at one height, framed in the colours of their tones."""
+        height = max(image.height for image in self.images)
+        same = [image.resize((max(1, image.width * height // image.height), height)) for image in self.images]
+        edge = max(2, height // 40)
+        return [ImageOps.expand(i, edge, TONES[t]) if t else i for i, t in zip(same, self.tones, strict=True)]
+
+
+def open_picture(source: Any) -> Image.Image:
+    """Return a picture in RGB, at most 480 pixels on a side.
+
+    Args:
+        source: a path, a PIL image, or an array or tensor (H, W, 3) or (3, H, W), uint8 or float in [0, 1].
+
+    Raises:
+        UserError: the file cannot be read, or the array has another shape.
+    """
+    if isinstance(source, (str, Path)):
+        try:
+            source = Image.open(source)
+            source.load()
+        except OSError as error:
+            raise UserError(f"cannot read the picture {source} for the report: {error}") from error
+    picture = (source if isinstance(source, Image.Image) else _from_array(source)).convert("RGB")
+    picture.thumbnail((MAX_SIDE, MAX_SIDE))
+    return picture
+
+
+def _from_array(source: Any) -> Image.Image:
+    array = np.asarray(source.detach().cpu() if hasattr(source, "detach") else source)
+    if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
+        array = array.transpose(1, 2, 0)
+    if array.ndim != 3 or array.shape[2] != 3:
+        raise UserError(f"a picture of the report has shape {array.shape}; expected (H, W, 3) or (3, H, W)")
+    if array.dtype != np.uint8:
+        array = (array.clip(0, 1) * 255).round().astype(np.uint8)
+    return Image.fromarray(array)
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a value can be drawn."""
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def format_value(value: Any) -> str:
+    """Return a value as tables show it: four significant digits, whole numbers as they are."""
+    if not isinstance(value, (float, np.floating)):
+        return str(value)
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.1f}"
+
+
+# Scores
+
+
+def draw_scores(scores: Scores, path: Path) -> bool:
+    """Draw a bar for every number and tell whether there was one."""
+    names = list(
+        dict.fromkeys(n for group in scores.values() for n, value in group.items() if is_number(value))
+    )
+    if not names:
+        return False
+    thick = 0.8 / len(scores)
+    with _figure(7.2, 0.9 + 0.42 * len(names) * (0.6 + 0.4 * len(scores)), path) as figure:
+        axes = figure.add_subplot()
+        for k, (group, values) in enumerate(scores.items()):
+            drawn = [(n, values[name]) for n, name in enumerate(names) if is_number(values.get(name))]
+            places = [n + (k - (len(scores) - 1) / 2) * thick for n, _ in drawn]
+            bars = axes.barh(
+                places, [v for _, v in drawn], thick * 0.9, color=COLOURS[k % len(COLOURS)], label=group
+            )
+            axes.bar_label(bars, [format_value(float(v)) for _, v in drawn], padding=4, fontsize=9, color=INK)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.margins(x=0.14)
+        _clean(axes, grid="x")
+        if len(scores) > 1:
+            axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return True
+
+
+# Curves
+
+
+def draw_curves(log: Sequence[dict[str, Any]], prefixes: Sequence[str], path: Path) -> bool:
+    """Draw losses, learning rate and validation scores, one panel each, and tell whether there was any.
+
+    Args:
+        log: rows with "epoch" or "step" or both, and numbers.
+        prefixes: names of losses begin with one of them.
+        path: where the PNG goes.
+    """
+    names = list(dict.fromkeys(name for row in log for name in row))
+    panels = {
+        "loss": [name for name in names if name.startswith(tuple(prefixes))],
+        "learning rate": [name for name in names if name == "lr" or name.endswith("_lr")],
+        "validation": [name for name in names if name.startswith("val_") and "loss" not in name],
+    }
+    unit, places = _places(log)
+    lines = {
+        panel: {n: line for n in members if (line := _line(log, places, n))}
+        for panel, members in panels.items()
+    }
+    lines = {panel: members for panel, members in lines.items() if members}
+    if not lines:
+        return False
+    with _figure(8.4, 0.5 + 2.4 * len(lines), path) as figure:
+        for axes, (panel, members) in zip(
+            figure.subplots(len(lines), squeeze=False)[:, 0], lines.items(), strict=True
+        ):
+            _panel(axes, panel, members)
+        axes.set_xlabel(unit, color=INK)
+    return True
+
+
+def _places(log: Sequence[dict[str, Any]]) -> tuple[str, list[float | None]]:
+    """Put rows on one axis: steps if any row has one (an epoch's row stands at its last step), else epochs."""
+    last: dict[Any, float] = {}
+    for row in log:
+        if is_number(row.get("step")):
+            last[row.get("epoch")] = max(row["step"], last.get(row.get("epoch"), row["step"]))
+    if not last:
+        return "epoch", [row["epoch"] if is_number(row.get("epoch")) else None for row in log]
+    return "step", [row["step"] if is_number(row.get("step")) else last.get(row.get("epoch")) for row in log]
+
+
+def _line(log: Sequence[dict], places: Sequence[float | None], name: str) -> list[tuple[float, float]]:
+    points = zip(places, log, strict=True)
+    return sorted((x, float(row[name])) for x, row in points if x is not None and is_number(row.get(name)))
+
+
+def _panel(axes: "Axes", title: str, lines: dict[str, list[tuple[float, float]]]) -> None:
+    for k, (name, points) in enumerate(lines.items()):
+        style = {"marker": "o", "markersize": 3.5} if len(points) <= 40 else {}
+        dash = "-" if k < len(COLOURS) else "--"
+        axes.plot(
+            *zip(*points, strict=True), dash, lw=1.6, color=COLOURS[k % len(COLOURS)], label=name, **style
+        )
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.03), labelspacing=0.25)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _clean(axes, grid="y")
+
+
+# Pictures
+
+
+def draw_cards(cards: Sequence[Card], path: Path) -> bool:
+    """Draw the first 24 test examples as a grid, their lines below, and tell whether there was one."""
+    cards = cards[:MAX_DRAWN]
+    if not cards:
+        return False
+    columns = min(len(cards), max(1, 4 // max(len(card.images) for card in cards)))
+    width = 12.0 / columns if columns > 1 else 9.0
+    width = min(width, 4.0 * max(len(card.images) for card in cards))
+    rows = [cards[i : i + columns] for i in range(0, len(cards), columns)]
+    heights = [max(_card_height(card, width) for card in row) for row in rows]
+    with _figure(width * columns, sum(heights), path, layout=None) as figure:
+        top = sum(heights)
+        for row, height in zip(rows, heights, strict=True):
+            for k, card in enumerate(row):
+                _draw_card(figure, card, k * width, top, width)
+            top -= height
+    return True
+
+
+PAD, LINE = 0.15, 0.17  # inches around a card and of a line of text
+PICTURE_HEIGHT = 2.6  # inches at most
+
+
+def _wrapped(card: Card, width: float) -> list[tuple[str, str, str]]:
+    """Break a card's lines to its width; the first line is bold."""
+    rows = []
+    for n, (label, text, tone) in enumerate(card.lines):
+        full = MARKS[tone] + (f"{label}: {text}" if label else text)
+        weight = "normal" if n else "bold"
+        letters = int((width - 2 * PAD) / (0.072 if n else 0.082))
+        rows += [(part, TONES[tone], weight) for part in textwrap.wrap(full, letters) or [""]]
+    return rows
+
+
+def _picture_size(card: Card, width: float) -> tuple[float, float]:
+    """Return the width and height, in inches, of all the card's pictures together."""
+    ratio = sum(image.width / image.height for image in card.images)
+    gaps = 0.06 * (len(card.images) - 1)
+    height = min((width - 2 * PAD - gaps) / ratio, PICTURE_HEIGHT)
+    return height * ratio + gaps, height
+
+
+def _card_height(card: Card, width: float) -> float:
+    return _picture_size(card, width)[1] + LINE * len(_wrapped(card, width)) + 3 * PAD
+
+
+def _draw_card(figure: "Figure", card: Card, left: float, top: float, width: float) -> None:
+    """Draw one card; places are inches from the lower left of the figure."""
+    wide, high = figure.get_size_inches()
+    height = _picture_size(card, width)[1]
+    x = left + PAD
+    for image in card.framed():
+        across = height * image.width / image.height
+        axes = figure.add_axes((x / wide, (top - PAD - height) / high, across / wide, height / high))
+        axes.imshow(image, aspect="auto", interpolation="nearest" if image.height < 128 else "antialiased")
+        axes.set_axis_off()
+        x += across + 0.06
+    y = top - PAD - height - 0.08
+    for text, colour, weight in _wrapped(card, width):
+        figure.text((left + PAD) / wide, y / high, text, color=colour, fontsize=9, fontweight=weight, va="top",
+                    parse_math=False)  # fmt: skip
+        y -= LINE
+
+
+# Common
+
+
+@contextmanager
+def _figure(
+    width: float, height: float, path: Path, layout: str | None = "constrained"
+) -> Iterator["Figure"]:
+    """Give a figure to draw on and write it as PNG; inches, 110 dots each."""
+    from matplotlib.figure import Figure
+
+    # A Figure of its own and not pyplot: no global state, no window, Agg in any case.
+    figure = Figure(figsize=(width, height), dpi=110, layout=layout, facecolor="white")
+    yield figure
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Glyph"
+        )  # scripts that the figure's font lacks show as boxes
+        figure.savefig(path)
+
+
+def _clean(axes: "Axes", grid: str) -> None:
+    """Leave of the frame only what is needed."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(colors=INK, labelsize=9, length=0)
+    axes.grid(axis=grid, color=FAINT, lw=0.6)
+    axes.set_axisbelow(True)
