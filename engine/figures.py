@@ -80,37 +80,42 @@ def is_number(value: Any) -> bool:
 
 
 def format_value(value: Any) -> str:
-    """Return a value as tables show it: four significant digits, whole numbers as they are."""
+    """Return a value as tables show it: numbers below 10 with four decimals, others with two."""
     if not isinstance(value, (float, np.floating)):
         return str(value)
-    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.1f}"
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.3g}"
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:,.2f}"
 
 
 # Scores
 
 
 def draw_scores(scores: Scores, path: Path) -> bool:
-    """Draw a bar for every number and tell whether there was one."""
-    names = list(
-        dict.fromkeys(n for group in scores.values() for n, value in group.items() if is_number(value))
-    )
+    """Draw a bar for every fraction or percentage (float) and tell whether there was one."""
+    shown = {
+        group: {name: v for name, v in values.items() if is_number(v) and not isinstance(v, int)}
+        for group, values in scores.items()
+    }
+    shown = {group: values for group, values in shown.items() if values}
+    names = list(dict.fromkeys(name for values in shown.values() for name in values))
     if not names:
         return False
-    thick = 0.8 / len(scores)
-    with _figure(7.2, 0.9 + 0.42 * len(names) * (0.6 + 0.4 * len(scores)), path) as figure:
+    thick = 0.8 / len(shown)
+    with _figure(7.2, 0.9 + 0.42 * len(names) * (0.6 + 0.4 * len(shown)), path) as figure:
         axes = figure.add_subplot()
-        for k, (group, values) in enumerate(scores.items()):
-            drawn = [(n, values[name]) for n, name in enumerate(names) if is_number(values.get(name))]
-            places = [n + (k - (len(scores) - 1) / 2) * thick for n, _ in drawn]
+        for k, (group, values) in enumerate(shown.items()):
+            drawn = [(n, values[name]) for n, name in enumerate(names) if name in values]
+            places = [n + (k - (len(shown) - 1) / 2) * thick for n, _ in drawn]
             bars = axes.barh(
                 places, [v for _, v in drawn], thick * 0.9, color=COLOURS[k % len(COLOURS)], label=group
             )
-            axes.bar_label(bars, [format_value(float(v)) for _, v in drawn], padding=4, fontsize=9, color=INK)
+            axes.bar_label(bars, [format_value(v) for _, v in drawn], padding=4, fontsize=9, color=INK)
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.margins(x=0.14)
         _clean(axes, grid="x")
-        if len(scores) > 1:
+        if len(shown) > 1:
             axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return True
 
@@ -142,7 +147,7 @@ def draw_curves(log: Sequence[dict[str, Any]], prefixes: Sequence[str], path: Pa
         return False
     with _figure(8.4, 0.5 + 2.4 * len(lines), path) as figure:
         for axes, (panel, members) in zip(
-            figure.subplots(len(lines), squeeze=False)[:, 0], lines.items(), strict=True
+            figure.subplots(len(lines), squeeze=False, sharex=True)[:, 0], lines.items(), strict=True
         ):
             _panel(axes, panel, members)
         axes.set_xlabel(unit, color=INK)
@@ -150,7 +155,7 @@ def draw_curves(log: Sequence[dict[str, Any]], prefixes: Sequence[str], path: Pa
 
 
 def _places(log: Sequence[dict[str, Any]]) -> tuple[str, list[float | None]]:
-    """Put rows on one axis: steps if any row has one (an epoch's row stands at its last step), else epochs."""
+    """Put rows on one axis: steps if any row has one (an epoch's row at its last step), else epochs."""
     last: dict[Any, float] = {}
     for row in log:
         if is_number(row.get("step")):
@@ -161,8 +166,12 @@ def _places(log: Sequence[dict[str, Any]]) -> tuple[str, list[float | None]]:
 
 
 def _line(log: Sequence[dict], places: Sequence[float | None], name: str) -> list[tuple[float, float]]:
-    points = zip(places, log, strict=True)
-    return sorted((x, float(row[name])) for x, row in points if x is not None and is_number(row.get(name)))
+    rows = [
+        (x, row) for x, row in zip(places, log, strict=True) if x is not None and is_number(row.get(name))
+    ]
+    # Where a loss is known step by step, its means over epochs are not put on the same line.
+    rows = [(x, row) for x, row in rows if "step" in row] or rows
+    return sorted((x, float(row[name])) for x, row in rows)
 
 
 def _panel(axes: "Axes", title: str, lines: dict[str, list[tuple[float, float]]]) -> None:
@@ -240,8 +249,8 @@ def _draw_card(figure: "Figure", card: Card, left: float, top: float, width: flo
         x += across + 0.06
     y = top - PAD - height - 0.08
     for text, colour, weight in _wrapped(card, width):
-        figure.text((left + PAD) / wide, y / high, text, color=colour, fontsize=9, fontweight=weight, va="top",
-                    parse_math=False)  # fmt: skip
+        place = ((left + PAD) / wide, y / high)
+        figure.text(*place, text, color=colour, fontsize=9, fontweight=weight, va="top", parse_math=False)
         y -= LINE
 
 

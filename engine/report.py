@@ -29,13 +29,15 @@ body { margin: 0; background: #f6f7f9; color: #22272e; font: 16px/1.5 system-ui,
 main { max-width: 1120px; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0 1.2rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.1rem; margin: 0 0 .8rem; }
-section { background: #fff; border: 1px solid #dfe3e8; border-radius: 10px; padding: 1.1rem 1.2rem; margin: 0 0 1rem; }
+section { background: #fff; border: 1px solid #dfe3e8; border-radius: 10px; padding: 1.1rem 1.2rem;
+  margin: 0 0 1rem; }
 .scroll { overflow-x: auto; }
 .side { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start; }
 .side img { flex: 1 1 320px; min-width: 0; max-width: 640px; width: 100%; }
 .wide { display: block; width: 100%; max-width: 860px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid #e8ebef; text-align: right; white-space: nowrap; }
+th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid #e8ebef; text-align: right;
+  white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 thead th { color: #57606a; font-weight: 600; }
 tbody th { font-weight: 500; }
@@ -72,7 +74,9 @@ def write_report(
     notes: Sequence[str] = (),
     curves: Sequence[str] = ("train_loss",),
 ) -> Path:
-    """Write report.html, which needs no other file, and scores.png, curve.png and pictures.png as far as there is data.
+    """Write report.html, which needs no other file, and its figures scores.png, curve.png and pictures.png.
+
+    A figure is written where there is something to draw.
 
     Args:
         folder: made if absent.

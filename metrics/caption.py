@@ -205,7 +205,7 @@ def _score_all(references: Captions, predictions: Captions) -> tuple[dict[str, f
                 with contextlib.redirect_stdout(io.StringIO()):
                     scores |= metric(references, predictions)
             # Whatever goes wrong inside one metric, a Java process included, must not lose the others.
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:
                 reason = f"failed: {type(error).__name__}: {error}".strip().splitlines()[0]
         if reason:
             left_out[name] = reason

@@ -1,0 +1,172 @@
+"""Tests of the report: the page stands alone, escapes its texts, and its figures hold what was given."""
+
+import re
+import warnings
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine.figures import _line, _places, draw_curves, draw_scores, format_value, open_picture
+from engine.report import write_report
+from utils import UserError
+
+ORANGE = (240, 120, 30)
+LOG = [{"epoch": 0, "step": s, "train_loss_lm": 3.0 / s, "train_lr": 1e-3} for s in (10, 20)] + [
+    {"epoch": 0, "train_loss_lm": 9.0, "val_CIDEr": 0.5}
+]
+
+
+class Page(HTMLParser):
+    """Collects the tags, addresses and texts of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.addresses, self.texts, self.open = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def picture(size=(60, 40)):
+    """Return a picture of one colour."""
+    return Image.new("RGB", size, ORANGE)
+
+
+def captions():
+    """Return two test pictures with captions."""
+    return [
+        {
+            "image": picture(),
+            "caption": "a <script>ball</script> for $5 & $6",
+            "references": ["a ball"],
+            "ok": True,
+        },
+        {"image": picture((300, 500)), "caption": "a dog", "references": ["a cat", "the cat"], "ok": False},
+    ]
+
+
+def test_page_stands_alone_and_escapes(tmp_path):
+    """All texts are shown as written; nothing is loaded from elsewhere; tags are closed."""
+    path = write_report(tmp_path / "new", "A & <b>", {"CIDEr": 1.25}, LOG, captions(), ["left out: <SPICE>"])
+    page = Page(path.read_text(encoding="utf-8"))
+    assert path == tmp_path / "new" / "report.html" and not page.open
+    texts = {"A & <b>", "a <script>ball</script> for $5 & $6", "left out: <SPICE>", "1.2500", "the cat"}
+    assert texts <= set(page.texts) and "script" not in page.tags
+    assert page.addresses and all(address.startswith("data:image/") for address in page.addresses)
+    assert len(page.addresses) == 2 + 2  # two figures, two test pictures
+
+
+def test_figures_are_written(tmp_path):
+    """The three figures are PNGs; the test picture is seen in the grid."""
+    write_report(tmp_path, "t", {"CIDEr": 1.25}, LOG, captions())
+    sizes = {name: Image.open(tmp_path / name).size for name in ("scores.png", "curve.png", "pictures.png")}
+    assert all(min(size) > 50 for size in sizes.values())
+    pixels = np.asarray(Image.open(tmp_path / "pictures.png").convert("RGB")).reshape(-1, 3)
+    assert (pixels == ORANGE).all(1).mean() > 0.2
+
+
+def test_nothing_to_draw(tmp_path):
+    """Without data there is a page and no figure."""
+    page = Page(write_report(tmp_path, "only a title", {}).read_text(encoding="utf-8"))
+    assert "only a title" in page.texts and "section" not in page.tags
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_other_tasks(tmp_path):
+    """Several pictures with tones, questions and odd scripts go in, without a warning."""
+    entries = [
+        {
+            "images": [picture(), picture((40, 90))],
+            "tones": ["bad", "good"],
+            "lines": [("query", "\u732b", "")],
+        },
+        {
+            "image": picture(),
+            "lines": [("question", "what?", ""), ("answer", "red", "good"), ("", "", "bad")],
+        },
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text = write_report(tmp_path, "t", {"acc": float("nan")}, [], entries).read_text(encoding="utf-8")
+    assert (
+        re.search(r'<img class="\S* ?good"', text)
+        and '<p class="good"><small>answer</small><b>red</b>' in text
+    )
+    assert (tmp_path / "pictures.png").exists() and not (tmp_path / "scores.png").exists()
+
+
+def test_groups_become_columns(tmp_path):
+    """Scores by domain make one column each; a score that one lacks is an empty cell."""
+    scores = {"in": {"CIDEr": 1.0, "SPICE": 0.1}, "out": {"CIDEr": 0.5}, "n": 3}
+    text = write_report(tmp_path, "t", scores).read_text(encoding="utf-8")
+    assert "<th></th><th></th><th>in</th><th>out</th>" in text
+    assert "<tr><th>CIDEr</th><td></td><td>1.0000</td><td>0.5000</td></tr>" in text
+    assert "<tr><th>SPICE</th><td></td><td>0.1000</td><td></td></tr>" in text
+
+
+def test_scores_without_numbers_draw_nothing(tmp_path):
+    """Counts, texts and infinities make no bars."""
+    assert not draw_scores(
+        {"": {"n": 5000, "name": "x", "bad": float("inf"), "flag": True}}, tmp_path / "s.png"
+    )
+    assert draw_scores({"": {"n": 5000, "acc": 0.5}}, tmp_path / "s.png")
+
+
+def test_curve_places():
+    """Rows of epochs stand at their last step; step values are not mixed with means over epochs."""
+    unit, places = _places(LOG)
+    assert (unit, places) == ("step", [10, 20, 20])
+    assert _line(LOG, places, "train_loss_lm") == [(10, 0.3), (20, 0.15)]
+    assert _line(LOG, places, "val_CIDEr") == [(20, 0.5)]
+    assert _places([{"epoch": 0}, {"epoch": 3}, {}]) == ("epoch", [0, 3, None])
+
+
+def test_curves_skip_what_is_no_number(tmp_path):
+    """Losses that are not finite leave a gap; without any number no figure is drawn."""
+    row = {"epoch": 1, "train_loss": float("nan"), "train_lr": None, "val_note": "x"}
+    assert not draw_curves([row, {}], ["train_loss"], tmp_path / "c.png")
+    assert draw_curves([row, {"epoch": 2, "train_loss": 1.0}], ["train_loss"], tmp_path / "c.png")
+
+
+def test_picture_sources(tmp_path):
+    """Paths, arrays and tensors, in either order and range, give the same picture."""
+    small = picture((6, 4))
+    small.save(tmp_path / "p.png")
+    array = np.asarray(small)
+    tensor = torch.tensor(array.copy()).permute(2, 0, 1).float() / 255
+    for source in (tmp_path / "p.png", str(tmp_path / "p.png"), array, array / 255, tensor, small):
+        opened = open_picture(source)
+        assert opened.size == (6, 4) and opened.getpixel((0, 0)) == ORANGE
+    assert max(open_picture(picture((2000, 900))).size) == 480
+
+
+def test_what_cannot_be_shown(tmp_path):
+    """A file that is absent or no picture, and an array of another shape, are named."""
+    (tmp_path / "text.png").write_text("no picture")
+    for source in (tmp_path / "absent.png", tmp_path / "text.png"):
+        with pytest.raises(UserError, match=source.name):
+            open_picture(source)
+    with pytest.raises(UserError, match=r"\(4, 4\)"):
+        open_picture(np.zeros((4, 4)))
+    with pytest.raises(UserError, match="cannot write the report"):
+        write_report(tmp_path / "text.png", "t", {})
+
+
+def test_values():
+    """Small rates keep their digits, counts stay whole."""
+    values = (0.5, 1.33123, 71.4285, 1e-5, 0.0, 5000, 12345.6, "x")
+    shown = ["0.5000", "1.3312", "71.43", "1e-05", "0.0000", "5000", "12,345.60", "x"]
+    assert [format_value(value) for value in values] == shown
