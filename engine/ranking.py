@@ -1,0 +1,172 @@
+"""Two-stage ranking of images, or videos, and texts: contrast finds candidates, matching re-ranks them (section 5.1).
+
+Every process keeps the tokens of its own images only and scores all pairs, of both directions, that those images
+belong to: an image is projected once, and a pair that both directions ask for is scored once.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from models.blip import ids_and_mask
+from models.blip_retrieval import MAX_TEXT_TOKENS
+from models.tokenizer import TokenBatch, tokenize
+from utils import all_gather_object, get_rank, get_world_size, is_main_process, track
+
+NOT_SCORED = -100.0
+Encode = Callable[[dict[str, Any]], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass
+class Scores:
+    """Score matrices of both directions: ITM logit plus cosine similarity of candidates, -100 elsewhere.
+
+    Attributes:
+        i2t: float32 (images, texts). On other processes than the main one both are empty.
+        t2i: float32 (texts, images).
+    """
+
+    i2t: np.ndarray
+    t2i: np.ndarray
+
+
+@torch.no_grad()
+def two_stage_scores(
+    model: nn.Module, encode: Encode, loader: Iterable[dict[str, Any]], texts: Sequence[str], k_test: int, batch_size: int
+) -> Scores:
+    """Score images against texts.
+
+    Args:
+        model: a `BLIP_Retrieval` or `BLIP_ITM` in eval mode.
+        encode: batch -> image tokens (batch, length, width) and normalised features (batch, embed_dim).
+        loader: this process's share of the images: numbers rank, rank + world size, ...
+        texts: all texts, the same on every process.
+        k_test: candidates per image, and per text; at most as many as there are.
+        batch_size: texts at once.
+    """
+    device = next(model.parameters()).device
+    tokens = [model.tokenizer(text, truncation=True, max_length=MAX_TEXT_TOKENS).input_ids for text in texts]
+    text_feat = encode_texts(model, texts, batch_size, device)
+    embeds, feats = encode_images(encode, loader)
+    num_images, image_feat = gather_features(feats)
+    own = torch.arange(get_rank(), num_images, get_world_size())
+    to_texts, to_images = candidates(image_feat.to(device), text_feat, own, k_test)
+    asked = wanted_pairs(to_texts, to_images, own)
+    pairs = []
+    for row, image_embeds in enumerate(track(embeds, "matching")):
+        wanted = asked[row]
+        itm = match_image(model, image_embeds.to(device), [tokens[t] for t in wanted], batch_size)
+        similarity = image_feat[own[row]].to(device) @ text_feat[wanted].T
+        pairs.append((int(own[row]), wanted.numpy(), (itm + similarity).float().cpu().numpy()))
+    return fill_matrices(pairs, to_texts, to_images, own, (num_images, len(texts)))
+
+
+def encode_texts(model: nn.Module, texts: Sequence[str], batch_size: int, device: torch.device) -> torch.Tensor:
+    """Return features of all texts (texts, embed_dim), each process encoding its share."""
+    share = list(texts[get_rank() :: get_world_size()])
+    feats = []
+    for start in track(range(0, len(share), batch_size), "texts"):
+        text = tokenize(model.tokenizer, share[start : start + batch_size], "cls", MAX_TEXT_TOKENS, device)
+        hidden = model.text_encoder(*ids_and_mask(text))
+        feats.append(nn.functional.normalize(model.text_proj(hidden[:, 0]), dim=-1))
+    return gather_features(torch.cat(feats) if feats else None)[1].to(device)
+
+
+def encode_images(encode: Encode, loader: Iterable[dict[str, Any]]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Return each own image's tokens, and the features of all own images."""
+    embeds: list[torch.Tensor] = []
+    feats = []
+    for batch in track(loader, "images"):
+        image_embeds, image_feat = encode(batch)
+        embeds += image_embeds.split(1)
+        feats.append(image_feat)
+    return embeds, torch.cat(feats) if feats else None
+
+
+def gather_features(own: torch.Tensor | None) -> tuple[int, torch.Tensor]:
+    """Join the processes' features in the order of the collection: row i comes from process i % world size."""
+    shards = [shard for shard in all_gather_object(None if own is None else own.float().cpu()) if shard is not None]
+    total = sum(len(shard) for shard in shards)
+    joined = shards[0].new_empty(total, shards[0].shape[1])
+    for rank, shard in enumerate(shards):
+        joined[rank :: get_world_size()] = shard
+    return total, joined
+
+
+def candidates(
+    image_feat: torch.Tensor, text_feat: torch.Tensor, own: torch.Tensor, k_test: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the k most similar texts of each own image, and the k most similar images of every text."""
+    similarity = image_feat[own.to(image_feat.device)] @ text_feat.T
+    to_texts = similarity.topk(min(k_test, len(text_feat)), dim=1).indices.cpu()
+    k = min(k_test, len(image_feat))
+    mine = text_feat[get_rank() :: get_world_size()]
+    shards = all_gather_object((mine @ image_feat.T).topk(k, dim=1).indices.int().cpu())
+    to_images = torch.empty(len(text_feat), k, dtype=torch.int32)
+    for rank, shard in enumerate(shards):
+        to_images[rank :: get_world_size()] = shard
+    return to_texts, to_images
+
+
+def wanted_pairs(to_texts: torch.Tensor, to_images: torch.Tensor, own: torch.Tensor) -> list[torch.Tensor]:
+    """Return for each own image the texts, sorted, that it is to be scored with in either direction."""
+    row_of = {int(image): row for row, image in enumerate(own)}
+    asked: list[set[int]] = [set(row) for row in to_texts.tolist()]
+    for text, images in enumerate(to_images.tolist()):
+        for image in images:
+            if image in row_of:
+                asked[row_of[image]].add(text)
+    return [torch.tensor(sorted(wanted), dtype=torch.long) for wanted in asked]
+
+
+def match_image(
+    model: nn.Module, image_embeds: torch.Tensor, token_ids: Sequence[Sequence[int]], batch_size: int
+) -> torch.Tensor:
+    """Return the ITM logit of "match" of one image's tokens (1, length, width) with many texts (texts,)."""
+    projection = model.text_encoder.project(image_embeds)
+    order = sorted(range(len(token_ids)), key=lambda i: len(token_ids[i]))
+    logits = image_embeds.new_empty(len(token_ids), dtype=torch.float32)
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]  # texts of like length, so little padding
+        text = pad([token_ids[i] for i in part], model.tokenizer, image_embeds.device)
+        hidden = model.text_encoder(*ids_and_mask(text), projection.read_by(len(part)))
+        logits[torch.tensor(part, device=logits.device)] = model.itm_head(hidden[:, 0])[:, 1].float()
+    return logits
+
+
+def pad(rows: Sequence[Sequence[int]], tokenizer: Any, device: torch.device) -> TokenBatch:
+    """Make a batch of token ids, padded to the longest, with [ENC] in front."""
+    longest = max(len(row) for row in rows)
+    input_ids = torch.full((len(rows), longest), tokenizer.pad_token_id, dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for i, row in enumerate(rows):
+        input_ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return TokenBatch(input_ids, mask).with_first(tokenizer.enc_token_id).to(device)
+
+
+def fill_matrices(
+    pairs: list[tuple[int, np.ndarray, np.ndarray]],
+    to_texts: torch.Tensor,
+    to_images: torch.Tensor,
+    own: torch.Tensor,
+    shape: tuple[int, int],
+) -> Scores:
+    """Gather all pairs on the main process and lay them out; each direction shows its own candidates only."""
+    shards = all_gather_object((own.numpy(), to_texts.numpy(), pairs))
+    if not is_main_process():
+        return Scores(np.empty((0, 0), np.float32), np.empty((0, 0), np.float32))
+    scored = np.full(shape, NOT_SCORED, np.float32)
+    for _, _, shard in shards:
+        for image, texts, scores in shard:
+            scored[image, texts] = scores
+    i2t, t2i = np.full(shape, NOT_SCORED, np.float32), np.full(shape[::-1], NOT_SCORED, np.float32)
+    for images, texts, _ in shards:
+        i2t[images[:, None], texts] = scored[images[:, None], texts]
+    rows = np.arange(shape[1])[:, None]
+    t2i[rows, to_images.numpy()] = scored[to_images.numpy(), rows]
+    return Scores(i2t, t2i)
