@@ -4,12 +4,17 @@ import contextlib
 import io
 import json
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from metrics import caption as caption_metrics
 from metrics.caption import caption_scores, domain_scores, simple_tokenize, write_caption_results
+from metrics.retrieval import itm_eval, median_ranks, video_eval
 from utils import UserError
+
+GOLDEN = Path(__file__).parent / "golden" / "tiny"
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="Java is not installed")
 
@@ -182,3 +187,41 @@ def test_written_results(tmp_path):
     rows = [{"image_id": 1, "caption": "caf\u00e9"}, {"image_id": "b", "caption": "two"}]
     write_caption_results(tmp_path / "new" / "r.json", rows)
     assert json.loads((tmp_path / "new" / "r.json").read_text(encoding="utf-8")) == rows
+
+
+# Retrieval
+
+
+def test_itm_eval_golden():
+    """The released values on the released matrices."""
+    golden = json.loads((GOLDEN / "golden.json").read_text())["itm_eval"]
+    arrays = np.load(GOLDEN / "golden.npz")
+    txt2img = {text: text // 3 for text in range(21)}
+    img2txt = {image: [3 * image, 3 * image + 1, 3 * image + 2] for image in range(7)}
+    sides = arrays["itm_eval/i2t"], arrays["itm_eval/t2i"]
+    assert itm_eval(*sides, txt2img, img2txt) == pytest.approx(golden)
+    # released way of ranking, written plainly
+    orders = [list(np.argsort(row)[::-1]) for row in sides[0]]
+    ranks = [min(order.index(text) for text in img2txt[image]) + 1 for image, order in enumerate(orders)]
+    assert median_ranks(*sides, txt2img, img2txt)["txt_mdR"] == np.median(ranks)
+
+
+def test_retrieval_by_hand():
+    """Four videos, one text each: ranks 1, 2, 3, 4 for texts; 1, 1, 1, 2 for videos."""
+    v2t = [[9, 1, 1, 1], [9, 5, 1, 1], [9, 8, 5, 1], [9, 8, 7, 5]]
+    t2v = [[9, 1, 2, 3], [1, 9, 2, 3], [1, 2, 9, 3], [1, 2, 9, 3]]
+    result = video_eval(v2t, t2v, {n: n for n in range(4)}, {n: [n] for n in range(4)})
+    assert result == pytest.approx(
+        {"txt_r1": 25, "txt_r5": 100, "txt_r10": 100, "txt_r_mean": 75, "txt_mdR": 2.5,
+         "vid_r1": 75, "vid_r5": 100, "vid_r10": 100, "vid_r_mean": 275 / 3, "vid_mdR": 1,
+         "r_mean": (75 + 275 / 3) / 2}
+    )  # fmt: skip
+
+
+def test_retrieval_ties_and_nan():
+    """Equal scores do not all count as first, and scores that are not numbers are refused."""
+    one = {n: n for n in range(4)}, {n: [n] for n in range(4)}
+    same = np.full((4, 4), -100.0)
+    assert itm_eval(same, same, *one)["txt_r1"] == 25
+    with pytest.raises(UserError, match="NaN"):
+        itm_eval(same * np.nan, same, *one)
