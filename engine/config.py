@@ -64,6 +64,11 @@ class ModelConfig(Settings):
     amp: str = setting("", "'bf16' for mixed precision in bfloat16; '' for float32")
     compile: bool = setting(False, "compile the transformer blocks")
 
+    def model_settings(self) -> dict[str, Any]:
+        """Return the arguments that every model's factory takes."""
+        keys = ("pretrained", "med_config", "image_size", "vit", "vit_grad_ckpt", "vit_ckpt_layer")
+        return {key: self[key] for key in keys}
+
 
 @dataclass
 class TrainConfig(ModelConfig):

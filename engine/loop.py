@@ -304,6 +304,7 @@ class Loop:
         if self.evaluate is None:
             return {}
         self.model.eval()
+        self.run.epoch = self.progress.epoch
         with torch.random.fork_rng(), torch.no_grad(), autocast(self.config, self.run.device):
             return self.evaluate(self.model)
 

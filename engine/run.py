@@ -38,11 +38,16 @@ class Run:
     resume: Path | None = None
     command: str = ""
     notes: list[str] = field(default_factory=list)
+    epoch: int | None = None
 
     @property
     def rank(self) -> int:
         """Number of this process."""
         return get_rank()
+
+    def result(self, name: str) -> Path:
+        """Return the path of a result file: result/<name>_epoch<n>.json in training, else result/<name>.json."""
+        return self.output_dir / "result" / (f"{name}.json" if self.epoch is None else f"{name}_epoch{self.epoch}.json")
 
     def print(self, *words: Any) -> None:
         """Print on the main process."""

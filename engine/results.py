@@ -1,0 +1,66 @@
+"""Result files, scores on the screen, and the report page that every script ends with."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.checkpoint import BEST
+from engine.loop import autocast, prepare_model
+from engine.report import write_report
+from engine.run import Run
+from utils import UserError, on_main_process
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Write a result file.
+
+    Raises:
+        UserError: the disk is full or the folder may not be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} could not be written ({error.strerror}); free space or choose --output_dir") from None
+    return path
+
+
+def read_json(path: Path) -> Any:
+    """Read a result file that `write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def evaluate_only(run: Run, config: Any, model: nn.Module, evaluate: Callable[[nn.Module], dict]) -> dict[str, Any]:
+    """Evaluate a model as training would, and append the scores to evaluate.txt."""
+    model = prepare_model(model, config, run).eval()
+    with torch.no_grad(), autocast(config, run.device):
+        scores = evaluate(model)
+    run.log(scores, "evaluate.txt")
+    return scores
+
+
+def load_best(run: Run, model: nn.Module) -> nn.Module:
+    """Load the best checkpoint of a finished run into its model."""
+    content = torch.load(run.output_dir / BEST, map_location="cpu", weights_only=True)
+    model.load_state_dict(content["model"])
+    return model
+
+
+def finish(run: Run, title: str, scores: dict[str, Any], pictures: Callable[[], list[dict[str, Any]]]) -> None:
+    """Print the scores and write the report page."""
+    scores = {name: value for name, value in scores.items() if name != "quality"}
+    width = max((len(name) for name in scores), default=0)
+    for name, value in scores.items():
+        run.print(f"  {name.ljust(width)}  {value:.4g}")
+    run.epoch = scores.get("epoch")
+    page = on_main_process(lambda: _report(run, title, scores, pictures()))
+    run.print(f"report: {page}")
+
+
+def _report(run: Run, title: str, scores: dict[str, Any], pictures: list[dict[str, Any]]) -> str:
+    log = run.read_log("curve.jsonl") + run.read_log()
+    return str(write_report(run.output_dir, title, scores, log, pictures, run.notes))

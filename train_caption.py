@@ -1,0 +1,111 @@
+"""Fine-tune and evaluate a captioner (paper section 5.2)."""
+
+import sys
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from data import create_dataset, create_loader, create_sampler
+from data.annotations import find_annotation
+from engine.config import CaptionConfig
+from engine.loop import Losses, Progress, fit
+from engine.results import evaluate_only, finish, read_json, write_json
+from engine.run import Run, launch
+from metrics.caption import caption_scores
+from models.blip import BLIP_Decoder, blip_decoder
+from utils import gather_results, get_rank, get_world_size, on_main_process, track
+
+EXAMPLES = (
+    "python train_caption.py --config configs/miniature/caption.yaml --output_dir output/caption",
+    "python -m torch.distributed.run --nproc_per_node=8 train_caption.py --config configs/caption_coco.yaml",
+    "python train_caption.py --evaluate --set pretrained=output/caption/model.pth",
+)
+
+
+def train_step(model: nn.Module, batch: dict[str, Any], progress: Progress) -> Losses:
+    """Language-modelling loss of pictures and captions."""
+    return {"loss_lm": model(batch["image"], batch["caption"])}
+
+
+def write_captions(model: BLIP_Decoder, loader: DataLoader, config: CaptionConfig) -> list[dict[str, Any]]:
+    """Caption every picture of a split; the same list, in the order of the split, on every process."""
+    device, results = next(model.parameters()).device, []
+    for batch in track(loader, "captioning"):
+        captions = model.generate(
+            batch["image"].to(device),
+            num_beams=config.num_beams,
+            max_length=config.max_length,
+            min_length=config.min_length,
+        )
+        ids = batch["image_id"]
+        ids = ids if isinstance(ids, list) else ids.tolist()
+        results += [{"image_id": image_id, "caption": text} for image_id, text in zip(ids, captions, strict=True)]
+    return gather_results(results)
+
+
+def evaluate(model: BLIP_Decoder, loaders: dict[str, DataLoader], config: CaptionConfig, run: Run) -> dict[str, float]:
+    """Caption validation and test pictures, write the results, and score them."""
+    scores: dict[str, float] = {}
+    for split, loader in loaders.items():
+        results = write_captions(model, loader, config)
+        found, left_out = on_main_process(lambda split=split, results=results: score(split, results, config, run))
+        scores |= {f"{split}_{name}": value for name, value in found.items()}
+    for name, reason in left_out.items():
+        if (text := f"{name} is left out: {reason}") not in run.notes:
+            run.note(text)
+    return scores
+
+
+def score(split: str, results: list[dict[str, Any]], config: CaptionConfig, run: Run) -> tuple[dict, dict]:
+    """Write a split's result file and return its scores, and what was left out with the reason."""
+    write_json(run.result(split), results)
+    return caption_scores(results, ground_truth(split, config))
+
+
+def ground_truth(split: str, config: CaptionConfig) -> str:
+    """Return the path of a split's ground truth."""
+    return find_annotation(config.coco_gt_root, f"coco_karpathy_{split}_gt.json", config[f"{split}_gt"])
+
+
+def best_metric(scores: dict[str, float]) -> float:
+    """CIDEr + Bleu_4 on the validation pictures."""
+    return scores["val_CIDEr"] + scores["val_Bleu_4"]
+
+
+def examples(dataset: Any, config: CaptionConfig, run: Run, count: int = 24) -> list[dict[str, Any]]:
+    """Return test pictures with their captions and references, for the report."""
+    references: dict[str, list[str]] = {}
+    for row in read_json(ground_truth("test", config))["annotations"]:
+        references.setdefault(str(row["image_id"]), []).append(row["caption"])
+    results = read_json(run.result("test"))[:count]
+    return [
+        {"image": dataset.path(i), "caption": row["caption"], "references": references[str(row["image_id"])]}
+        for i, row in enumerate(results)
+    ]
+
+
+def main(config: CaptionConfig, run: Run) -> None:
+    """Train unless asked to evaluate only, then report."""
+    datasets = create_dataset("caption_coco", config)
+    samplers = create_sampler(datasets, [True, False, False], get_world_size(), get_rank(), run.seed)
+    train_loader, val_loader, test_loader = create_loader(
+        datasets, samplers, [config.batch_size] * 3, [config.num_workers] * 3, [True, False, False], [None] * 3
+    )
+    loaders = {"val": val_loader, "test": test_loader}
+    model = blip_decoder(**config.model_settings(), prompt=config.prompt, smooth_padding=config.smooth_padding)
+
+    def evaluate_all(model: BLIP_Decoder) -> dict[str, float]:
+        return evaluate(model, loaders, config, run)
+
+    if run.evaluate:
+        scores = evaluate_only(run, config, model, evaluate_all)
+    else:
+        scores = fit(run, config, model, train_loader, train_step, evaluate_all, best_metric)
+    finish(run, "Captioning", scores, lambda: examples(datasets[2], config, run))
+
+
+if __name__ == "__main__":
+    sys.exit(
+        launch(main, CaptionConfig, "configs/caption_coco.yaml", "output/caption_coco", __doc__ or "", EXAMPLES)
+    )
