@@ -28,7 +28,7 @@ def train_step(model: nn.Module, batch: dict[str, Any], progress: Progress) -> L
     return {"loss_lm": model(batch["image"], batch["caption"])}
 
 
-def write_captions(model: BLIP_Decoder, loader: DataLoader, config: CaptionConfig) -> list[dict[str, Any]]:
+def write_captions(model: BLIP_Decoder, loader: DataLoader, config: Any, **settings: float) -> list[dict[str, Any]]:
     """Caption every picture of a split; the same list, in the order of the split, on every process."""
     device, results = next(model.parameters()).device, []
     for batch in track(loader, "captioning"):
@@ -37,6 +37,7 @@ def write_captions(model: BLIP_Decoder, loader: DataLoader, config: CaptionConfi
             num_beams=config.num_beams,
             max_length=config.max_length,
             min_length=config.min_length,
+            **settings,
         )
         ids = batch["image_id"]
         ids = ids if isinstance(ids, list) else ids.tolist()
@@ -52,8 +53,7 @@ def evaluate(model: BLIP_Decoder, loaders: dict[str, DataLoader], config: Captio
         found, left_out = on_main_process(lambda split=split, results=results: score(split, results, config, run))
         scores |= {f"{split}_{name}": value for name, value in found.items()}
     for name, reason in left_out.items():
-        if (text := f"{name} is left out: {reason}") not in run.notes:
-            run.note(text)
+        run.note_once(f"{name} is left out: {reason}")
     return scores
 
 

@@ -59,6 +59,11 @@ class Run:
         self.notes.append(text)
         self.print(text)
 
+    def note_once(self, text: str) -> None:
+        """As `note`, but only the first time."""
+        if text not in self.notes:
+            self.note(text)
+
     def log(self, row: dict[str, Any], name: str = "log.txt") -> None:
         """Append a row to a log, one JSON object per line, on the main process."""
         if is_main_process():

@@ -1,0 +1,59 @@
+"""Caption NoCaps pictures, which show objects never seen in training, and score them by domain (paper section 5.2)."""
+
+import sys
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from data import create_dataset, create_loader, create_sampler
+from engine.config import NoCapsConfig
+from engine.results import evaluate_only, finish, read_json, write_json
+from engine.run import Run, launch
+from metrics.caption import domain_scores
+from models.blip import BLIP_Decoder, blip_decoder
+from train_caption import write_captions
+from utils import get_rank, get_world_size, on_main_process
+
+EXAMPLES = (
+    "python eval_nocaps.py --config configs/miniature/nocaps.yaml",
+    "python -m torch.distributed.run --nproc_per_node=8 eval_nocaps.py --config configs/nocaps_large.yaml",
+)
+
+
+def evaluate(model: BLIP_Decoder, loaders: dict[str, DataLoader], config: NoCapsConfig, run: Run) -> dict[str, float]:
+    """Write a result file for each split, and score those whose ground truth is given."""
+    scores: dict[str, float] = {}
+    for split, loader in loaders.items():
+        results = write_captions(model, loader, config, repetition_penalty=config.repetition_penalty)
+        path = on_main_process(lambda split=split, results=results: write_json(run.result(split), results))
+        run.note(f"captions of the {split} pictures: {path}")
+        if truth := config[f"{split}_gt"]:
+            found, left_out = on_main_process(lambda results=results, truth=truth: domain_scores(results, truth))
+            for domain, values in found.items():
+                scores |= {f"{split}_{domain}_{name}": value for name, value in values.items()}
+            for name, reason in left_out.items():
+                run.note_once(f"{name} is left out: {reason}")
+    return scores
+
+
+def examples(dataset: Any, run: Run, count: int = 24) -> list[dict[str, Any]]:
+    """Return pictures with their captions, for the report."""
+    rows = read_json(run.result("val"))[:count]
+    return [{"image": dataset.path(i), "caption": row["caption"]} for i, row in enumerate(rows)]
+
+
+def main(config: NoCapsConfig, run: Run) -> None:
+    """Caption both splits and report."""
+    datasets = create_dataset("nocaps", config)
+    samplers = create_sampler(datasets, [False, False], get_world_size(), get_rank(), run.seed)
+    val_loader, test_loader = create_loader(
+        datasets, samplers, [config.batch_size] * 2, [config.num_workers] * 2, [False, False], [None] * 2
+    )
+    model = blip_decoder(**config.model_settings(), prompt=config.prompt)
+    loaders = {"val": val_loader, "test": test_loader}
+    scores = evaluate_only(run, config, model, lambda model: evaluate(model, loaders, config, run))
+    finish(run, "NoCaps", scores, lambda: examples(datasets[0], run))
+
+
+if __name__ == "__main__":
+    sys.exit(launch(main, NoCapsConfig, "configs/nocaps.yaml", "output/nocaps", __doc__ or "", EXAMPLES))

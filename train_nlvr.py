@@ -1,0 +1,93 @@
+"""Fine-tune and evaluate a judge of statements about two pictures, NLVR2 (paper section 5.4)."""
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from data import create_dataset, create_loader, create_sampler
+from engine.config import NLVRConfig
+from engine.loop import Losses, Progress, fit
+from engine.results import evaluate_only, finish, read_json, write_json
+from engine.run import Run, launch
+from metrics.classification import accuracy, consistency
+from models.blip_nlvr import BLIP_NLVR, blip_nlvr
+from utils import gather_results, get_rank, get_world_size, on_main_process, track
+
+EXAMPLES = (
+    "python train_nlvr.py --config configs/miniature/nlvr.yaml --output_dir output/nlvr",
+    "python -m torch.distributed.run --nproc_per_node=16 train_nlvr.py --config configs/nlvr.yaml",
+)
+
+
+def both_images(batch: dict[str, Any]) -> torch.Tensor:
+    """Put the left pictures before the right ones: (2 * batch, 3, H, W)."""
+    return torch.cat((batch["image0"], batch["image1"]))
+
+
+def train_step(model: nn.Module, batch: dict[str, Any], progress: Progress) -> Losses:
+    """Classification loss of statements about pairs of pictures."""
+    return {"loss_nlvr": model(both_images(batch), batch["sentence"], targets=batch["label"], train=True)}
+
+
+def judge(model: BLIP_NLVR, loader: DataLoader, device: torch.device) -> list[dict[str, Any]]:
+    """Judge every statement of a split; the same list on every process."""
+    rows = []
+    for batch in track(loader, "judging"):
+        logits = model(both_images(batch).to(device), batch["sentence"], targets=batch["label"].to(device), train=False)
+        for sentence, label, row in zip(batch["sentence"], batch["label"].tolist(), logits.float().cpu(), strict=True):
+            probability = row.softmax(0)[1].item()
+            rows.append({"sentence": sentence, "label": label, "prediction": int(row.argmax()), "true": probability})
+    return gather_results(rows)
+
+
+def evaluate(model: BLIP_NLVR, loaders: dict[str, DataLoader], run: Run) -> dict[str, float]:
+    """Return accuracy, and consistency over statements that several pairs share, of each split."""
+    scores: dict[str, float] = {}
+    for split, loader in loaders.items():
+        rows = judge(model, loader, run.device)
+        on_main_process(lambda rows=rows, split=split: write_json(run.result(split), rows))
+        predictions, labels = [row["prediction"] for row in rows], [row["label"] for row in rows]
+        scores[f"{split}_acc"] = accuracy(predictions, labels)
+        scores[f"{split}_consistency"] = consistency([row["sentence"] for row in rows], predictions, labels)
+    return scores
+
+
+def examples(dataset: Any, run: Run, count: int = 16) -> list[dict[str, Any]]:
+    """Return statements with their pictures and verdicts, for the report."""
+    return [
+        {
+            "images": dataset.paths(i),
+            "lines": [
+                (f"{bool(row['prediction'])}", row["sentence"], "good" if row["prediction"] == row["label"] else "bad"),
+                ("probability of true", f"{row['true']:.2f}", ""),
+            ],
+        }
+        for i, row in enumerate(read_json(run.result("test"))[:count])
+    ]
+
+
+def main(config: NLVRConfig, run: Run) -> None:
+    """Train unless asked to evaluate only, then report."""
+    datasets = create_dataset("nlvr", config)
+    samplers = create_sampler(datasets, [True, False, False], get_world_size(), get_rank(), run.seed)
+    sizes = [config.batch_size_train, config.batch_size_test, config.batch_size_test]
+    train_loader, val_loader, test_loader = create_loader(
+        datasets, samplers, sizes, [config.num_workers] * 3, [True, False, False], [None] * 3
+    )
+    model = blip_nlvr(**config.model_settings(), drop_path_rate=config.drop_path_rate)
+
+    def evaluate_all(model: BLIP_NLVR) -> dict[str, float]:
+        return evaluate(model, {"val": val_loader, "test": test_loader}, run)
+
+    if run.evaluate:
+        scores = evaluate_only(run, config, model, evaluate_all)
+    else:
+        scores = fit(run, config, model, train_loader, train_step, evaluate_all, lambda s: s["val_acc"])
+    finish(run, "Statements about two pictures", scores, lambda: examples(datasets[2], run))
+
+
+if __name__ == "__main__":
+    sys.exit(launch(main, NLVRConfig, "configs/nlvr.yaml", "output/nlvr", __doc__ or "", EXAMPLES))

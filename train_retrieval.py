@@ -1,0 +1,117 @@
+"""Fine-tune and evaluate image-text retrieval (paper section 5.1)."""
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from data import create_dataset, create_loader, create_sampler
+from engine.config import RetrievalConfig
+from engine.loop import Losses, Progress, fit
+from engine.ranking import two_stage_scores
+from engine.results import evaluate_only, finish, read_json, write_json
+from engine.run import Run, launch
+from metrics.retrieval import itm_eval, median_ranks
+from models.blip_retrieval import BLIP_Retrieval, blip_retrieval
+from utils import UserError, get_rank, get_world_size, on_main_process
+
+DATASETS = {"coco": "retrieval_coco", "flickr": "retrieval_flickr"}
+EXAMPLES = (
+    "python train_retrieval.py --config configs/miniature/retrieval.yaml --output_dir output/retrieval",
+    "python -m torch.distributed.run --nproc_per_node=8 train_retrieval.py --config configs/retrieval_flickr.yaml",
+    "python train_retrieval.py --config configs/retrieval_coco.yaml --evaluate --set pretrained=model.pth",
+)
+
+
+def make_train_step(alpha: float):
+    """Return the training step for a share `alpha` of momentum targets, ramped up over the first epoch."""
+
+    def train_step(model: nn.Module, batch: dict[str, Any], progress: Progress) -> Losses:
+        """Contrastive and matching losses of pairs."""
+        ramp = min(1.0, progress.epoch_fraction)
+        loss_itc, loss_itm = model(batch["image"], batch["caption"], alpha=alpha * ramp, idx=batch["idx"])
+        return {"loss_itc": loss_itc, "loss_itm": loss_itm}
+
+    return train_step
+
+
+def evaluate(
+    model: BLIP_Retrieval, loaders: dict[str, DataLoader], config: RetrievalConfig, run: Run
+) -> dict[str, float]:
+    """Rank both ways and return recalls, their means and the median ranks of each split."""
+
+    def encode(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        image_embeds = model.visual_encoder(batch["image"].to(run.device))
+        return image_embeds, model.image_feat(image_embeds)
+
+    scores: dict[str, float] = {}
+    for split, loader in loaders.items():
+        dataset = loader.dataset
+        if config.k_test > min(len(dataset), len(dataset.text)):
+            run.note_once(f"k_test {config.k_test} is above the size of the {split} split and was lowered to it")
+        ranking = two_stage_scores(model, encode, loader, dataset.text, config.k_test, config.batch_size_test)
+
+        def measure(ranking=ranking, dataset=dataset, split=split) -> dict[str, float]:
+            write_json(run.result(split), best_texts(ranking.t2i, dataset))
+            truth = (ranking.i2t, ranking.t2i, dataset.txt2img, dataset.img2txt)
+            return itm_eval(*truth) | median_ranks(*truth)
+
+        scores |= {f"{split}_{name}": value for name, value in on_main_process(measure).items()}
+    return scores
+
+
+def best_texts(t2i: Any, dataset: Any, count: int = 5) -> list[dict[str, Any]]:
+    """Return the best pictures of every text, by index, and the right one."""
+    best = (-t2i).argsort(axis=1, kind="stable")[:, :count]
+    return [
+        {"text": text, "images": row.tolist(), "right": dataset.txt2img[i]}
+        for i, (text, row) in enumerate(zip(dataset.text, best, strict=True))
+    ]
+
+
+def examples(dataset: Any, run: Run, count: int = 12) -> list[dict[str, Any]]:
+    """Return texts with the pictures found for them, for the report."""
+    rows = read_json(run.result("test"))
+    return [
+        {
+            "images": [dataset.path(i) for i in row["images"]],
+            "tones": ["good" if i == row["right"] else "" for i in row["images"]],
+            "lines": [("text", row["text"], "good" if row["images"][0] == row["right"] else "bad")],
+        }
+        for row in rows[:: max(len(rows) // count, 1)][:count]
+    ]
+
+
+def main(config: RetrievalConfig, run: Run) -> None:
+    """Train unless asked to evaluate only, then report."""
+    if config.dataset not in DATASETS:
+        raise UserError(f"dataset is {config.dataset!r}; expected 'coco' or 'flickr'")
+    datasets = create_dataset(DATASETS[config.dataset], config)
+    samplers = create_sampler(datasets, [True, False, False], get_world_size(), get_rank(), run.seed)
+    sizes = [config.batch_size_train, config.batch_size_test, config.batch_size_test]
+    train_loader, val_loader, test_loader = create_loader(
+        datasets, samplers, sizes, [config.num_workers] * 3, [True, False, False], [None] * 3
+    )
+    loaders = {"val": val_loader, "test": test_loader}
+    model = blip_retrieval(
+        **config.model_settings(),
+        embed_dim=config.embed_dim,
+        queue_size=config.queue_size,
+        negative_all_rank=config.negative_all_rank,
+    )
+
+    def evaluate_all(model: BLIP_Retrieval) -> dict[str, float]:
+        return evaluate(model, loaders, config, run)
+
+    if run.evaluate:
+        scores = evaluate_only(run, config, model, evaluate_all)
+    else:
+        train_step = make_train_step(config.alpha)
+        scores = fit(run, config, model, train_loader, train_step, evaluate_all, lambda s: s["val_r_mean"])
+    finish(run, "Image-text retrieval", scores, lambda: examples(datasets[2], run))
+
+
+if __name__ == "__main__":
+    sys.exit(launch(main, RetrievalConfig, "configs/retrieval_coco.yaml", "output/retrieval", __doc__ or "", EXAMPLES))

@@ -1,0 +1,111 @@
+"""Fine-tune and evaluate visual question answering (paper section 5.3)."""
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from data import create_dataset, create_loader, create_sampler, vqa_collate_fn
+from engine.config import VQAConfig
+from engine.loop import Losses, Progress, fit
+from engine.results import evaluate_only, finish, read_json, write_json
+from engine.run import Run, launch
+from metrics.vqa import vqa_accuracy
+from models.blip_vqa import BLIP_VQA, blip_vqa
+from models.tokenizer import TokenBatch, tokenize
+from utils import UserError, gather_results, get_rank, get_world_size, on_main_process, track
+
+EXAMPLES = (
+    "python train_vqa.py --config configs/miniature/vqa.yaml --output_dir output/vqa",
+    "python -m torch.distributed.run --nproc_per_node=16 train_vqa.py --config configs/vqa.yaml",
+    "python train_vqa.py --config configs/vqa.yaml --evaluate --set inference=generate",
+)
+
+
+def train_step(model: nn.Module, batch: dict[str, Any], progress: Progress) -> Losses:
+    """Weighted language-modelling loss of the answers."""
+    return {
+        "loss_vqa": model(
+            batch["image"], batch["question"], batch["answer"], n=batch["n"], weights=batch["weights"], train=True
+        )
+    }
+
+
+def answer(model: BLIP_VQA, loader: DataLoader, config: VQAConfig, device: torch.device) -> list[dict[str, Any]]:
+    """Answer every question of a split; the same list, in the order of the split, on every process."""
+    names = loader.dataset.answer_list
+    candidates: TokenBatch | None = None
+    if config.inference == "rank":
+        candidates = tokenize(model.tokenizer, names, "dec", device=device)
+    rows = []
+    for batch in track(loader, "answering"):
+        image, questions = batch["image"].to(device), batch["question"]
+        if candidates is None:
+            answers = model(image, questions, train=False, inference="generate")
+        else:
+            k_test = min(config.k_test, len(names))
+            chosen = model(image, questions, candidates, train=False, inference="rank", k_test=k_test)
+            answers = [names[i] for i in chosen]
+        ids = batch["question_id"]
+        ids = ids if isinstance(ids, list) else ids.tolist()
+        rows += [{"question_id": i, "answer": text} for i, text in zip(ids, answers, strict=True)]
+    return gather_results(rows)
+
+
+def evaluate(model: BLIP_VQA, loader: DataLoader, config: VQAConfig, run: Run) -> dict[str, float]:
+    """Write the result file, and score it where the test file has answers."""
+    rows = answer(model, loader, config, run.device)
+
+    def measure() -> dict[str, float]:
+        write_json(run.result("vqa_result"), rows)
+        truth = [entry for entry in loader.dataset.annotation if "answer" in entry]
+        return vqa_accuracy(rows, truth) if truth else {}
+
+    scores = on_main_process(measure)
+    if not scores:
+        run.note_once("the test file has no answers: result/ holds the file for the evaluation server")
+    return {f"test_{name}": value for name, value in scores.items()}
+
+
+def examples(dataset: Any, run: Run, count: int = 24) -> list[dict[str, Any]]:
+    """Return pictures with questions and answers, for the report."""
+    rows = []
+    for i, row in enumerate(read_json(run.result("vqa_result"))[:count]):
+        entry = dataset.annotation[i]
+        truth = entry.get("answer", [])
+        truth = [truth] if isinstance(truth, str) else truth
+        tone = "" if not truth else "good" if row["answer"] in truth else "bad"
+        lines = [("question", entry["question"], ""), ("answer", row["answer"], tone)]
+        people = ", ".join(dict.fromkeys(truth))
+        rows.append({"image": dataset.path(i), "lines": lines + ([("people", people, "")] if people else [])})
+    return rows
+
+
+def main(config: VQAConfig, run: Run) -> None:
+    """Train unless asked to evaluate only, then report."""
+    if config.inference not in ("rank", "generate"):
+        raise UserError(f"inference is {config.inference!r}; expected 'rank' or 'generate'")
+    datasets = create_dataset("vqa", config)
+    samplers = create_sampler(datasets, [True, False], get_world_size(), get_rank(), run.seed)
+    sizes = [config.batch_size_train, config.batch_size_test]
+    train_loader, test_loader = create_loader(
+        datasets, samplers, sizes, [config.num_workers] * 2, [True, False], [vqa_collate_fn, None]
+    )
+    model = blip_vqa(
+        **config.model_settings(), drop_path_rate=config.drop_path_rate, smooth_padding=config.smooth_padding
+    )
+
+    def evaluate_all(model: BLIP_VQA) -> dict[str, float]:
+        return evaluate(model, test_loader, config, run)
+
+    if run.evaluate:
+        scores = evaluate_only(run, config, model, evaluate_all)
+    else:
+        scores = fit(run, config, model, train_loader, train_step, evaluate_all)
+    finish(run, "Visual question answering", scores, lambda: examples(datasets[1], run))
+
+
+if __name__ == "__main__":
+    sys.exit(launch(main, VQAConfig, "configs/vqa.yaml", "output/vqa", __doc__ or "", EXAMPLES))
