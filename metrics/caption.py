@@ -54,8 +54,8 @@ def domain_scores(
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """Score captions for each value of "domain" among the pictures (NoCaps) and "overall".
 
-    Args and errors are those of `caption_scores`. Each domain is a corpus of its own, so the CIDEr of the whole
-    is not the mean of the domains'. Without domains only "overall" is there.
+    Args and errors are those of `caption_scores`. Each domain is a corpus of its own, so the CIDEr of the
+    whole is not the mean of the domains'. Without domains only "overall" is there.
 
     Returns:
         scores: domain -> scores, and left_out: name -> reason ("domain: name" where only one domain failed).
@@ -270,6 +270,8 @@ def _meteor_process() -> Iterator[Any]:
         # An error inside leaves the lock taken, and its destructor would then wait for it for ever.
         if meteor.lock.locked():
             meteor.lock.release()
+        with contextlib.suppress(BrokenPipeError):
+            meteor.meteor_p.stdin.close()
         for pipe in (meteor.meteor_p.stdout, meteor.meteor_p.stderr):
             pipe.close()
 

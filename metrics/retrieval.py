@@ -39,7 +39,10 @@ def median_ranks(
     txt2img: Mapping[int, int],
     img2txt: Mapping[int, Sequence[int]],
 ) -> dict[str, float]:
-    """Return the median rank of the right text (txt_mdR) and picture (img_mdR), 1 at best; arguments as above."""
+    """Return the median rank of the right text (txt_mdR) and picture (img_mdR), 1 at best.
+
+    Arguments and errors are those of `itm_eval`.
+    """
     texts, images = _both_ranks(scores_i2t, scores_t2i, txt2img, img2txt)
     return {"txt_mdR": float(np.median(texts + 1)), "img_mdR": float(np.median(images + 1))}
 

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from metrics import caption as caption_metrics
 from metrics.caption import caption_scores, domain_scores, simple_tokenize, write_caption_results
+from metrics.classification import accuracy, consistency
 from metrics.retrieval import itm_eval, median_ranks, video_eval
+from metrics.vqa import CONTRACTIONS, answer_accuracy, normalize_answer, vqa_accuracy, write_vqa_results
 from utils import UserError
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny"
@@ -163,7 +166,9 @@ def test_simple_tokenizer():
     """Tokens are those of the PTB tokenizer, whose lines stand here."""
     pairs = {
         "The dog's ball isn't here, don't you see?": "the dog 's ball is n't here do n't you see",
-        'Two people\'s hats; "quoted" (in brackets) & others': "two people 's hats quoted -lrb- in brackets -rrb- & others",
+        'Two people\'s hats; "quoted" (in brackets) & others': (
+            "two people 's hats quoted -lrb- in brackets -rrb- & others"
+        ),
         "A black-and-white cat, 3.5 years old - 10:30!": "a black-and-white cat 3.5 years old 10:30",
         "1,000 dogs... at U.S. street \u2013 \u201ccaf\u00e9\u201d": "1,000 dogs at u.s. street caf\u00e9",
         " . ": "",
@@ -225,3 +230,106 @@ def test_retrieval_ties_and_nan():
     assert itm_eval(same, same, *one)["txt_r1"] == 25
     with pytest.raises(UserError, match="NaN"):
         itm_eval(same * np.nan, same, *one)
+
+
+# Visual question answering
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("The Red Ball.", "red ball"),
+        ("  Two\tdogs\n", "2 dogs"),
+        ("none", "0"),
+        ("dont", "don't"),
+        ("couldnt've", "couldn't've"),
+        ("girl's", "girl's"),
+        ("10:30", "10:30"),
+        ("3.5", "3.5"),
+        ("1,000", "1000"),
+        ("yes, it is", "yes it is"),
+        ("black/white", "black white"),
+        ("t-shirt", "t shirt"),
+        ("what?!", "what"),
+        ("5 o'clock", "5 o'clock"),
+        ("its", "its"),
+        ("hes", "he's"),
+        ("$5 & 50%", "$5 & 50%"),
+    ],
+)
+def test_normalized_answers(answer, expected):
+    """Answers are compared in the spelling of the VQA definition, and it is final."""
+    assert normalize_answer(answer) == expected == normalize_answer(expected)
+
+
+def test_contractions_are_whole():
+    """The table's keys lack an apostrophe; all that it makes is final; no other word is touched."""
+    assert all(key.count("'") < value.count("'") for key, value in CONTRACTIONS.items())
+    assert all(key.replace("'", "") == value.replace("'", "") for key, value in CONTRACTIONS.items())
+    assert not {"hell", "shell", "well", "ill", "id", "shed", "wed", "its", "were"} & CONTRACTIONS.keys()
+
+
+@pytest.mark.parametrize(("matches", "expected"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
+def test_accuracy_with_ten_people(matches, expected):
+    """Known values of the mean over leaving one of ten out."""
+    people = ["two"] * matches + ["other"] * (10 - matches)
+    assert answer_accuracy("2", people) == pytest.approx(expected)
+
+
+def test_accuracy_with_fewer_people():
+    """One person decides alone; of two and three the others must agree."""
+    assert answer_accuracy("the cat", ["cat"]) == 1 and answer_accuracy("dog", ["cat"]) == 0
+    assert answer_accuracy("cat", ["cat", "cat"]) == 1
+    assert answer_accuracy("cat", ["cat", "dog"]) == pytest.approx(0.5)
+    assert answer_accuracy("cat", ["cat", "cat", "dog"]) == pytest.approx((0.5 + 0.5 + 1) / 3)
+
+
+def test_vqa_accuracy_by_type():
+    """The mean over questions, in all and by type; duplicates and unknown ids are left aside."""
+    annotations = [
+        {"question_id": 1, "answer": ["yes"] * 10, "answer_type": "yes/no", "question_type": "is the"},
+        {
+            "question_id": 2,
+            "answer": ["3"] * 2 + ["4"] * 8,
+            "answer_type": "number",
+            "question_type": "how many",
+        },
+        {"question_id": 3, "answers": [{"answer": "no"}] * 10, "answer_type": "yes/no"},
+    ]
+    results = [(1, "Yes."), ("2", "three"), (3, "yes"), (3, "no"), (99, "x")]
+    results = [{"question_id": key, "answer": text} for key, text in results]
+    scores = vqa_accuracy(results, annotations)
+    assert scores["overall"] == pytest.approx(100 * 1.6 / 3)
+    assert scores["answer_type"] == pytest.approx({"number": 60, "yes/no": 50})
+    assert scores["question_type"] == pytest.approx({"how many": 60, "is the": 100})
+    assert vqa_accuracy(results, [{"question_id": 1, "answer": "yes"}]) == {"overall": 100}
+    with pytest.raises(UserError, match=r"2 of 3.*2, 3"):
+        vqa_accuracy(results[:1], annotations)
+    with pytest.raises(UserError, match="without answers"):
+        vqa_accuracy(results, [{"question_id": 1, "answer": []}])
+
+
+def test_vqa_result_file(tmp_path):
+    """The server's file holds each question once, and nothing but the two keys."""
+    rows = [
+        {"question_id": 5, "answer": "a", "score": 0.5},
+        {"question_id": 5, "answer": "b"},
+        {"question_id": 4, "answer": "c"},
+    ]
+    write_vqa_results(tmp_path / "result" / "vqa.json", rows)
+    written = json.loads((tmp_path / "result" / "vqa.json").read_text())
+    assert written == [{"question_id": 5, "answer": "a"}, {"question_id": 4, "answer": "c"}]
+
+
+# Classification
+
+
+def test_accuracy_and_consistency():
+    """Three of four right; of two sentences one is right throughout."""
+    labels, sentences = [1, 0, 1, 0], ["s", "s", "t", "t"]
+    assert accuracy([1, 0, 0, 0], labels) == 0.75
+    assert accuracy(torch.tensor([[0.1, 0.9], [2, 1], [1, 0], [1, 0]]), torch.tensor(labels)) == 0.75
+    assert consistency([1, 0, 0, 0], labels, sentences) == 0.5
+    assert consistency([1, 1, 0, 0], labels, sentences) == 0
+    with pytest.raises(ValueError, match="expected one for each"):
+        accuracy([1], labels)

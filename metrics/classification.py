@@ -1,0 +1,40 @@
+"""Accuracy of classification, and consistency over examples that share a sentence (NLVR2)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
+    """Return the share of predictions that equal their labels, in [0, 1].
+
+    Args:
+        predictions: (examples,) classes, or (examples, classes) scores of which the highest counts.
+        labels: (examples,) classes.
+    """
+    return float(_right(predictions, labels).mean())
+
+
+def consistency(predictions: ArrayLike, labels: ArrayLike, sentences: Sequence[str]) -> float:
+    """Return the share of sentences that are judged rightly for every pair of pictures, in [0, 1].
+
+    Args:
+        predictions, labels: as for `accuracy`.
+        sentences: (examples,) the sentence of each example.
+    """
+    all_right: dict[str, bool] = {}
+    for sentence, right in zip(sentences, _right(predictions, labels), strict=True):
+        all_right[sentence] = all_right.get(sentence, True) and bool(right)
+    return sum(all_right.values()) / len(all_right)
+
+
+def _right(predictions: ArrayLike, labels: ArrayLike) -> np.ndarray:
+    predicted, labels = np.asarray(predictions), np.asarray(labels)
+    if predicted.ndim == 2:
+        predicted = predicted.argmax(1)
+    if predicted.shape != labels.shape or labels.ndim != 1 or not labels.size:
+        raise ValueError(
+            f"predictions of {predicted.shape} for labels of {labels.shape}; expected one for each"
+        )
+    return predicted == labels
