@@ -1,0 +1,189 @@
+"""Pairs for pretraining: lists of any length, indexed once and from then on mapped from disk (paper section 4.1)."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from data.text import pre_caption
+from download import cache_folder
+from utils import ProgressLine, UserError, barrier
+
+CHUNK = 1 << 22  # bytes of a list that are read at once
+MAX_WORDS = 30
+TRIES = 20  # pictures tried in place of an unreadable one
+
+
+class PairList:
+    """Rows of one list, mapped from disk: any number of processes share the pages of one copy.
+
+    Args:
+        path: JSON list, or JSON lines, of {"image": path, "caption": text}.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.folder = path, index_folder(path)
+        self.offsets = np.load(self.folder / "offsets.npy", mmap_mode="r")
+        self.rows = np.memmap(self.folder / "rows.bin", dtype=np.uint8, mode="r")
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> tuple[str, str]:
+        """Return a row's image path and caption."""
+        start, end = self.offsets[index : index + 2]
+        image, _, caption = self.rows[start:end].tobytes().decode().partition("\0")
+        return image, caption
+
+
+def index_folder(path: Path) -> Path:
+    """Return the folder of a list's index; its name changes when the list changes."""
+    try:
+        stat = path.stat()
+    except OSError:
+        raise UserError(f"list of pairs {path} does not exist; correct train_file or laion_path") from None
+    name = f"{path.name}-{stat.st_size:x}-{stat.st_mtime_ns:x}.index"
+    beside = path.parent / name
+    if beside.is_dir() or os.access(path.parent, os.W_OK):
+        return beside
+    return cache_folder() / "index" / name
+
+
+def open_lists(paths: Sequence[str | Path]) -> list[PairList]:
+    """Index the lists that are new, by one process of each machine, and open all of them."""
+    for path in map(Path, paths):
+        folder = index_folder(path)
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not folder.is_dir():
+            build_index(path, folder)
+    barrier()
+    return [PairList(Path(path)) for path in paths]
+
+
+def build_index(path: Path, folder: Path) -> None:
+    """Write a list's rows one after the other, and where each begins, in memory that does not grow with them."""
+    temporary = folder.with_name(folder.name + f".part{os.getpid()}")
+    temporary.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(temporary / "rows.bin", "wb") as rows, open(temporary / "offsets.bin", "wb") as offsets:
+            position = 0
+            for start in _encoded_batches(path):
+                lengths = np.array([len(row) for row in start], dtype=np.int64)
+                rows.write(b"".join(start))
+                (position + np.cumsum(lengths) - lengths).tofile(offsets)
+                position += int(lengths.sum())
+            np.array([position], dtype=np.int64).tofile(offsets)
+        if position == 0:
+            raise UserError(f"{path} holds no pairs; expected a list of {{'image', 'caption'}}")
+        np.save(temporary / "offsets.npy", np.memmap(temporary / "offsets.bin", dtype=np.int64, mode="r"))
+        (temporary / "offsets.bin").unlink()
+        temporary.rename(folder)
+    except OSError as error:
+        raise UserError(f"index {folder} could not be written ({error.strerror}); free space beside {path}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _encoded_batches(path: Path, size: int = 10_000) -> Iterator[list[bytes]]:
+    batch = []
+    for number, row in enumerate(read_rows(path)):
+        if not isinstance(row, dict) or not {"image", "caption"} <= row.keys():
+            keys = sorted(row) if isinstance(row, dict) else type(row).__name__
+            raise UserError(f"{path}, entry {number}: has {keys}; expected the keys 'image' and 'caption'")
+        batch.append(f"{row['image']}\0{row['caption']}".encode())
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def read_rows(path: Path) -> Iterator[Any]:
+    """Yield the entries of a JSON list, or of JSON lines, reading a few megabytes at a time, with progress."""
+    line = ProgressLine(path.stat().st_size, f"indexing {path.name} (once), bytes")
+    decoder, text, number = json.JSONDecoder(), "", 0
+    with open(path, encoding="utf-8") as file:
+        while chunk := file.read(CHUNK):
+            text, position = text + chunk, 0
+            while True:
+                start = _skip_separators(text, position)
+                try:
+                    row, end = decoder.raw_decode(text, start)
+                except json.JSONDecodeError:
+                    break  # an entry that goes on in the next chunk, or an error that the end will show
+                yield row
+                number, position = number + 1, end
+            text = text[position:]
+            if len(text) > 4 * CHUNK:
+                break
+            line.update(file.buffer.tell())
+    line.close()
+    if text[_skip_separators(text, 0) :]:
+        raise UserError(f"{path} is not a JSON list of pairs: what follows entry {number - 1} cannot be read; correct it")
+
+
+def _skip_separators(text: str, position: int) -> int:
+    """Return the place of the next entry: after white space, commas and the brackets of the list."""
+    while position < len(text) and text[position] in " \t\r\n,[]":
+        position += 1
+    return position
+
+
+class PairDataset(Dataset):
+    """Pictures and captions of several lists, and of one further list per epoch, in turn.
+
+    Every epoch has the length of the lists plus the longest of the further ones; a shorter one begins again.
+    An unreadable picture is replaced by another pair of the epoch, and named in "bad".
+
+    Args:
+        train_files: lists of pairs.
+        image_root: what relative picture paths start from.
+        transform: PIL image -> float tensor (3, H, W).
+        turns: further lists, one per epoch.
+    """
+
+    def __init__(
+        self,
+        train_files: Sequence[str | Path],
+        image_root: str,
+        transform: Callable[[Image.Image], torch.Tensor],
+        turns: Sequence[str | Path] = (),
+    ):
+        self.lists, self.turns = open_lists(train_files), open_lists(turns)
+        self.image_root, self.transform = Path(image_root), transform
+        self.starts = np.cumsum([0] + [len(pairs) for pairs in self.lists])
+        self.turn_length = max((len(pairs) for pairs in self.turns), default=0)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1]) + self.turn_length
+
+    def pair(self, epoch: int, index: int) -> tuple[str, str]:
+        """Return image path and caption of a pair."""
+        if index >= self.starts[-1]:
+            pairs = self.turns[epoch % len(self.turns)]
+            return pairs[(index - int(self.starts[-1])) % len(pairs)]
+        number = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.lists[number][index - int(self.starts[number])]
+
+    def at(self, epoch: int, index: int) -> dict[str, Any]:
+        """Return {"image", "caption", "bad"}; "bad" names the unreadable pictures met on the way, one a line."""
+        bad: list[str] = []
+        for attempt in range(TRIES):
+            image, caption = self.pair(epoch, (index + attempt * 7919) % len(self))
+            try:
+                with Image.open(self.image_root / image) as picture:
+                    tensor = self.transform(picture.convert("RGB"))
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                bad.append(f"{image}: {error}")
+                continue
+            return {"image": tensor, "caption": pre_caption(caption, MAX_WORDS), "bad": "\n".join(bad)}
+        raise UserError(f"{TRIES} pictures in a row cannot be read, the first being {bad[0]}; correct image_root")
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.at(0, index)

@@ -1,0 +1,159 @@
+"""Pretrain BLIP by contrast, matching and language modelling (paper sections 3.2 and 4.1)."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from data import create_dataset, create_loader, create_sampler
+from engine.config import PretrainConfig
+from engine.loop import Losses, Progress, fit
+from engine.optim import step_lr, warmup_lr
+from engine.results import finish
+from engine.run import Run, launch
+from models.blip_pretrain import BLIP_Pretrain, blip_pretrain
+from models.momentum import copy_params
+from models.pretrained import load_bert, load_deit, load_vit_in21k
+from utils import UserError, get_rank, get_world_size
+
+EXAMPLES = (
+    "python pretrain.py --config configs/miniature/pretrain.yaml --output_dir output/pretrain",
+    "python -m torch.distributed.run --nproc_per_node=8 pretrain.py --config configs/pretrain.yaml",
+)
+ALPHA_EPOCHS = 2  # the momentum model's share of the targets grows over this many epochs
+CHANCE_ITM = 0.6365  # matching loss of a model that ignores the picture: entropy of one match among three pairs
+STUCK_STEPS = 1000
+CLAMPS = (0.001, 0.5)
+
+
+def schedule(config: PretrainConfig, progress: Progress) -> float:
+    """Linear warm-up in the first epoch, then a lower rate every epoch."""
+    if progress.epoch == 0:
+        return warmup_lr(progress.step, config.warmup_steps, config.warmup_lr, config.init_lr)
+    return step_lr(progress.epoch, config.init_lr, config.min_lr, config.lr_decay_rate)
+
+
+class BadImages:
+    """Counts and lists the unreadable pictures this process has met, up to a limit."""
+
+    def __init__(self, limit: int, run: Run):
+        self.limit, self.found = limit, set[str]()
+        self.path = run.output_dir / f"bad_images_rank{run.rank}.txt"
+
+    def add(self, named: list[str]) -> None:
+        """Note pictures ("path: reason", '' for none).
+
+        Raises:
+            UserError: there are more than the limit.
+        """
+        new = {line for text in named for line in text.splitlines()} - self.found
+        if not new:
+            return
+        self.found |= new
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in sorted(new))
+        if len(self.found) > self.limit:
+            raise UserError(
+                f"rank {get_rank()}: {len(self.found)} pictures cannot be read, more than max_bad_images "
+                f"{self.limit}; they are listed in {self.path}"
+            )
+
+
+def make_train_step(config: PretrainConfig, bad_images: BadImages) -> Callable[..., Losses]:
+    """Return the training step of a configuration."""
+
+    def train_step(model: nn.Module, batch: dict[str, Any], progress: Progress) -> Losses:
+        """Contrastive, matching and language-modelling losses of pairs."""
+        bad_images.add(batch["bad"])
+        alpha = config.alpha * min(1.0, progress.epoch_fraction / ALPHA_EPOCHS)
+        loss_itc, loss_itm, loss_lm = model(batch["image"], batch["caption"], alpha=alpha)
+        return {"loss_itc": loss_itc, "loss_itm": loss_itm, "loss_lm": loss_lm}
+
+    return train_step
+
+
+class Watch:
+    """Warns of trainings that have gone astray."""
+
+    def __init__(self, model: BLIP_Pretrain):
+        self.model, self.stuck_since, self.warned = model, -1, set[str]()
+
+    def __call__(self, means: dict[str, float], progress: Progress) -> str:
+        """Return a warning, '' for none."""
+        if abs(means["loss_itm"] - CHANCE_ITM) > 0.005:
+            self.stuck_since = progress.step
+        if self.stuck_since < 0:
+            self.stuck_since = 0
+        if progress.step - self.stuck_since >= STUCK_STEPS:
+            return self.once(
+                f"the matching loss has stayed at {CHANCE_ITM} since step {self.stuck_since}: matching ignores the "
+                "picture. Start from pretrained encoders (init: released), use a larger global batch, or warm up longer"
+            )
+        temperature = self.model.temp.item()
+        if temperature <= CLAMPS[0] or temperature >= CLAMPS[1]:
+            return self.once(
+                f"the temperature {temperature:.3g} is at its clamp {CLAMPS}: contrast has collapsed or saturated. "
+                "Lower init_lr, or look for captions that are all alike"
+            )
+        return ""
+
+    def once(self, text: str) -> str:
+        """Return a text the first time, '' from then on."""
+        kind = text[:20]
+        new = kind not in self.warned
+        self.warned.add(kind)
+        return text if new else ""
+
+
+def build_model(config: PretrainConfig) -> BLIP_Pretrain:
+    """Build the model with its starting weights."""
+    if config.init not in ("released", "random"):
+        raise UserError(f"init is {config.init!r}; expected 'released' (DeiT or ViT-in21k, and BERT) or 'random'")
+    model = blip_pretrain(
+        **config.model_settings(),
+        embed_dim=config.embed_dim,
+        queue_size=config.queue_size,
+        smooth_padding=config.smooth_padding,
+    )
+    if config.init == "released" and not config.pretrained:
+        if config.vit not in ("base", "large"):
+            raise UserError(f"init: released has weights for vit base and large, not {config.vit!r}; set init: random")
+        (load_deit if config.vit == "base" else load_vit_in21k)(model.visual_encoder)
+        load_bert(model.text_encoder)
+        load_bert(model.text_decoder.bert)
+        copy_params(model)
+    return model
+
+
+def turns(folder: str) -> list[Path]:
+    """Return the lists of a folder that the epochs take in turn."""
+    if not folder:
+        return []
+    paths = sorted(path for path in Path(folder).glob("*.json*") if path.is_file())
+    if not paths:
+        raise UserError(f"laion_path {folder} holds no .json or .jsonl list; correct it, or set it to ''")
+    return paths
+
+
+def main(config: PretrainConfig, run: Run) -> None:
+    """Pretrain and report."""
+    if run.evaluate:
+        raise UserError("pretraining has no evaluation; run train_caption.py or train_retrieval.py with --evaluate")
+    if not config.train_file:
+        raise UserError("train_file names no list of pairs; give at least one, for instance --set train_file=[a.json]")
+    dataset = create_dataset("pretrain", config, min_scale=0.2)
+    samplers = create_sampler([dataset], [True], get_world_size(), get_rank(), run.seed)
+    (loader,) = create_loader([dataset], samplers, [config.batch_size], [config.num_workers], [True], [None])
+    model = build_model(config)
+    bad_images = BadImages(config.max_bad_images, run)
+    train_step = make_train_step(config, bad_images)
+    scores = fit(run, config, model, loader, train_step, schedule=schedule, watch=Watch(model))
+    if bad_images.found:
+        run.note(f"{len(bad_images.found)} unreadable pictures were replaced; they are listed in {bad_images.path}")
+    finish(run, "Pretraining", scores, list)
+
+
+if __name__ == "__main__":
+    sys.exit(launch(main, PretrainConfig, "configs/pretrain.yaml", "output/pretrain", __doc__ or "", EXAMPLES))
