@@ -74,6 +74,11 @@ def _from_array(source: Any) -> Image.Image:
     return Image.fromarray(array)
 
 
+def _is_rank(name: str) -> bool:
+    """Tell whether a score is a median rank, whose scale would leave no room for the others."""
+    return name.endswith("_mdR")
+
+
 def is_number(value: Any) -> bool:
     """Tell whether a value can be drawn."""
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
@@ -94,7 +99,11 @@ def format_value(value: Any) -> str:
 def draw_scores(scores: Scores, path: Path) -> bool:
     """Draw a bar for every fraction or percentage (float) and tell whether there was one."""
     shown = {
-        group: {name: v for name, v in values.items() if is_number(v) and not isinstance(v, int)}
+        group: {
+            name: v
+            for name, v in values.items()
+            if is_number(v) and not isinstance(v, int) and not _is_rank(name)
+        }
         for group, values in scores.items()
     }
     shown = {group: values for group, values in shown.items() if values}
@@ -135,7 +144,9 @@ def draw_curves(log: Sequence[dict[str, Any]], prefixes: Sequence[str], path: Pa
     panels = {
         "loss": [name for name in names if name.startswith(tuple(prefixes))],
         "learning rate": [name for name in names if name == "lr" or name.endswith("_lr")],
-        "validation": [name for name in names if name.startswith("val_") and "loss" not in name],
+        "validation": [
+            name for name in names if name.startswith("val_") and "loss" not in name and not _is_rank(name)
+        ],
     }
     unit, places = _places(log)
     lines = {

@@ -16,12 +16,12 @@ def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
     return float(_right(predictions, labels).mean())
 
 
-def consistency(predictions: ArrayLike, labels: ArrayLike, sentences: Sequence[str]) -> float:
+def consistency(sentences: Sequence[str], predictions: ArrayLike, labels: ArrayLike) -> float:
     """Return the share of sentences that are judged rightly for every pair of pictures, in [0, 1].
 
     Args:
-        predictions, labels: as for `accuracy`.
         sentences: (examples,) the sentence of each example.
+        predictions, labels: as for `accuracy`.
     """
     all_right: dict[str, bool] = {}
     for sentence, right in zip(sentences, _right(predictions, labels), strict=True):

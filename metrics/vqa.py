@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from utils import UserError
 
@@ -79,17 +78,20 @@ def answer_accuracy(answer: str, people: Sequence[str]) -> float:
     return sum(min(1.0, (sum(same) - mine) / needed) for mine in same) / len(same)
 
 
-def vqa_accuracy(results: Iterable[dict], annotations: Iterable[dict]) -> dict[str, Any]:
+def vqa_accuracy(
+    results: Iterable[dict], annotations: Iterable[dict], by: Sequence[str] = ("answer_type",)
+) -> dict[str, float]:
     """Return the accuracy over all questions and by type, in percent.
 
     Args:
         results: {"question_id", "answer": str} rows; of rows with the same id the first counts, and those of
             questions without annotation are left aside.
         annotations: rows with "question_id" and "answer": a list of strings or one string, or as in the
-            files of VQA "answers": list of {"answer": str}; and, if wanted, "answer_type", "question_type".
+            files of VQA "answers": list of {"answer": str}; with the keys of `by`, where they have any.
+        by: keys of the annotations whose values are types, such as "answer_type" and "question_type".
 
     Returns:
-        "overall": percent; "answer_type" and "question_type": type -> percent, where annotations have them.
+        "overall" and each type ("yes/no", "number", "other"): percent.
 
     Raises:
         UserError: questions have no result, or an annotation has no answer.
@@ -103,16 +105,12 @@ def vqa_accuracy(results: Iterable[dict], annotations: Iterable[dict]) -> dict[s
             f"{len(missing)} of {len(rows)} annotated questions have no answer in the results "
             f"(question_id {first or 'none'}); answer every question of the annotations"
         )
-    values = [answer_accuracy(found[str(row["question_id"])], _people(row)) for row in rows]
-    scores: dict[str, Any] = {"overall": _percent(values)}
-    for kind in ("answer_type", "question_type"):
-        groups: dict[str, list[float]] = {}
-        for row, value in zip(rows, values, strict=True):
-            if kind in row:
-                groups.setdefault(str(row[kind]), []).append(value)
-        if groups:
-            scores[kind] = {name: _percent(groups[name]) for name in sorted(groups)}
-    return scores
+    groups: dict[str, list[float]] = {"overall": []}
+    for row in rows:
+        value = answer_accuracy(found[str(row["question_id"])], _people(row))
+        for name in ("overall", *(str(row[kind]) for kind in by if kind in row)):
+            groups.setdefault(name, []).append(value)
+    return {name: 100.0 * sum(values) / len(values) for name, values in groups.items()}
 
 
 def write_vqa_results(path: str | Path, results: Iterable[dict]) -> None:
@@ -140,7 +138,3 @@ def _people(row: dict) -> list[str]:
             f'question {row["question_id"]} is annotated without answers; give it "answer": [...]'
         )
     return people
-
-
-def _percent(values: Sequence[float]) -> float:
-    return 100.0 * sum(values) / len(values)

@@ -298,10 +298,10 @@ def test_vqa_accuracy_by_type():
     ]
     results = [(1, "Yes."), ("2", "three"), (3, "yes"), (3, "no"), (99, "x")]
     results = [{"question_id": key, "answer": text} for key, text in results]
-    scores = vqa_accuracy(results, annotations)
-    assert scores["overall"] == pytest.approx(100 * 1.6 / 3)
-    assert scores["answer_type"] == pytest.approx({"number": 60, "yes/no": 50})
-    assert scores["question_type"] == pytest.approx({"how many": 60, "is the": 100})
+    scores = {"overall": 100 * 1.6 / 3, "yes/no": 50, "number": 60}
+    assert vqa_accuracy(results, annotations) == pytest.approx(scores)
+    more = vqa_accuracy(results, annotations, by=["answer_type", "question_type"])
+    assert more == pytest.approx(scores | {"how many": 60, "is the": 100})
     assert vqa_accuracy(results, [{"question_id": 1, "answer": "yes"}]) == {"overall": 100}
     with pytest.raises(UserError, match=r"2 of 3.*2, 3"):
         vqa_accuracy(results[:1], annotations)
@@ -329,7 +329,7 @@ def test_accuracy_and_consistency():
     labels, sentences = [1, 0, 1, 0], ["s", "s", "t", "t"]
     assert accuracy([1, 0, 0, 0], labels) == 0.75
     assert accuracy(torch.tensor([[0.1, 0.9], [2, 1], [1, 0], [1, 0]]), torch.tensor(labels)) == 0.75
-    assert consistency([1, 0, 0, 0], labels, sentences) == 0.5
-    assert consistency([1, 1, 0, 0], labels, sentences) == 0
+    assert consistency(sentences, [1, 0, 0, 0], labels) == 0.5
+    assert consistency(sentences, [1, 1, 0, 0], labels) == 0
     with pytest.raises(ValueError, match="expected one for each"):
         accuracy([1], labels)

@@ -120,7 +120,7 @@ def test_groups_become_columns(tmp_path):
 def test_scores_without_numbers_draw_nothing(tmp_path):
     """Counts, texts and infinities make no bars."""
     assert not draw_scores(
-        {"": {"n": 5000, "name": "x", "bad": float("inf"), "flag": True}}, tmp_path / "s.png"
+        {"": {"n": 5000, "name": "x", "bad": float("inf"), "txt_mdR": 9.0, "flag": True}}, tmp_path / "s.png"
     )
     assert draw_scores({"": {"n": 5000, "acc": 0.5}}, tmp_path / "s.png")
 
