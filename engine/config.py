@@ -299,6 +299,7 @@ def _checked(value: Any, hint: Any, place: str) -> Any:
 
 
 def _kind(value: Any) -> str:
+    value = _plain(value)
     name = WORDS.get(type(value), "nothing" if value is None else type(value).__name__)
     return f"{name} ({value!r})" if isinstance(value, str | int | float) else name
 

@@ -1,0 +1,40 @@
+# `make demo` and `make test` need Python 3.10 or later and nothing else.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+TORCHRUN := $(RUN) -m torch.distributed.run --standalone --nproc_per_node=2
+WORLD := output/miniature
+DEMO := output/demo
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-fast lint world clean help
+
+help:
+	@echo "make demo    train a captioner from scratch on a small world, about 10 minutes on 2 cores"
+	@echo "make test    run the tests"
+	@echo "make lint    check the style"
+	@echo "make world   write the small world to $(WORLD)"
+	@echo "make clean   remove $(VENV) and output"
+
+$(VENV)/installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(WORLD)/scenes.json: $(VENV)/installed
+	$(RUN) -m data.miniature --output $(WORLD) --level 4 --seed 0
+
+world: $(WORLD)/scenes.json
+
+demo: $(VENV)/installed world
+	$(TORCHRUN) train_caption.py --config configs/miniature/caption.yaml --output_dir $(DEMO) --overwrite
+	$(RUN) -m demo.exact --results $(DEMO) --world $(WORLD)
+
+test: $(VENV)/installed
+	OMP_NUM_THREADS=2 $(RUN) -m pytest -q
+
+lint: $(VENV)/installed
+	$(RUN) -m ruff check .
+
+clean:
+	rm -rf $(VENV) output
