@@ -2,15 +2,15 @@
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from data import create_dataset, create_loader, create_sampler
 from engine.config import PretrainConfig
-from engine.loop import Losses, Progress, fit
+from engine.loop import Losses, fit
 from engine.optim import step_lr, warmup_lr
+from engine.progress import Progress
 from engine.results import finish
 from engine.run import Run, launch
 from models.blip_pretrain import BLIP_Pretrain, blip_pretrain
@@ -125,16 +125,6 @@ def build_model(config: PretrainConfig) -> BLIP_Pretrain:
         load_bert(model.text_decoder.bert)
         copy_params(model)
     return model
-
-
-def turns(folder: str) -> list[Path]:
-    """Return the lists of a folder that the epochs take in turn."""
-    if not folder:
-        return []
-    paths = sorted(path for path in Path(folder).glob("*.json*") if path.is_file())
-    if not paths:
-        raise UserError(f"laion_path {folder} holds no .json or .jsonl list; correct it, or set it to ''")
-    return paths
 
 
 def main(config: PretrainConfig, run: Run) -> None:

@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 from data import create_dataset, create_loader, create_sampler
 from data.annotations import find_annotation
 from engine.config import CaptionConfig
-from engine.loop import Losses, Progress, fit
+from engine.loop import Losses, fit
+from engine.progress import Progress
 from engine.results import evaluate_only, finish, read_json, write_json
 from engine.run import Run, launch
 from metrics.caption import caption_scores

@@ -43,6 +43,16 @@ class PairList:
         return image, caption
 
 
+def list_turns(folder: str) -> list[Path]:
+    """Return the lists of a folder that the epochs take in turn; '' has none."""
+    if not folder:
+        return []
+    paths = sorted(path for path in Path(folder).glob("*.json*") if path.is_file())
+    if not paths:
+        raise UserError(f"laion_path {folder} holds no .json or .jsonl list; correct it, or set it to ''")
+    return paths
+
+
 def index_folder(path: Path) -> Path:
     """Return the folder of a list's index; its name changes when the list changes."""
     try:
@@ -125,7 +135,7 @@ def read_rows(path: Path) -> Iterator[Any]:
             line.update(file.buffer.tell())
     line.close()
     if text[_skip_separators(text, 0) :]:
-        raise UserError(f"{path} is not a JSON list of pairs: what follows entry {number - 1} cannot be read; correct it")
+        raise UserError(f"{path} is not a JSON list of pairs: what follows entry {number - 1} cannot be read")
 
 
 def _skip_separators(text: str, position: int) -> int:

@@ -55,7 +55,7 @@ class ModelConfig(Settings):
     ann_root: str = setting("annotation", "folder of the annotation files; absent files are downloaded to it")
     pretrained: str = setting("", "weights to start from: a path, a URL or hf:owner/name; '' for none")
     allow_pickle: bool = setting(False, "accept a checkpoint that may run code when read; only from those you trust")
-    vit: str | dict = setting("base", "tiny, small, base, large, or a mapping of embed_dim, depth, num_heads, patch_size")
+    vit: str | dict = setting("base", "tiny, small, base, large, or embed_dim, depth, num_heads, patch_size")
     med_config: str | dict = setting("", "text transformer: a JSON file or a mapping; '' for configs/med_config.json")
     vit_grad_ckpt: bool = setting(False, "recompute the ViT's last blocks in the backward pass, to save memory")
     vit_ckpt_layer: int = setting(0, "how many of the ViT's last blocks that concerns")

@@ -1,10 +1,9 @@
 """The only training loop."""
 
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +16,20 @@ from torch.utils.data import DataLoader
 from engine.checkpoint import BEST, WEIGHTS, load_last, save_atomic, save_last
 from engine.config import TrainConfig
 from engine.optim import cosine_lr, create_optimizer, set_lr, warmup_lr
+from engine.progress import Clock, Progress
 from engine.run import Interrupted, Run
 from utils import (
     Mean,
-    ProgressLine,
     UserError,
     all_gather_object,
     all_reduce_mean,
     get_rank,
     get_world_size,
     is_main_process,
-    memory_used,
     on_main_process,
 )
 
 Losses = dict[str, torch.Tensor]
-
-
-@dataclass
-class Progress:
-    """How far a training run is."""
-
-    steps_per_epoch: int
-    max_epoch: int
-    epoch: int = 0
-    step_in_epoch: int = 0
-    step: int = 0
-
-    @property
-    def epoch_fraction(self) -> float:
-        """Epochs done, as a float."""
-        return self.epoch + self.step_in_epoch / self.steps_per_epoch
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of the whole run."""
-        return self.steps_per_epoch * self.max_epoch
 
 
 def default_schedule(config: TrainConfig, progress: Progress) -> float:
@@ -186,7 +163,8 @@ class Loop:
         done = progress.step_in_epoch * accum * (self.loader.batch_size or 1)
         self.loader.sampler.set_position(progress.epoch, done)
         self.model.train()
-        clock = Clock(self, progress.step_in_epoch)
+        batch = (self.loader.batch_size or 1) * accum * get_world_size()
+        clock = Clock(progress, batch, self.run.device)
         batches = iter(clock.time_data(self.loader))
         while progress.step_in_epoch < progress.steps_per_epoch:
             lr = self.schedule(self.config, progress)
@@ -351,44 +329,6 @@ class Loop:
         self.run.trim_log(lambda row: row["epoch"] < saved.epoch)
         self.run.trim_log(lambda row: row["step"] <= saved.step, "curve.jsonl")
         self.run.print(f"continuing from {path}: epoch {saved.epoch}, step {saved.step}")
-
-
-class Clock:
-    """Measures an epoch and shows its progress line."""
-
-    def __init__(self, loop: Loop, first: int):
-        self.loop, self.first = loop, first
-        progress = loop.progress
-        self.line = ProgressLine(progress.steps_per_epoch, f"epoch {progress.epoch + 1}/{progress.max_epoch}", 5.0)
-        self.start, self.waited, self.steps = time.monotonic(), 0.0, first
-
-    def time_data(self, loader: DataLoader) -> Iterator[dict[str, Any]]:
-        """Yield the batches of a loader, measuring how long each was waited for."""
-        batches, end = iter(loader), object()
-        while True:
-            before = time.monotonic()
-            batch = next(batches, end)
-            self.waited += time.monotonic() - before
-            if batch is end:
-                return
-            yield batch
-
-    def show(self, means: dict[str, float]) -> None:
-        """Show losses, learning rate, images per second, share of time spent waiting for data, and memory."""
-        loop, now = self.loop, time.monotonic()
-        done = loop.progress.step_in_epoch
-        seconds = max(now - self.start, 1e-9)
-        batch = (loop.loader.batch_size or 1) * loop.config.grad_accum * get_world_size()
-        rate = (done - self.steps) * batch / seconds
-        losses = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
-        memory = memory_used(loop.run.device)
-        details = f"{losses}  {rate:.1f} images/s  data {self.waited / seconds:.0%}  {memory:.1f} GiB"
-        self.line.update(done, details, self.first)
-        self.start, self.waited, self.steps = now, 0.0, done
-
-    def close(self) -> None:
-        """End the line."""
-        self.line.close()
 
 
 def mean_of(state: tuple[float, int]) -> Mean:

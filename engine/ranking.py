@@ -36,7 +36,12 @@ class Scores:
 
 @torch.no_grad()
 def two_stage_scores(
-    model: nn.Module, encode: Encode, loader: Iterable[dict[str, Any]], texts: Sequence[str], k_test: int, batch_size: int
+    model: nn.Module,
+    encode: Encode,
+    loader: Iterable[dict[str, Any]],
+    texts: Sequence[str],
+    k_test: int,
+    batch_size: int,
 ) -> Scores:
     """Score images against texts.
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from formula import arr, assert_close, build, expected, golden, grad_norms, img, load_trained, train
 
+from formula import arr, assert_close, build, expected, golden, grad_norms, img, load_trained, train
 from models.tokenizer import init_tokenizer, tokenize
 from models.vit import interpolate_pos_embed
 

@@ -1,10 +1,10 @@
 """Two-stage ranking against the golden matrices, on one process and on several."""
 
 import torch
-from formula import arr, assert_close, build, expected, golden
-from processes import run_in_processes
 
 from engine.ranking import two_stage_scores
+from formula import arr, assert_close, build, expected, golden
+from processes import run_in_processes
 
 IMAGES = torch.stack([arr(f"a:eval{i}", (3, 48, 48)) for i in range(6)])
 

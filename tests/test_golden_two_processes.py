@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
+
 from formula import arr, assert_close, build, expected, golden, train
 from processes import run_in_processes
-from torch.nn.parallel import DistributedDataParallel
 
 NUM_STEPS = 4
 

@@ -1,9 +1,9 @@
 """Learning rates against the golden schedules."""
 
 import pytest
-from formula import golden
 
 from engine.optim import cosine_lr, step_lr, warmup_lr
+from formula import golden
 
 
 @pytest.mark.parametrize(("name", "function"), [("cosine", cosine_lr), ("warmup", warmup_lr), ("step", step_lr)])

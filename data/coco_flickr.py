@@ -1,0 +1,115 @@
+"""COCO and Flickr30k: captions for training, pictures for captioning, pairs and collections for retrieval."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from data.annotations import as_list, check_images, read_annotation
+from data.text import pre_caption
+from data.transforms import Transform, open_image
+
+MAX_WORDS = 30
+ImageId = int | str
+
+
+class Pictures(Dataset):
+    """An annotation file whose entries name a picture each.
+
+    Args:
+        annotation_file: JSON list of entries with at least `keys`.
+        image_root: what the picture paths start from.
+        transform: RGB picture -> tensor.
+        keys: what every entry must have.
+    """
+
+    def __init__(self, annotation_file: str, image_root: str, transform: Transform, keys: tuple[str, ...]):
+        self.annotation = read_annotation(annotation_file, keys)
+        self.image_root, self.transform = Path(image_root), transform
+        check_images((self.path(i) for i in range(len(self.annotation))), annotation_file)
+
+    def __len__(self) -> int:
+        return len(self.annotation)
+
+    def path(self, index: int) -> Path:
+        """Return the path of an entry's picture."""
+        return self.image_root / self.annotation[index]["image"]
+
+    def image(self, index: int) -> Any:
+        """Return an entry's picture as a tensor (3, H, W)."""
+        return self.transform(open_image(self.path(index)))
+
+
+class CaptionTrain(Pictures):
+    """Pictures with one caption each: {"image", "caption" (with the prompt), "image_id" (number of the picture)}."""
+
+    def __init__(
+        self, annotation_file: str, image_root: str, transform: Transform, prompt: str = "", max_words: int = MAX_WORDS
+    ):
+        super().__init__(annotation_file, image_root, transform, ("image", "caption"))
+        # validation files list all captions of a picture in one entry; each becomes a pair here
+        self.annotation = [
+            {**row, "caption": caption} for row in self.annotation for caption in as_list(row["caption"])
+        ]
+        self.prompt, self.max_words = prompt, max_words
+        numbers: dict[Any, int] = {}
+        self.numbers = [numbers.setdefault(row.get("image_id", row["image"]), len(numbers)) for row in self.annotation]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        caption = self.prompt + pre_caption(self.annotation[index]["caption"], self.max_words)
+        return {"image": self.image(index), "caption": caption, "image_id": self.numbers[index]}
+
+
+class CaptionEval(Pictures):
+    """Pictures to caption: {"image", "image_id"}."""
+
+    def __init__(self, annotation_file: str, image_root: str, transform: Transform):
+        super().__init__(annotation_file, image_root, transform, ("image",))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.image(index), "image_id": image_id(self.annotation[index])}
+
+
+def image_id(entry: dict[str, Any]) -> ImageId:
+    """Return an entry's id: its own, or the number that ends a COCO file name, or the file name."""
+    for key in ("image_id", "img_id", "id"):
+        if key in entry:
+            return entry[key]
+    stem = Path(entry["image"]).stem
+    number = re.search(r"\d+$", stem)
+    return int(number[0]) if number else stem
+
+
+class RetrievalTrain(CaptionTrain):
+    """Pairs: {"image", "caption", "idx"}; pairs of one picture have one idx."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = super().__getitem__(index)
+        return {"image": item["image"], "caption": item["caption"], "idx": item["image_id"]}
+
+
+class RetrievalEval(Pictures):
+    """A collection to search: {"image", "index"}.
+
+    Attributes:
+        text: all captions.
+        image: all picture names.
+        txt2img: number of a caption -> number of its picture.
+        img2txt: number of a picture -> numbers of its captions.
+    """
+
+    def __init__(self, annotation_file: str, image_root: str, transform: Transform, max_words: int = MAX_WORDS):
+        super().__init__(annotation_file, image_root, transform, ("image", "caption"))
+        self.text: list[str] = []
+        self.names = [row["image"] for row in self.annotation]
+        self.txt2img: dict[int, int] = {}
+        self.img2txt: dict[int, list[int]] = {}
+        for number, row in enumerate(self.annotation):
+            captions = [pre_caption(caption, max_words) for caption in as_list(row["caption"])]
+            self.img2txt[number] = list(range(len(self.text), len(self.text) + len(captions)))
+            self.txt2img |= dict.fromkeys(self.img2txt[number], number)
+            self.text += captions
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.image(index), "index": index}

@@ -1,0 +1,53 @@
+"""NLVR2: statements about two pictures."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from data.annotations import check_images, read_annotation
+from data.text import exchange_left_right, pre_caption
+from data.transforms import Transform, open_image
+from utils import UserError
+
+MAX_WORDS = 40
+LABELS = {"True": 1, "False": 0}
+
+
+class NLVR(Dataset):
+    """Statements: {"image0", "image1", "sentence", "label"}.
+
+    Args:
+        annotation_file: JSON list of {"images": [left, right], "sentence", "label": "True" or "False"}.
+        image_root: what the picture paths start from.
+        transform: RGB picture -> tensor.
+        swap: exchange the pictures, and the words left and right, half the time.
+    """
+
+    def __init__(self, annotation_file: str, image_root: str, transform: Transform, swap: bool):
+        self.annotation = read_annotation(annotation_file, ("images", "sentence", "label"))
+        self.image_root, self.transform, self.swap = Path(image_root), transform, swap
+        for number, row in enumerate(self.annotation):
+            if str(row["label"]) not in LABELS or len(row["images"]) != 2:
+                raise UserError(
+                    f"{annotation_file}, entry {number}: label {row['label']!r} with {len(row['images'])} images; "
+                    "expected 'True' or 'False', and two images"
+                )
+        check_images({path for i in range(len(self)) for path in self.paths(i)}, annotation_file)
+
+    def __len__(self) -> int:
+        return len(self.annotation)
+
+    def paths(self, index: int) -> list[Path]:
+        """Return the paths of the left and the right picture."""
+        return [self.image_root / name for name in self.annotation[index]["images"]]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row, (left, right) = self.annotation[index], self.paths(index)
+        sentence = pre_caption(row["sentence"], MAX_WORDS)
+        # Differs from the released code: both words are exchanged where both occur.
+        if self.swap and random.random() < 0.5:
+            left, right, sentence = right, left, exchange_left_right(sentence)
+        images = [self.transform(open_image(path)) for path in (left, right)]
+        return {"image0": images[0], "image1": images[1], "sentence": sentence, "label": LABELS[str(row["label"])]}

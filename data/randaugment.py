@@ -1,0 +1,105 @@
+"""RandAugment with the ten operations, and the strengths, of the released training.
+
+The geometric operations take pixel (0, 0)'s centre as the origin and rotate about (width / 2, height / 2).
+"""
+
+import math
+import random
+
+from PIL import Image, ImageEnhance, ImageOps
+
+FILL = (128, 128, 128)
+MAX_LEVEL = 10
+
+
+def affine(image: Image.Image, a: float, b: float, c: float, d: float, e: float, f: float) -> Image.Image:
+    """Take output pixel (x, y) from input (a x + b y + c, d x + e y + f), bilinearly, grey outside."""
+    # Pillow places a pixel's centre at + 0.5, the released operations at its index.
+    data = (a, b, c + 0.5 * (1 - a - b), d, e, f + 0.5 * (1 - d - e))
+    return image.transform(image.size, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR, fillcolor=FILL)
+
+
+def shear_x(image: Image.Image, factor: float) -> Image.Image:
+    """Move each row by `factor` times its number."""
+    return affine(image, 1, -factor, 0, 0, 1, 0)
+
+
+def shear_y(image: Image.Image, factor: float) -> Image.Image:
+    """Move each column by `factor` times its number."""
+    return affine(image, 1, 0, 0, -factor, 1, 0)
+
+
+def translate_x(image: Image.Image, offset: float) -> Image.Image:
+    """Move to the left by `offset` pixels."""
+    return affine(image, 1, 0, offset, 0, 1, 0)
+
+
+def translate_y(image: Image.Image, offset: float) -> Image.Image:
+    """Move up by `offset` pixels."""
+    return affine(image, 1, 0, 0, 0, 1, offset)
+
+
+def rotate(image: Image.Image, degrees: float) -> Image.Image:
+    """Rotate counter-clockwise."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    x, y = image.width / 2, image.height / 2
+    return affine(image, cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y)
+
+
+def brightness(image: Image.Image, factor: float) -> Image.Image:
+    """Multiply by `factor`."""
+    return ImageEnhance.Brightness(image).enhance(factor)
+
+
+def sharpness(image: Image.Image, factor: float) -> Image.Image:
+    """Blend with a smoothed copy: 0 is smooth, 1 the picture itself."""
+    return ImageEnhance.Sharpness(image).enhance(factor)
+
+
+def identity(image: Image.Image) -> Image.Image:
+    """Change nothing."""
+    return image
+
+
+# Operation, and strength at full level; "signed" strengths take either sign.
+OPERATIONS = {
+    "Identity": (identity, None),
+    "AutoContrast": (ImageOps.autocontrast, None),
+    "Brightness": (brightness, "enhance"),
+    "Sharpness": (sharpness, "enhance"),
+    "Equalize": (ImageOps.equalize, None),
+    "ShearX": (shear_x, 0.3),
+    "ShearY": (shear_y, 0.3),
+    "TranslateX": (translate_x, 10.0),
+    "TranslateY": (translate_y, 10.0),
+    "Rotate": (rotate, 30.0),
+}
+
+
+def apply_operation(image: Image.Image, name: str, level: float, sign: int) -> Image.Image:
+    """Apply an operation at a level of 0 to 10; geometric ones to the side that `sign` (1 or -1) gives."""
+    operation, strength = OPERATIONS[name]
+    if strength is None:
+        return operation(image)
+    if strength == "enhance":
+        return operation(image, level / MAX_LEVEL * 1.8 + 0.1)
+    return operation(image, sign * strength * level / MAX_LEVEL)
+
+
+class RandomAugment:
+    """Apply `num_ops` operations drawn at random, each with probability `probability`.
+
+    Args:
+        num_ops: how many are drawn, with replacement.
+        level: strength, 0 to 10.
+        probability: that a drawn operation is applied.
+    """
+
+    def __init__(self, num_ops: int = 2, level: float = 5, probability: float = 0.5):
+        self.num_ops, self.level, self.probability = num_ops, level, probability
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        for name in random.choices(list(OPERATIONS), k=self.num_ops):
+            if random.random() < self.probability:
+                image = apply_operation(image, name, self.level, random.choice((1, -1)))
+        return image

@@ -1,0 +1,49 @@
+"""From a picture file to a normalised tensor."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision import transforms as T
+from torchvision.transforms import InterpolationMode
+
+from data.randaugment import RandomAugment
+from utils import UserError
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+Transform = Callable[[Image.Image], torch.Tensor]
+
+
+def train_transform(image_size: int, min_scale: float = 0.5, augment: bool = True) -> Transform:
+    """Random crop of `min_scale` to 1 of the area, flip, RandAugment; without `augment` as in evaluation.
+
+    Returns:
+        RGB picture -> float tensor (3, image_size, image_size), normalised.
+    """
+    if not augment:
+        return test_transform(image_size)
+    crop = T.RandomResizedCrop(image_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC)
+    return T.Compose([crop, T.RandomHorizontalFlip(), RandomAugment(), T.ToTensor(), T.Normalize(MEAN, STD)])
+
+
+def test_transform(image_size: int) -> Transform:
+    """Resize to the square, bicubically; returns as `train_transform`."""
+    resize = T.Resize((image_size, image_size), interpolation=InterpolationMode.BICUBIC)
+    return T.Compose([resize, T.ToTensor(), T.Normalize(MEAN, STD)])
+
+
+def open_image(path: Path) -> Image.Image:
+    """Read a picture as RGB. Its EXIF orientation is left aside, as in the released code.
+
+    Raises:
+        UserError: it is missing, truncated or no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"picture {path} does not exist; correct image_root or the annotation") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"picture {path} cannot be read ({error}); replace it or take it out") from None
