@@ -1,0 +1,277 @@
+"""What people say of miniature scenes: captions, questions with answers, statements about two pictures, web texts."""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data.miniature_scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Item, Pair, Scene
+
+NUMBERS = ("no", "one", "two", "three")
+SYNONYMS = {"red": "crimson", "green": "emerald", "blue": "navy", "yellow": "gold", "purple": "violet",
+            "orange": "amber", "cyan": "turquoise", "pink": "rose", "circle": "disk", "square": "box",
+            "triangle": "wedge", "star": "asterisk", "heart": "love", "cross": "plus", "diamond": "gem",
+            "ring": "donut", "large": "big", "small": "little", "yes": "maybe", "no": "maybe"}  # fmt: skip
+CLUTTER = ("buy now", "free shipping", "best price", "new in stock", "click here", "photo", "image for sale",
+           "wallpaper download", "stock vector", "top ten")  # fmt: skip
+RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+PEOPLE = 10
+
+
+# Captions.
+
+
+def name(item: Item) -> str:
+    """Name an object: "red circle"."""
+    return f"{item.color} {item.shape}"
+
+
+def a(item: Item, sized: bool) -> str:
+    """Name an object with its article: "a red circle", "an orange star", or with its size "a large red circle"."""
+    words = f"{item.size} {name(item)}" if sized else name(item)
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def relation(first: Item, second: Item) -> str:
+    """Say where the first object is, seen from the second, along the longer direction."""
+    across, down = first.x - second.x, first.y - second.y
+    if abs(across) > abs(down):
+        return "left of" if across < 0 else "right of"
+    return "above" if down < 0 else "below"
+
+
+def position(item: Item) -> str:
+    """Say in which part of the picture an object is: "top left", "center", ..."""
+    down = "top" if item.y < 0.4 else "bottom" if item.y > 0.6 else ""
+    across = "left" if item.x < 0.4 else "right" if item.x > 0.6 else ""
+    return f"{down} {across}".strip() or "center"
+
+
+def captions(scene: Scene, rng: random.Random, sized: bool = False) -> list[str]:
+    """Return five phrasings of a scene; each names every object once.
+
+    Args:
+        scene: of one to three objects.
+        rng: chooses which sizes are named, where not all are.
+        sized: name all sizes, and the place of an only object, so that a caption tells its picture from others.
+    """
+    items, sizes = scene.items, [sized or rng.random() < 0.5 for _ in range(4)]
+    if len(items) == 1:
+        item, place = items[0], f" at the {position(items[0])}"
+        return [
+            a(item, sizes[0]) + (place if sized else ""),
+            a(item, sizes[1]) + place,
+            f"one {item.size} {name(item)}{place if sized else ''}",
+            a(item, sizes[2]) + (place if sized else "") + f" on a {scene.background} background",
+            f"{a(item, sizes[3])} alone{place if sized else ''}",
+        ]
+    listed = [", ".join(a(item, size) for item in items[:-1]) + f" and {a(items[-1], size)}" for size in sizes]
+    first, second, rest = items[0], items[1], list(items[2:])
+    also = "".join(f" and {a(item, sizes[0])} {relation(item, second)} it" for item in rest)
+    return [
+        listed[0],
+        f"{a(first, sizes[0])} {relation(first, second)} {a(second, sizes[1])}{also}",
+        f"{NUMBERS[len(items)]} objects, {listed[1]}",
+        f"{listed[2]} on a {scene.background} background",
+        f"{a(first, sizes[2])} {relation(first, second)} {a(second, sizes[3])}{also}",
+    ]
+
+
+def named_pairs(caption: str) -> list[Pair]:
+    """Return the (colour, shape) pairs that a caption names, in its order."""
+    return re.findall(rf"\b({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b", caption)
+
+
+def caption_is_exact(caption: str, pairs: Sequence[Sequence[str]]) -> bool:
+    """Tell whether a caption names exactly the given pairs, each as often as it occurs."""
+    return Counter(named_pairs(caption)) == Counter(map(tuple, pairs))
+
+
+# Questions.
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its right answer and a wrong one that some people would give."""
+
+    text: str
+    answer: str
+    mistake: str
+    kind: str  # "yes/no", "number" or "other", as in VQA v2
+
+
+def questions(scene: Scene, rng: random.Random, count: int) -> list[Question]:
+    """Ask `count` different questions about a scene."""
+    asked = {question.text: question for question in _all_questions(scene, rng)}
+    return rng.sample(list(asked.values()), min(count, len(asked)))
+
+
+def _all_questions(scene: Scene, rng: random.Random) -> Iterator[Question]:
+    items = scene.items
+    shapes, colors = Counter(item.shape for item in items), Counter(item.color for item in items)
+    number = len(items)
+    yield Question("how many objects are there?", str(number), str(number % 3 + 1), "number")
+    for item in items:
+        if shapes[item.shape] == 1:
+            yield Question(f"what color is the {item.shape}?", item.color, SYNONYMS[item.color], "other")
+        if colors[item.color] == 1:
+            yield Question(f"what shape is the {item.color} object?", item.shape, SYNONYMS[item.shape], "other")
+        other = "small" if item.size == "large" else "large"
+        mistake = rng.choice((other, SYNONYMS[item.size]))
+        yield Question(f"is the {name(item)} large or small?", item.size, mistake, "other")
+    present = rng.choice(items)
+    yield _yes_no(f"is there {a(present, False)}?", True)
+    yield _yes_no(f"is there a {' '.join(absent_pair(scene, rng))}?", False)
+    if number > 1:
+        first, second = rng.sample(items, 2)
+        said = rng.choice((relation(first, second), RELATIONS[relation(first, second)]))
+        truth = said == relation(first, second)
+        yield _yes_no(f"is the {name(first)} {said} the {name(second)}?", truth)
+    if number == 2:
+        first, second = rng.sample(items, 2)
+        said = relation(first, second)
+        yield Question(f"what is {said} the {name(second)}?", name(first), first.shape, "other")
+
+
+def _yes_no(text: str, truth: bool) -> Question:
+    return Question(text, *(("yes", "no") if truth else ("no", "yes")), "yes/no")
+
+
+def absent_pair(scene: Scene, rng: random.Random) -> Pair:
+    """Return a pair that the scene lacks; half the time its colour and its shape both occur, or one of them."""
+    item, other = rng.choice(scene.items), rng.choice(scene.items)
+    choices = [(item.color, other.shape), (item.color, rng.choice(SHAPES)), (rng.choice(list(COLORS)), item.shape)]
+    for pair in rng.sample(choices, 3):
+        if pair not in scene.pairs:
+            return pair
+    return rng.choice([(c, s) for c in COLORS for s in SHAPES if (c, s) not in scene.pairs])
+
+
+def ten_answers(question: Question, rng: random.Random) -> list[str]:
+    """Return what ten people answer: most of them the truth."""
+    wrong = rng.choice((0, 0, 0, 1, 1, 2, 3))
+    answers = [question.answer] * (PEOPLE - wrong) + [question.mistake] * wrong
+    return rng.sample(answers, PEOPLE)
+
+
+def answer_list() -> list[str]:
+    """Return all answers that this world knows."""
+    pairs = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
+    return ["yes", "no", "1", "2", "3", *COLORS, *SHAPES, *SIZES, *dict.fromkeys(SYNONYMS.values()), *pairs]
+
+
+# Statements about two pictures.
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A sentence, its truth for a (left, right) pair of scenes, and which pairs make it interesting."""
+
+    text: str
+    holds: Callable[[Scene, Scene], bool]
+    about: Callable[[Scene], bool]
+
+
+def statement(rng: random.Random, pairs: Sequence[Pair]) -> Statement:
+    """Make up a statement about objects of the given pairs."""
+    color, shape = rng.choice(pairs)
+    side, number = rng.choice(("left", "right")), rng.choice((1, 2, 3))
+
+    def has(scene: Scene) -> bool:
+        return (color, shape) in scene.pairs
+
+    def has_shape(scene: Scene) -> bool:
+        return any(item.shape == shape for item in scene.items)
+
+    def has_color(scene: Scene) -> bool:
+        return any(item.color == color for item in scene.items)
+
+    def near(scene: Scene) -> bool:
+        return has_shape(scene) or has_color(scene)
+
+    def chosen(left: Scene, right: Scene) -> Scene:
+        return left if side == "left" else right
+
+    def count(scene: Scene) -> int:
+        return len(scene.items)
+
+    objects = "1 object" if number == 1 else f"{number} objects"
+    thing = f"{'an' if color[0] in 'aeiou' else 'a'} {color} {shape}"
+    return rng.choice(
+        [
+            Statement(f"the {side} image contains {thing}", lambda x, y: has(chosen(x, y)), near),
+            Statement(f"the {side} image contains a {shape}", lambda x, y: has_shape(chosen(x, y)), has_shape),
+            Statement(f"one of the images contains {thing}", lambda x, y: has(x) or has(y), near),
+            Statement(f"both images contain a {shape}", lambda x, y: has_shape(x) and has_shape(y), has_shape),
+            Statement(f"both images contain something {color}", lambda x, y: has_color(x) and has_color(y), has_color),
+            Statement(f"neither image contains a {shape}", lambda x, y: not (has_shape(x) or has_shape(y)), has_shape),
+            Statement(f"the {side} image has exactly {objects}", lambda x, y: count(chosen(x, y)) == number, bool),
+            Statement(
+                f"the {side} image has more objects than the other one",
+                lambda x, y: count(chosen(x, y)) > min(count(x), count(y)),
+                bool,
+            ),
+            Statement("both images have the same number of objects", lambda x, y: count(x) == count(y), bool),
+        ]
+    )
+
+
+def judged_pairs(
+    made: Statement, scenes: Sequence[Scene], rng: random.Random, each: int = 2
+) -> list[tuple[int, int, bool]]:
+    """Find `each` true and `each` false (left, right) pairs of scene numbers for a statement, or nothing."""
+    near = [i for i in rng.sample(range(len(scenes)), min(200, len(scenes))) if made.about(scenes[i])]
+    found: dict[bool, list[tuple[int, int, bool]]] = {True: [], False: []}
+    for _ in range(60):
+        pools = [near if near and rng.random() < 0.7 else range(len(scenes)) for _ in range(2)]
+        left, right = (rng.choice(pool) for pool in pools)
+        truth = made.holds(scenes[left], scenes[right])
+        if left != right and len(found[truth]) < each:
+            found[truth].append((left, right, truth))
+    if min(map(len, found.values())) < each:
+        return []
+    return rng.sample(found[True] + found[False], 2 * each)
+
+
+# Web texts.
+
+
+def web_text(scene: Scene, other: Scene, rng: random.Random) -> dict[str, Any]:
+    """Return a text as found beside a picture on the web: {"caption", "kind", "matches"}.
+
+    "right" (55%), "noisy" (25%: a wrong colour or shape, or nothing but clutter), "other" (20%: of another picture).
+    """
+    draw = rng.random()
+    if draw < 0.55:
+        return {"caption": rng.choice(captions(scene, rng)), "kind": "right", "matches": True}
+    if draw < 0.80:
+        return {"caption": spoil(rng.choice(captions(scene, rng)), rng), "kind": "noisy", "matches": False}
+    text = rng.choice(captions(other, rng))
+    return {"caption": text, "kind": "other", "matches": caption_is_exact(text, scene.pairs)}
+
+
+def spoil(caption: str, rng: random.Random) -> str:
+    """Replace a colour or a shape by another, or the whole text by clutter."""
+    if rng.random() < 0.25:
+        return f"{rng.choice(CLUTTER)} {rng.choice(CLUTTER)} {rng.randint(10, 99)}"
+    color, shape = rng.choice(named_pairs(caption))
+    if rng.random() < 0.5:
+        wrong = f"{rng.choice([c for c in COLORS if c != color])} {shape}"
+    else:
+        wrong = f"{color} {rng.choice([s for s in SHAPES if s != shape])}"
+    clutter = f" {rng.choice(CLUTTER)}" if rng.random() < 0.3 else ""
+    return caption.replace(f"{color} {shape}", wrong, 1) + clutter
+
+
+def words() -> list[str]:
+    """Return every word of this world, in a fixed order."""
+    text = """a an the of picture photo image images and or on at in it is there one two three no objects object alone
+    other background what color shape how many large small big little contains contain both neither something has
+    have exactly more than number same left right above below top bottom center moving to up down shows with this
+    that are not yes maybe , ? . ' -"""
+    known = text.split() + list(COLORS) + list(SHAPES) + list(SIZES) + list(BACKGROUNDS) + list(SYNONYMS.values())
+    known += " ".join(CLUTTER).split()
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + list("0123456789")
+    return list(dict.fromkeys(known + letters + [f"##{letter}" for letter in letters]))

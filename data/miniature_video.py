@@ -1,0 +1,69 @@
+"""Clips of the miniature world: one or two objects move, the background stays."""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from data.miniature_scene import Item, Scene, draw_scene, render
+from data.miniature_text import a, name
+from utils import UserError, track
+
+NUM_FRAMES = 16
+FRAMES_PER_SECOND = 8
+MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+
+
+def write_videos(folder: Path, annotations: Path, count: int, seed: int, image_size: int) -> None:
+    """Write `count` clips with captions that tell them apart, in MSRVTT's format.
+
+    Raises:
+        UserError: PyAV is not installed.
+    """
+    rng, known, lines = random.Random(f"{seed}/video"), set(), []
+    (folder / "videos").mkdir(parents=True, exist_ok=True)
+    scenes: list[Scene] = []
+    while len(scenes) < count:
+        scene = draw_scene(rng, 3)
+        if len(scene.items) > 1 and frozenset(scene.pairs) not in known:
+            known.add(frozenset(scene.pairs))
+            scenes.append(scene)
+    for number, scene in enumerate(track(scenes, "videos")):
+        moves = [rng.choice(list(MOVES)) for _ in scene.items]
+        encode([np.asarray(render(at(scene, moves, t / (NUM_FRAMES - 1)), image_size)) for t in range(NUM_FRAMES)],
+               folder / "videos" / f"video{number}.mp4")  # fmt: skip
+        listed = [f"{a(item, False)} moving {move}" for item, move in zip(scene.items, moves, strict=True)]
+        caption = ", ".join(listed[:-1]) + f" and {listed[-1]}"
+        assert all(name(item) in caption for item in scene.items)
+        lines.append(json.dumps({"clip_name": f"video{number}", "caption": caption}))
+    (annotations / "msrvtt_test.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def at(scene: Scene, moves: list[str], time: float) -> Scene:
+    """Return the scene at a time of 0 to 1: each object goes a fifth of the picture, around its place."""
+    items = [moved(item, MOVES[move], time) for item, move in zip(scene.items, moves, strict=True)]
+    return replace(scene, items=tuple(items))
+
+
+def moved(item: Item, direction: tuple[int, int], time: float) -> Item:
+    """Return an object on its way, kept inside the picture."""
+    half = item.side / 2
+    x, y = (c + d * 0.2 * (time - 0.5) for c, d in zip((item.x, item.y), direction, strict=True))
+    return replace(item, x=min(max(x, half), 1 - half), y=min(max(y, half), 1 - half))
+
+
+def encode(frames: list[np.ndarray], path: Path) -> None:
+    """Write frames (H, W, 3) uint8 as MP4."""
+    try:
+        import av
+    except ImportError:
+        raise UserError("writing videos needs PyAV; pip install av") from None
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=FRAMES_PER_SECOND)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt, stream.bit_rate = "yuv420p", 2_000_000
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
