@@ -19,7 +19,7 @@ from data.miniature_scene import LEVELS, Scene, draw_scene, render, seen_pairs, 
 from utils import UserError, track
 
 UNSEEN_SHARE = 0.25  # of test pictures
-PHRASINGS = 5
+TRIES = 200  # draws for each scene or statement before giving up
 FIRST_ID = {"train": 1, "val": 1_000_001, "test": 2_000_001, "web": 3_000_001}
 
 
@@ -97,7 +97,7 @@ def make_scenes(split: str, count: int, level: int, seed: int) -> list[Scene]:
         scene = draw_scene(rng, level, unseen)
         key = distinct_key(scene)
         tries += 1
-        if tries > 200 * count:
+        if tries > TRIES * count:
             raise UserError(f"level {level} has fewer than {count} different test scenes; ask for fewer")
         if split != "test" or key not in known:
             scenes.append(scene)
@@ -176,13 +176,22 @@ def write_questions(folder: Path, split: str, scenes: Sequence[Scene], seed: int
 
 
 def write_statements(folder: Path, split: str, scenes: Sequence[Scene], seed: int) -> None:
-    """Write statements about two pictures, each judged for two true and two false pairs."""
+    """Write statements about two pictures, each judged for two true and two false pairs.
+
+    Outside training every statement occurs once: consistency takes all pairs of one sentence together.
+    """
     rng = generator(seed, "nlvr", split)
     pairs = seen_pairs() + (sorted(unseen_pairs()) if split == "test" else [])
     rows: list[dict[str, Any]] = []
-    while scenes and len(rows) < 2 * len(scenes):
+    used: set[str] = set()
+    for _ in range(TRIES * len(scenes)):
+        if len(rows) >= 2 * len(scenes):
+            break
         made = text.statement(rng, pairs)
-        for left, right, truth in text.judged_pairs(made, scenes, rng):
+        judged = [] if made.text in used else text.judged_pairs(made, scenes, rng)
+        if judged and split != "train":
+            used.add(made.text)
+        for left, right, truth in judged:
             images = [picture(split, left), picture(split, right)]
             rows.append({"images": images, "sentence": made.text, "label": str(truth)})
     write(folder / f"nlvr_{'dev' if split == 'val' else split}.json", rows)

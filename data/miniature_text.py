@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data.miniature_scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Item, Pair, Scene
+from data.miniature_scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Item, Pair, Scene, unseen_pairs
 
 NUMBERS = ("no", "one", "two", "three")
 SYNONYMS = {"red": "crimson", "green": "emerald", "blue": "navy", "yellow": "gold", "purple": "violet",
@@ -30,7 +30,11 @@ def name(item: Item) -> str:
 
 def a(item: Item, sized: bool) -> str:
     """Name an object with its article: "a red circle", "an orange star", or with its size "a large red circle"."""
-    words = f"{item.size} {name(item)}" if sized else name(item)
+    return with_article(f"{item.size} {name(item)}" if sized else name(item))
+
+
+def with_article(words: str) -> str:
+    """Put "a" or "an" before words."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
@@ -123,7 +127,7 @@ def _all_questions(scene: Scene, rng: random.Random) -> Iterator[Question]:
         yield Question(f"is the {name(item)} large or small?", item.size, mistake, "other")
     present = rng.choice(items)
     yield _yes_no(f"is there {a(present, False)}?", True)
-    yield _yes_no(f"is there a {' '.join(absent_pair(scene, rng))}?", False)
+    yield _yes_no(f"is there {with_article(' '.join(absent_pair(scene, rng)))}?", False)
     if number > 1:
         first, second = rng.sample(items, 2)
         said = rng.choice((relation(first, second), RELATIONS[relation(first, second)]))
@@ -140,13 +144,18 @@ def _yes_no(text: str, truth: bool) -> Question:
 
 
 def absent_pair(scene: Scene, rng: random.Random) -> Pair:
-    """Return a pair that the scene lacks; half the time its colour and its shape both occur, or one of them."""
+    """Return a pair that the scene lacks, but for its colour or its shape, where there is one.
+
+    Of the pairs kept for testing only scenes that show one are asked, or their names would come to mean "no".
+    """
+    shown = set(scene.pairs)
+    excluded = shown if shown & unseen_pairs() else shown | unseen_pairs()
     item, other = rng.choice(scene.items), rng.choice(scene.items)
     choices = [(item.color, other.shape), (item.color, rng.choice(SHAPES)), (rng.choice(list(COLORS)), item.shape)]
     for pair in rng.sample(choices, 3):
-        if pair not in scene.pairs:
+        if pair not in excluded:
             return pair
-    return rng.choice([(c, s) for c in COLORS for s in SHAPES if (c, s) not in scene.pairs])
+    return rng.choice([(c, s) for c in COLORS for s in SHAPES if (c, s) not in excluded])
 
 
 def ten_answers(question: Question, rng: random.Random) -> list[str]:
@@ -178,6 +187,7 @@ def statement(rng: random.Random, pairs: Sequence[Pair]) -> Statement:
     """Make up a statement about objects of the given pairs."""
     color, shape = rng.choice(pairs)
     side, number = rng.choice(("left", "right")), rng.choice((1, 2, 3))
+    opposite = "right" if side == "left" else "left"
 
     def has(scene: Scene) -> bool:
         return (color, shape) in scene.pairs
@@ -198,12 +208,17 @@ def statement(rng: random.Random, pairs: Sequence[Pair]) -> Statement:
         return len(scene.items)
 
     objects = "1 object" if number == 1 else f"{number} objects"
-    thing = f"{'an' if color[0] in 'aeiou' else 'a'} {color} {shape}"
+    thing = with_article(f"{color} {shape}")
     return rng.choice(
         [
             Statement(f"the {side} image contains {thing}", lambda x, y: has(chosen(x, y)), near),
             Statement(f"the {side} image contains a {shape}", lambda x, y: has_shape(chosen(x, y)), has_shape),
             Statement(f"one of the images contains {thing}", lambda x, y: has(x) or has(y), near),
+            Statement(
+                f"the {side} image contains something {color} and the {opposite} image contains a {shape}",
+                lambda x, y: has_color(chosen(x, y)) and has_shape(chosen(y, x)),
+                near,
+            ),
             Statement(f"both images contain a {shape}", lambda x, y: has_shape(x) and has_shape(y), has_shape),
             Statement(f"both images contain something {color}", lambda x, y: has_color(x) and has_color(y), has_color),
             Statement(f"neither image contains a {shape}", lambda x, y: not (has_shape(x) or has_shape(y)), has_shape),
@@ -228,7 +243,7 @@ def judged_pairs(
         pools = [near if near and rng.random() < 0.7 else range(len(scenes)) for _ in range(2)]
         left, right = (rng.choice(pool) for pool in pools)
         truth = made.holds(scenes[left], scenes[right])
-        if left != right and len(found[truth]) < each:
+        if left != right and len(found[truth]) < each and (left, right, truth) not in found[truth]:
             found[truth].append((left, right, truth))
     if min(map(len, found.values())) < each:
         return []
