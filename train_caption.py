@@ -1,6 +1,7 @@
 """Fine-tune and evaluate a captioner (paper section 5.2)."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -77,7 +78,7 @@ def best_metric(scores: dict[str, float]) -> float:
 def examples(dataset: Any, config: CaptionConfig, run: Run, count: int = 24) -> list[dict[str, Any]]:
     """Return test pictures with their captions and references, for the report."""
     references: dict[str, list[str]] = {}
-    for row in read_json(ground_truth("test", config))["annotations"]:
+    for row in read_json(Path(ground_truth("test", config)))["annotations"]:
         references.setdefault(str(row["image_id"]), []).append(row["caption"])
     results = read_json(run.result("test"))[:count]
     return [

@@ -66,7 +66,7 @@ class ModelConfig(Settings):
 
     def model_settings(self) -> dict[str, Any]:
         """Return the arguments that every model's factory takes."""
-        keys = ("pretrained", "med_config", "image_size", "vit", "vit_grad_ckpt", "vit_ckpt_layer")
+        keys = ("pretrained", "allow_pickle", "med_config", "image_size", "vit", "vit_grad_ckpt", "vit_ckpt_layer")
         return {key: self[key] for key in keys}
 
 

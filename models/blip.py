@@ -186,11 +186,11 @@ def decode(tokenizer: Any, ids: Sequence[torch.Tensor]) -> list[str]:
     return [tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=True) for row in ids]
 
 
-def blip_decoder(pretrained: str = "", **kwargs) -> BLIP_Decoder:
+def blip_decoder(pretrained: str = "", allow_pickle: bool = False, **kwargs) -> BLIP_Decoder:
     """Build a captioner, with weights from `pretrained` (path, URL, `hf:owner/name`, or '' for none)."""
-    return load_pretrained(BLIP_Decoder(**kwargs), pretrained, task="caption")
+    return load_pretrained(BLIP_Decoder(**kwargs), pretrained, "caption", allow_pickle)
 
 
-def blip_feature_extractor(pretrained: str = "", **kwargs) -> BLIP_Base:
+def blip_feature_extractor(pretrained: str = "", allow_pickle: bool = False, **kwargs) -> BLIP_Base:
     """Build a feature extractor, with weights from `pretrained` (as `blip_decoder`)."""
-    return load_pretrained(BLIP_Base(**kwargs), pretrained, task="features")
+    return load_pretrained(BLIP_Base(**kwargs), pretrained, "features", allow_pickle)

@@ -73,6 +73,6 @@ class BLIP_ITM(nn.Module):
         return image_feat @ F.normalize(self.text_proj(hidden[:, 0]), dim=-1).T
 
 
-def blip_itm(pretrained: str = "", **kwargs) -> BLIP_ITM:
+def blip_itm(pretrained: str = "", allow_pickle: bool = False, **kwargs) -> BLIP_ITM:
     """Build a matching model, with weights from `pretrained` (path, URL, `hf:owner/name`, or '' for none)."""
-    return load_pretrained(BLIP_ITM(**kwargs), pretrained, task="itm")
+    return load_pretrained(BLIP_ITM(**kwargs), pretrained, "itm", allow_pickle)

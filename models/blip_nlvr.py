@@ -58,6 +58,6 @@ class BLIP_NLVR(nn.Module):
         return F.cross_entropy(logits.float(), targets) if train else logits
 
 
-def blip_nlvr(pretrained: str = "", **kwargs) -> BLIP_NLVR:
+def blip_nlvr(pretrained: str = "", allow_pickle: bool = False, **kwargs) -> BLIP_NLVR:
     """Build an NLVR2 model; from a pretrained checkpoint both cross-attentions start from its one."""
-    return load_pretrained(BLIP_NLVR(**kwargs), pretrained, task="nlvr")
+    return load_pretrained(BLIP_NLVR(**kwargs), pretrained, "nlvr", allow_pickle)

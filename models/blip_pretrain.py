@@ -90,9 +90,9 @@ class BLIP_Pretrain(MomentumModel):
         return next_token_loss(self.text_decoder, text, labels, projection, self.smooth_padding)
 
 
-def blip_pretrain(pretrained: str = "", **kwargs) -> BLIP_Pretrain:
+def blip_pretrain(pretrained: str = "", allow_pickle: bool = False, **kwargs) -> BLIP_Pretrain:
     """Build a pretraining model, with weights from `pretrained` (path, URL, or '' for none).
 
     Starting weights of its parts (DeiT or ViT-in21k, and BERT) are loaded by `models.pretrained`.
     """
-    return load_pretrained(BLIP_Pretrain(**kwargs), pretrained, task="pretrain")
+    return load_pretrained(BLIP_Pretrain(**kwargs), pretrained, "pretrain", allow_pickle)

@@ -109,6 +109,6 @@ class BLIP_Retrieval(MomentumModel):
         return image, draw_negatives(image_feat @ texts.T / self.temp, same)
 
 
-def blip_retrieval(pretrained: str = "", **kwargs) -> BLIP_Retrieval:
+def blip_retrieval(pretrained: str = "", allow_pickle: bool = False, **kwargs) -> BLIP_Retrieval:
     """Build a retrieval model, with weights from `pretrained` (path, URL, `hf:owner/name`, or '' for none)."""
-    return load_pretrained(BLIP_Retrieval(**kwargs), pretrained, task="retrieval")
+    return load_pretrained(BLIP_Retrieval(**kwargs), pretrained, "retrieval", allow_pickle)

@@ -178,6 +178,6 @@ class BLIP_VQA(nn.Module):
         return (likelihood + smooth).sum(dim=1)
 
 
-def blip_vqa(pretrained: str = "", **kwargs) -> BLIP_VQA:
+def blip_vqa(pretrained: str = "", allow_pickle: bool = False, **kwargs) -> BLIP_VQA:
     """Build a VQA model, with weights from `pretrained` (path, URL, `hf:owner/name`, or '' for none)."""
-    return load_pretrained(BLIP_VQA(**kwargs), pretrained, task="vqa")
+    return load_pretrained(BLIP_VQA(**kwargs), pretrained, "vqa", allow_pickle)

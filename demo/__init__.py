@@ -1,0 +1,1 @@
+"""Demonstrations on the miniature world."""

@@ -1,0 +1,46 @@
+"""Tell how many captions of miniature test pictures name exactly the right shapes and colours.
+
+    python -m demo.exact --results output/demo --world output/miniature
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from data.miniature_scene import unseen_pairs
+from data.miniature_text import caption_is_exact
+
+
+def exact_shares(results: list[dict], scenes: dict[str, dict]) -> dict[str, tuple[int, int]]:
+    """Return (exact, all) counts of test captions: of all pictures, of those without and with an unseen pair."""
+    counts = {"all test pictures": [0, 0], "pairs seen in training": [0, 0], "a pair never seen": [0, 0]}
+    for row in results:
+        items = scenes[f"images/test/{row['image_id']:07d}.jpg"]["items"]
+        pairs = [(item["color"], item["shape"]) for item in items]
+        group = "a pair never seen" if unseen_pairs() & set(pairs) else "pairs seen in training"
+        for name in ("all test pictures", group):
+            counts[name][0] += caption_is_exact(row["caption"], pairs)
+            counts[name][1] += 1
+    return {name: (right, total) for name, (right, total) in counts.items()}
+
+
+def main() -> int:
+    """Read the best epoch's captions and print the shares."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", required=True, help="output folder of train_caption.py")
+    parser.add_argument("--world", required=True, help="folder of the miniature world")
+    args = parser.parse_args()
+    best = torch.load(Path(args.results) / "checkpoint_best.pth", map_location="cpu", weights_only=True)["epoch"]
+    results = json.loads((Path(args.results) / "result" / f"test_epoch{best}.json").read_text())
+    scenes = json.loads((Path(args.world) / "scenes.json").read_text())
+    print("captions that name exactly the right shapes and colours:")
+    for name, (right, total) in exact_shares(results, scenes).items():
+        print(f"  {name.ljust(24)} {right}/{total} = {right / max(total, 1):.1%}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
