@@ -19,7 +19,7 @@ from data.miniature_scene import LEVELS, Scene, draw_scene, render, seen_pairs, 
 from utils import UserError, track
 
 UNSEEN_SHARE = 0.25  # of test pictures
-TRIES = 200  # draws for each scene or statement before giving up
+TRIES = 1000  # draws in a row that bring nothing new before giving up
 FIRST_ID = {"train": 1, "val": 1_000_001, "test": 2_000_001, "web": 3_000_001}
 
 
@@ -91,17 +91,17 @@ def make_scenes(split: str, count: int, level: int, seed: int) -> list[Scene]:
     """Draw a split's scenes; in the test split no two show the same objects."""
     scenes: list[Scene] = []
     known: set[Any] = set()
-    rng, tries = generator(seed, level, split), 0
+    rng, misses = generator(seed, level, split), 0
     while len(scenes) < count:
         unseen = split == "test" and rng.random() < UNSEEN_SHARE
         scene = draw_scene(rng, level, unseen)
         key = distinct_key(scene)
-        tries += 1
-        if tries > TRIES * count:
-            raise UserError(f"level {level} has fewer than {count} different test scenes; ask for fewer")
         if split != "test" or key not in known:
             scenes.append(scene)
             known.add(key)
+            misses = 0
+        elif (misses := misses + 1) > TRIES:
+            raise UserError(f"level {level} has fewer than {count} different test scenes; ask for fewer")
     return scenes
 
 
@@ -184,11 +184,11 @@ def write_statements(folder: Path, split: str, scenes: Sequence[Scene], seed: in
     pairs = seen_pairs() + (sorted(unseen_pairs()) if split == "test" else [])
     rows: list[dict[str, Any]] = []
     used: set[str] = set()
-    for _ in range(TRIES * len(scenes)):
-        if len(rows) >= 2 * len(scenes):
-            break
+    misses = 0
+    while len(rows) < 2 * len(scenes) and misses < TRIES:
         made = text.statement(rng, pairs)
         judged = [] if made.text in used else text.judged_pairs(made, scenes, rng)
+        misses = 0 if judged else misses + 1
         if judged and split != "train":
             used.add(made.text)
         for left, right, truth in judged:
