@@ -1,0 +1,167 @@
+"""Loading weights: what fits, what is told, what is refused."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from formula import MED_CONFIG, build, golden
+from safetensors.torch import save_file
+
+from models.blip import blip_decoder, blip_feature_extractor, load_checkpoint
+from models.blip_nlvr import blip_nlvr
+from models.blip_pretrain import blip_pretrain
+from models.blip_retrieval import blip_retrieval
+from models.blip_vqa import blip_vqa
+from models.huggingface import to_huggingface
+from models.pretrained import kind_of, load_bert, load_deit
+from utils import UserError
+
+SIZES = dict(med_config=json.loads(MED_CONFIG.read_text()), image_size=48, vit=golden()["spec"]["vit"])
+CONTRAST = dict(embed_dim=32, queue_size=8)
+
+
+def save(model, path, **entries):
+    torch.save({"model": model.state_dict(), **entries}, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def pretraining(tmp_path_factory):
+    return save(build("pretrain"), tmp_path_factory.mktemp("weights") / "pretrain.pth", epoch=3)
+
+
+def same(model, other, prefix=""):
+    mine, theirs = model.state_dict(), other.state_dict()
+    keys = [key for key in mine if key.startswith(prefix) and key in theirs]
+    assert keys
+    return all(torch.equal(mine[key], theirs[key]) for key in keys)
+
+
+@pytest.mark.parametrize("position_ids", [False, True])
+def test_released_file(tmp_path, capsys, position_ids):
+    source = build("decoder")
+    state = source.state_dict()
+    if position_ids:
+        state["text_decoder.bert.embeddings.position_ids"] = torch.arange(512)[None]
+    optimizer = torch.optim.AdamW(source.parameters()).state_dict()
+    torch.save({"model": state, "optimizer": optimizer, "config": {"vit": "base"}, "epoch": 4}, tmp_path / "a.pth")
+    model = blip_decoder(pretrained=str(tmp_path / "a.pth"), **SIZES)
+    assert same(model, source)
+    assert capsys.readouterr().out == f"weights from {tmp_path / 'a.pth'}: {len(model.state_dict())} entries loaded\n"
+
+
+def test_pretraining_starts_every_task(pretraining, capsys):
+    source = build("pretrain")
+    captioner = blip_decoder(pretrained=pretraining, **SIZES)
+    assert same(captioner, source)
+    assert "a pretraining checkpoint: a start for fine-tuning" in capsys.readouterr().out
+    retrieval = blip_retrieval(pretrained=pretraining, **SIZES, **CONTRAST)
+    assert same(retrieval, source)
+    assert "fresh: idx_queue, ptr_queue" in capsys.readouterr().out
+    vqa = blip_vqa(pretrained=pretraining, **SIZES)
+    told = capsys.readouterr().out
+    assert "fresh: text_decoder (16)" in told  # keys and values of 8 layers read states of another width
+    assert same(vqa, source, "text_encoder") and same(vqa, source, "visual_encoder")
+    nlvr = blip_nlvr(pretrained=pretraining, **SIZES)
+    state, one = nlvr.state_dict(), source.state_dict()
+    for name in ("self.query.weight", "output.dense.bias"):
+        original = one[f"text_encoder.encoder.layer.7.crossattention.{name}"]
+        for i in (0, 1):
+            part = name.replace("self.", f"self{i}.").replace("dense.", f"dense{i}.")
+            assert torch.equal(state[f"text_encoder.encoder.layer.7.crossattention.{part}"], original)
+    assert "fresh: text_encoder (4), cls_head (4)" in capsys.readouterr().out
+
+
+def test_twins_start_as_copies(tmp_path):
+    source = build("pretrain")
+    state = {key: value for key, value in source.state_dict().items() if "_m." not in key and "queue" not in key}
+    torch.save(state, tmp_path / "a.pth")
+    model = blip_pretrain(pretrained=str(tmp_path / "a.pth"), **SIZES, **CONTRAST)
+    for name in ("visual_encoder", "vision_proj", "text_encoder", "text_proj"):
+        assert same(getattr(model, name + "_m"), getattr(source, name)), name
+
+
+def test_larger_images(pretraining, capsys):
+    model = blip_feature_extractor(pretrained=pretraining, **{**SIZES, "image_size": 96})
+    assert model.visual_encoder.pos_embed.shape == (1, 37, 48)
+    assert "resized: visual_encoder" in capsys.readouterr().out
+
+
+def test_another_queue(pretraining, capsys):
+    model = blip_pretrain(pretrained=pretraining, **SIZES, embed_dim=32, queue_size=10)
+    assert model.image_queue.shape == (32, 10)
+    assert "image_queue" in capsys.readouterr().out
+
+
+def test_huggingface_folder(tmp_path):
+    source = build("decoder")
+    save_file({k: v.clone() for k, v in to_huggingface(source.state_dict()).items()}, tmp_path / "model.safetensors")
+    assert same(blip_decoder(pretrained=f"hf:{tmp_path}", **SIZES), source)
+
+
+def test_load_checkpoint_returns_what_the_released_one_did(pretraining):
+    model, message = load_checkpoint(build("decoder"), pretraining)
+    assert message.missing_keys == [] and "itm_head.weight" in message.unexpected_keys
+
+
+def test_vqa_checkpoint_in_a_captioner(tmp_path, capsys):
+    source = build("vqa")
+    wide = {**SIZES, "vit": {**SIZES["vit"], "embed_dim": 64}}
+    vqa = blip_vqa(**wide)
+    blip_decoder(pretrained=save(vqa, tmp_path / "vqa.pth"), **wide)
+    assert "gibberish until fine-tuned" in capsys.readouterr().out
+    assert kind_of(source.state_dict()) == "VQA"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("pretrain", "pretraining"), ("nlvr", "NLVR2"), ("retrieval", "retrieval"), ("decoder", "captioning")],
+)
+def test_kinds(name, kind):
+    assert kind_of(build(name).state_dict()) == kind
+
+
+def refused(match, source, factory=blip_decoder, **kwargs):
+    with pytest.raises(UserError, match=match) as error:
+        factory(pretrained=str(source), **{**SIZES, **kwargs})
+    assert "\n" not in str(error.value)
+
+
+def test_refusals(tmp_path, pretraining):
+    refused("nowhere.pth do not exist", tmp_path / "nowhere.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    refused("damaged or no checkpoint", tmp_path / "text.pth")
+    whole = open(pretraining, "rb").read()
+    (tmp_path / "half.pth").write_bytes(whole[: len(whole) // 2])
+    refused("damaged or no checkpoint", tmp_path / "half.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    refused("holds no state dict", tmp_path / "list.pth")
+    refused("lacks what the task .caption. needs: text_decoder", save(build("retrieval"), tmp_path / "r.pth"))
+    refused("another architecture: visual_encoder", pretraining, vit={**SIZES["vit"], "embed_dim": 64})
+    refused("holds no .safetensors", f"hf:{tmp_path}")
+
+
+def test_pickle_that_needs_more_is_refused_and_can_be_accepted(tmp_path):
+    source = build("decoder")
+    path = save(source, tmp_path / "a.pth", config=argparse.Namespace(vit="base"))
+    refused("holds argparse.Namespace, not only weights.*allow_pickle=true", path)
+    assert same(blip_decoder(pretrained=path, allow_pickle=True, **SIZES), source)
+
+
+def test_starting_weights(tmp_path, capsys):
+    model = build("pretrain")
+    bert = {f"bert.{k}": torch.randn_like(v) for k, v in model.text_encoder.state_dict().items() if "cross" not in k}
+    words = "bert.embeddings.word_embeddings.weight"
+    bert[words] = bert[words][:30522]
+    bert["bert.embeddings.LayerNorm.gamma"] = bert.pop("bert.embeddings.LayerNorm.weight")
+    torch.save(bert, tmp_path / "bert.bin")
+    load_bert(model.text_encoder, str(tmp_path / "bert.bin"))
+    assert torch.equal(model.text_encoder.embeddings.word_embeddings.weight[:30522], bert[words])
+    assert torch.equal(model.text_encoder.embeddings.LayerNorm.weight, bert["bert.embeddings.LayerNorm.gamma"])
+    deit = {k: torch.randn_like(v) for k, v in model.visual_encoder.state_dict().items()}
+    deit["pos_embed"], deit["head.weight"] = torch.randn(1, 37, 48), torch.randn(10, 48)
+    torch.save({"model": deit}, tmp_path / "deit.pth")
+    load_deit(model.visual_encoder, str(tmp_path / "deit.pth"))
+    assert torch.equal(model.visual_encoder.norm.weight, deit["norm.weight"])
+    assert "left over" not in capsys.readouterr().out
