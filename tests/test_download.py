@@ -1,0 +1,87 @@
+"""Downloads from a local server that breaks, lies and refuses."""
+
+import hashlib
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+import download
+from download import cached, fetch
+from utils import UserError
+
+CONTENT = bytes(range(256)) * 20_000  # 5 MB
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves /file, breaking the first connection halfway; counts what it was asked."""
+
+    asked: list[str] = []
+    breaks = 1
+
+    def do_GET(self):  # noqa: N802
+        start = self.headers.get("Range", "")
+        Handler.asked.append(start)
+        if self.path == "/missing":
+            return self.send_error(404)
+        first = int(start.removeprefix("bytes=").rstrip("-") or 0)
+        body = CONTENT[first:]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if Handler.breaks:
+            Handler.breaks -= 1
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            return self.connection.close()
+        return self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    monkeypatch.setenv("BLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
+    Handler.asked, Handler.breaks = [], 1
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{http.server_port}"
+    http.shutdown()
+
+
+def test_a_broken_connection_is_continued(server, tmp_path):
+    path = fetch(f"{server}/file", tmp_path / "deep" / "file", hashlib.sha256(CONTENT).hexdigest())
+    assert path.read_bytes() == CONTENT
+    assert Handler.asked[0] == "" and Handler.asked[1].startswith("bytes=") and len(Handler.asked) == 2
+    assert int(Handler.asked[1][6:-1]) > 1_000_000  # what had come was kept
+    fetch(f"{server}/file", path)
+    assert len(Handler.asked) == 2  # nothing is asked for a file that is there
+
+
+def test_one_of_many_threads_downloads(server):
+    paths = []
+    threads = [threading.Thread(target=lambda: paths.append(cached(f"{server}/file"))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(paths)) == 1 and paths[0].read_bytes() == CONTENT and len(Handler.asked) == 2
+
+
+def test_refusals(server, tmp_path):
+    with pytest.raises(UserError, match=f"404 Not Found.*put it at {tmp_path}/a"):
+        fetch(f"{server}/missing", tmp_path / "a")
+    with pytest.raises(UserError, match="checksum is wrong"):
+        fetch(f"{server}/file", tmp_path / "b", "00")
+    assert not list(tmp_path.glob("[ab]"))
+    with pytest.raises(UserError, match="could not be downloaded"):
+        fetch("http://127.0.0.1:9/file", tmp_path / "c")
+
+
+def test_a_server_that_breaks_always_leaves_what_came(server, tmp_path):
+    Handler.breaks = 100
+    with pytest.raises(UserError, match="connection broke after"):
+        fetch(f"{server}/file", tmp_path / "d")
+    assert not (tmp_path / "d").exists() and (tmp_path / "d.part").stat().st_size > 0
