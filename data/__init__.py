@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.annotations import find_annotation
-from data.coco_flickr import CaptionEval, CaptionTrain, RetrievalEval, RetrievalTrain
+from data.coco_flickr import MAX_WORDS, CaptionEval, CaptionTrain, RetrievalEval, RetrievalTrain
 from data.nlvr import NLVR
 from data.pretrain import PairDataset, list_turns
 from data.sampler import EpochSampler, SeededDataset, ShardSampler
@@ -17,6 +17,7 @@ from data.vqa import VQATest, VQATrain, vqa_collate_fn
 from utils import UserError
 
 __all__ = ["create_dataset", "create_loader", "create_sampler", "vqa_collate_fn"]
+VQA_FILES = ("vqa_train.json", "vqa_val.json", "vg_qa.json")  # released, and so downloaded if absent
 
 
 def create_dataset(dataset: str, config: Any, min_scale: float = 0.5) -> Any:
@@ -45,12 +46,16 @@ def _files(config: Any, **names: str) -> list[str]:
     return [find_annotation(config["ann_root"], name, config.get(f"{s}_file") or "") for s, name in names.items()]
 
 
+def _max_words(config: Any) -> int:
+    return config.get("max_words") or MAX_WORDS
+
+
 def _captions(config: Any, train: Transform, test: Transform) -> tuple[Dataset, Dataset, Dataset]:
     names = {split: f"coco_karpathy_{split}.json" for split in ("train", "val", "test")}
     train_file, val_file, test_file = _files(config, **names)
     root = config["image_root"]
     return (
-        CaptionTrain(train_file, root, train, config["prompt"]),
+        CaptionTrain(train_file, root, train, config["prompt"], _max_words(config)),
         CaptionEval(val_file, root, test),
         CaptionEval(test_file, root, test),
     )
@@ -62,9 +67,9 @@ def _retrieval(prefix: str) -> Callable[[Any, Transform, Transform], tuple[Datas
         train_file, val_file, test_file = _files(config, **names)
         root = config["image_root"]
         return (
-            RetrievalTrain(train_file, root, train),
-            RetrievalEval(val_file, root, test),
-            RetrievalEval(test_file, root, test),
+            RetrievalTrain(train_file, root, train, max_words=_max_words(config)),
+            RetrievalEval(val_file, root, test, _max_words(config)),
+            RetrievalEval(test_file, root, test, _max_words(config)),
         )
 
     return build
@@ -72,15 +77,22 @@ def _retrieval(prefix: str) -> Callable[[Any, Transform, Transform], tuple[Datas
 
 def _vqa(config: Any, train: Transform, test: Transform) -> tuple[Dataset, Dataset]:
     roots = {"vqa": config["vqa_root"], "vg": config["vg_root"]}
-    names = [f"{name.removesuffix('.json')}.json" for name in config["train_files"]]
-    files = [find_annotation(config["ann_root"], name) for name in names]
+    files = [_vqa_file(config["ann_root"], name) for name in config["train_files"]]
     (test_file,) = _files(config, test="vqa_test.json")
-    answers = find_annotation(config["ann_root"], "answer_list.json", config.get("answer_list") or "")
+    answers = ""
+    if config.get("inference", "rank") == "rank":
+        answers = find_annotation(config["ann_root"], "answer_list.json", config.get("answer_list") or "")
     return VQATrain(files, roots, train), VQATest(test_file, roots, test, answers)
 
 
+def _vqa_file(ann_root: str, name: str) -> str:
+    """Return the path of a training file given by a released name, or by the path of an own file."""
+    file = name if name.endswith((".json", ".jsonl")) else f"{name}.json"
+    return find_annotation(ann_root, file, "" if file in VQA_FILES else file)
+
+
 def _nlvr(config: Any, train: Transform, test: Transform) -> tuple[Dataset, Dataset, Dataset]:
-    files = [find_annotation(config["ann_root"], f"nlvr_{split}.json") for split in ("train", "dev", "test")]
+    files = _files(config, train="nlvr_train.json", val="nlvr_dev.json", test="nlvr_test.json")
     swaps = (True, config.get("released_eval_swap", False), config.get("released_eval_swap", False))
     return tuple(
         NLVR(file, config["image_root"], transform, swap)
@@ -174,13 +186,13 @@ def _one_thread(_: int) -> None:
 
 
 def collate(batch: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Join items: tensors are stacked, whole numbers become an int64 tensor, anything else a list."""
+    """Join items: tensors are stacked, whole numbers become an int64 tensor if they fit, anything else a list."""
     return {key: _join([item[key] for item in batch]) for key in batch[0]}
 
 
 def _join(values: list[Any]) -> Any:
     if all(torch.is_tensor(value) for value in values):
         return torch.stack(values)
-    if all(isinstance(value, int) for value in values):
+    if all(isinstance(value, int) and value.bit_length() < 64 for value in values):
         return torch.tensor(values)
     return values

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from download import fetch
-from utils import UserError, on_main_process
+from utils import UserError
 
 BASE_URL = "https://storage.googleapis.com/sfr-vision-language-research/datasets/"
 FIRST_FEW = 3
+ONE_TEXT = ("image", "question", "sentence", "clip_name")
+TEXTS = ("caption", "answer")
 
 
 def find_annotation(root: str | Path, name: str, own: str | Path = "") -> str:
-    """Return the path of an annotation file; all processes call it.
+    """Return the path of an annotation file; any process may call it, alone or with others.
 
     Args:
         root: folder of the annotation files.
@@ -30,73 +32,111 @@ def find_annotation(root: str | Path, name: str, own: str | Path = "") -> str:
                 return str(path)
         raise UserError(f"annotation file {own} does not exist, neither here nor in {root}; correct its path")
     path = Path(root) / name
-    if not path.is_file():
-        on_main_process(lambda: _download(name, path))
-    return str(path)
-
-
-def _download(name: str, path: Path) -> None:
-    if path.is_file():
-        return
     try:
-        fetch(BASE_URL + name, path)
+        return str(fetch(BASE_URL + name, path))
     except UserError as error:
-        raise UserError(
-            f"annotation file {path} is absent and could not be downloaded ({error}); put it there, get it from "
-            f"{BASE_URL}{name}, or set the config's path to your own"
-        ) from None
+        raise UserError(f"annotation file {path} is absent: {error}, or name your own in the config") from None
 
 
 def read_annotation(path: str | Path, keys: Sequence[str]) -> list[dict[str, Any]]:
     """Read a JSON list, or JSON lines (.jsonl), of objects that have the given keys.
 
     Raises:
-        UserError: not there, not JSON, not a list of objects, empty, or an entry lacks a key.
+        UserError: not there, not JSON, not a list of objects, empty, or an entry lacks a key or has no text there.
+    """
+    rows = read_list(path)
+    for number, row in enumerate(rows):
+        if problem := _problem(row, keys):
+            raise UserError(f"annotation file {path}, entry {number} (the first is 0): {problem}")
+    return rows
+
+
+def read_list(path: str | Path) -> list[Any]:
+    """Read a JSON list, or JSON lines (.jsonl), of anything.
+
+    Raises:
+        UserError: not there, not JSON, not a list, or empty.
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        rows = [json.loads(line) for line in text.splitlines() if line] if path.suffix == ".jsonl" else json.loads(text)
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"annotation file {path}: {error.strerror}; correct its path") from None
     except UnicodeDecodeError:
         raise UserError(f"annotation file {path} is not text in UTF-8; expected JSON") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"annotation file {path} is not JSON: line {error.lineno}: {error.msg}; correct it") from None
+    rows = _parse_lines(text, path) if path.suffix == ".jsonl" else _parse(text, path)
     if not isinstance(rows, list) or not rows:
-        raise UserError(f"annotation file {path} holds no list of entries; expected [{{{', '.join(keys)}}}, ...]")
-    for number, row in enumerate(rows):
-        missing = [key for key in keys if key not in row] if isinstance(row, dict) else keys
-        if missing:
-            raise UserError(f"annotation file {path}, entry {number}: lacks {', '.join(map(repr, missing))}; add it")
+        raise UserError(f"annotation file {path} holds no list of entries; expected [entry, ...]")
     return rows
 
 
-def check_images(paths: Iterable[Path], annotation: str | Path) -> None:
-    """Check that pictures exist.
+def _parse_lines(text: str, path: Path) -> list[Any]:
+    # split at line feeds only: a JSON text may hold other separators of lines
+    return [_parse(line, path, number) for number, line in enumerate(text.split("\n")) if line.strip()]
+
+
+def _parse(text: str, path: Path, lines_before: int = 0) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = lines_before + error.lineno
+        raise UserError(f"annotation file {path} is not JSON: line {line}: {error.msg}; correct it") from None
+
+
+def _problem(entry: Any, keys: Sequence[str]) -> str:
+    """Say what is wrong with an entry; '' if nothing is."""
+    if not isinstance(entry, dict):
+        return f"is {shorten(entry)}; expected an object with {', '.join(map(repr, keys))}"
+    if missing := [key for key in keys if key not in entry]:
+        return f"lacks {', '.join(map(repr, missing))}; add it"
+    for key in keys:
+        value = entry[key]
+        if key in ONE_TEXT and not isinstance(value, str):
+            return f"{key!r} is {shorten(value)}; expected a text"
+        if key in TEXTS and not (value and all(isinstance(text, str) for text in as_list(value))):
+            return f"{key!r} is {shorten(value)}; expected a text, or a list of texts"
+    return ""
+
+
+def shorten(value: Any) -> str:
+    """Write a value of an annotation in the few characters that an error message has for it."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def check_images(root: str | Path, names: Iterable[str], annotation: str | Path) -> None:
+    """Check that pictures, or other files, exist; each folder is listed once, which is fast for many files.
+
+    Args:
+        root: what the names start from.
+        names: paths of the files; each may occur often.
+        annotation: file that lists them, for the message.
 
     Raises:
         UserError: some do not; says how many and names the first few.
     """
-    by_folder: dict[Path, set[str]] = {}
-    for path in paths:
-        by_folder.setdefault(path.parent, set()).add(path.name)
-    missing = sorted(
-        str(folder / name) for folder, names in by_folder.items() for name in names - _names(folder)
-    )
+    folders: dict[str, set[str]] = {}
+    for name in set(names):
+        folder, file = os.path.split(os.path.join(root, name))
+        folders.setdefault(folder, set()).add(file)
+    missing = sorted(os.path.join(folder, file) for folder, files in folders.items() for file in files - _names(folder))
     if missing:
         first = ", ".join(missing[:FIRST_FEW]) + (", ..." if len(missing) > FIRST_FEW else "")
-        total = sum(map(len, by_folder.values()))
-        raise UserError(f"{annotation}: {len(missing)} of {total} images do not exist: {first}; correct image_root")
+        total = sum(map(len, folders.values()))
+        raise UserError(
+            f"annotation file {annotation}: {len(missing)} of {total} files do not exist: {first}; "
+            "correct the root folder in the config, or take their entries out"
+        )
 
 
-def _names(folder: Path) -> set[str]:
+def _names(folder: str) -> set[str]:
     try:
-        return {entry.name for entry in os.scandir(folder)}
+        with os.scandir(folder or os.curdir) as entries:
+            return {entry.name for entry in entries}
     except OSError:
         return set()
 
 
-def as_list(value: Any) -> list[str]:
-    """Return a caption or a list of captions as a list."""
-    return [value] if isinstance(value, str) else list(value)
+def as_list(value: Any) -> list[Any]:
+    """Return a list as it is, and a single caption or answer as a list of one."""
+    return value if isinstance(value, list) else [value]

@@ -1,4 +1,4 @@
-"""COCO and Flickr30k: captions for training, pictures for captioning, pairs and collections for retrieval."""
+"""COCO, Flickr30k and NoCaps: captions to train on, pictures to caption, pairs and collections for retrieval."""
 
 import re
 from pathlib import Path
@@ -6,11 +6,13 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from data.annotations import as_list, check_images, read_annotation
+from data.annotations import as_list, check_images, read_annotation, shorten
 from data.text import pre_caption
 from data.transforms import Transform, open_image
+from utils import UserError
 
 MAX_WORDS = 30
+COCO_NAME = re.compile(r"(?:COCO_\w+_)?(\d+)")  # of 2014 and of 2017, without .jpg
 ImageId = int | str
 
 
@@ -27,7 +29,7 @@ class Pictures(Dataset):
     def __init__(self, annotation_file: str, image_root: str, transform: Transform, keys: tuple[str, ...]):
         self.annotation = read_annotation(annotation_file, keys)
         self.image_root, self.transform = Path(image_root), transform
-        check_images((self.path(i) for i in range(len(self.annotation))), annotation_file)
+        check_images(image_root, (row["image"] for row in self.annotation), annotation_file)
 
     def __len__(self) -> int:
         return len(self.annotation)
@@ -36,7 +38,7 @@ class Pictures(Dataset):
         """Return the path of an entry's picture."""
         return self.image_root / self.annotation[index]["image"]
 
-    def image(self, index: int) -> Any:
+    def load(self, index: int) -> Any:
         """Return an entry's picture as a tensor (3, H, W)."""
         return self.transform(open_image(self.path(index)))
 
@@ -58,27 +60,42 @@ class CaptionTrain(Pictures):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         caption = self.prompt + pre_caption(self.annotation[index]["caption"], self.max_words)
-        return {"image": self.image(index), "caption": caption, "image_id": self.numbers[index]}
+        return {"image": self.load(index), "caption": caption, "image_id": self.numbers[index]}
 
 
 class CaptionEval(Pictures):
-    """Pictures to caption: {"image", "image_id"}."""
+    """Pictures to caption, each once however often the file lists it: {"image", "image_id"}."""
 
     def __init__(self, annotation_file: str, image_root: str, transform: Transform):
         super().__init__(annotation_file, image_root, transform, ("image",))
+        first: dict[str, dict[str, Any]] = {}
+        for row in self.annotation:
+            first.setdefault(row["image"], row)
+        self.annotation = list(first.values())
+        self.ids = [image_id(row) for row in self.annotation]
+        self._check_ids(annotation_file)
+
+    def _check_ids(self, annotation_file: str) -> None:
+        first: dict[str, str] = {}
+        for row, number in zip(self.annotation, self.ids, strict=True):
+            if not isinstance(number, ImageId) or first.setdefault(str(number), row["image"]) != row["image"]:
+                raise UserError(
+                    f"annotation file {annotation_file}: the id of {row['image']} is {shorten(number)}, which is "
+                    "another picture's or no number or text; give every picture an 'image_id' of its own"
+                )
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self.image(index), "image_id": image_id(self.annotation[index])}
+        return {"image": self.load(index), "image_id": self.ids[index]}
 
 
 def image_id(entry: dict[str, Any]) -> ImageId:
-    """Return an entry's id: its own, or the number that ends a COCO file name, or the file name."""
+    """Return an entry's id: its own, or the number that ends a COCO file name, or the file name without its ending."""
     for key in ("image_id", "img_id", "id"):
         if key in entry:
             return entry[key]
     stem = Path(entry["image"]).stem
-    number = re.search(r"\d+$", stem)
-    return int(number[0]) if number else stem
+    number = COCO_NAME.fullmatch(stem)
+    return int(number[1]) if number else stem
 
 
 class RetrievalTrain(CaptionTrain):
@@ -90,7 +107,7 @@ class RetrievalTrain(CaptionTrain):
 
 
 class RetrievalEval(Pictures):
-    """A collection to search: {"image", "index"}.
+    """A collection to search: {"image", "index"}. Entries of one picture are joined.
 
     Attributes:
         text: all captions.
@@ -101,15 +118,25 @@ class RetrievalEval(Pictures):
 
     def __init__(self, annotation_file: str, image_root: str, transform: Transform, max_words: int = MAX_WORDS):
         super().__init__(annotation_file, image_root, transform, ("image", "caption"))
+        self.annotation = join_captions(self.annotation)
         self.text: list[str] = []
-        self.names = [row["image"] for row in self.annotation]
+        self.image = [row["image"] for row in self.annotation]
         self.txt2img: dict[int, int] = {}
         self.img2txt: dict[int, list[int]] = {}
         for number, row in enumerate(self.annotation):
-            captions = [pre_caption(caption, max_words) for caption in as_list(row["caption"])]
+            captions = [pre_caption(caption, max_words) for caption in row["caption"]]
             self.img2txt[number] = list(range(len(self.text), len(self.text) + len(captions)))
             self.txt2img |= dict.fromkeys(self.img2txt[number], number)
             self.text += captions
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self.image(index), "index": index}
+        return {"image": self.load(index), "index": index}
+
+
+def join_captions(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one entry for each picture, with the captions of all its entries as a list."""
+    joined: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        entry = joined.setdefault(row["image"], {**row, "caption": []})
+        entry["caption"] += as_list(row["caption"])
+    return list(joined.values())

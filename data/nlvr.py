@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from data.annotations import check_images, read_annotation
+from data.annotations import check_images, read_annotation, shorten
 from data.text import exchange_left_right, pre_caption
 from data.transforms import Transform, open_image
 from utils import UserError
@@ -29,12 +29,14 @@ class NLVR(Dataset):
         self.annotation = read_annotation(annotation_file, ("images", "sentence", "label"))
         self.image_root, self.transform, self.swap = Path(image_root), transform, swap
         for number, row in enumerate(self.annotation):
-            if str(row["label"]) not in LABELS or len(row["images"]) != 2:
+            images = row["images"]
+            pair = isinstance(images, list) and len(images) == 2 and all(isinstance(name, str) for name in images)
+            if str(row["label"]) not in LABELS or not pair:
                 raise UserError(
-                    f"{annotation_file}, entry {number}: label {row['label']!r} with {len(row['images'])} images; "
-                    "expected 'True' or 'False', and two images"
+                    f"annotation file {annotation_file}, entry {number} (the first is 0): label "
+                    f"{shorten(row['label'])}, images {shorten(images)}; expected 'True' or 'False', and two images"
                 )
-        check_images({path for i in range(len(self)) for path in self.paths(i)}, annotation_file)
+        check_images(image_root, (name for row in self.annotation for name in row["images"]), annotation_file)
 
     def __len__(self) -> int:
         return len(self.annotation)

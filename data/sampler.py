@@ -71,9 +71,10 @@ class SeededDataset(Dataset):
         epoch, index = key
         sample_seed = hash((self.seed, epoch, index)) % 2**63
         state = random.getstate()
-        with torch.random.fork_rng(devices=[]):
-            random.seed(sample_seed)
-            torch.manual_seed(sample_seed)
-            item = self.dataset.at(epoch, index) if hasattr(self.dataset, "at") else self.dataset[index]
-        random.setstate(state)
-        return item
+        try:
+            with torch.random.fork_rng(devices=[]):
+                random.seed(sample_seed)
+                torch.manual_seed(sample_seed)
+                return self.dataset.at(epoch, index) if hasattr(self.dataset, "at") else self.dataset[index]
+        finally:
+            random.setstate(state)

@@ -1,5 +1,6 @@
 """Video clips for retrieval, read through PyAV."""
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ from data.transforms import test_transform
 from utils import UserError
 
 MAX_WORDS = 40
+
+
+class UnreadableClip(Exception):
+    """A clip that cannot be decoded."""
 
 
 class VideoDataset(Dataset):
@@ -42,7 +47,7 @@ class VideoDataset(Dataset):
         self.video2txt: dict[int, list[int]] = {number: [] for number in numbers.values()}
         for text, video in self.txt2video.items():
             self.video2txt[video].append(text)
-        check_images((self.path(i) for i in range(len(self))), annotation_file)
+        check_images(video_root, (f"{name}.mp4" for name in self.names), annotation_file)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -54,7 +59,7 @@ class VideoDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             frames = read_frames(self.path(index), self.num_frames)
-        except OSError as error:  # one bad clip must not end an evaluation
+        except UnreadableClip as error:  # one bad clip must not end an evaluation
             empty = torch.zeros(self.num_frames, 3, self.image_size, self.image_size)
             return {"video": empty, "index": index, "error": f"{self.path(index)}: {error}"}
         return {"video": torch.stack([self.transform(frame) for frame in frames]), "index": index, "error": ""}
@@ -64,25 +69,37 @@ def read_frames(path: Path, num_frames: int) -> list[Image.Image]:
     """Decode a clip once and return frames evenly spaced over it: the middles of equal parts.
 
     Raises:
-        OSError: it cannot be decoded, or has no frame.
+        UnreadableClip: it cannot be decoded, or has no frame.
         UserError: PyAV is not installed.
     """
     try:
         import av
     except ImportError:
         raise UserError("reading videos needs PyAV; pip install av") from None
-    with av.open(str(path)) as container:
-        total = container.streams.video[0].frames if container.streams.video else 0
-        if total:  # the header tells how many there are: keep only those wanted
-            wanted = frame_numbers(total, num_frames)
-            kept = {i: f.to_image() for i, f in enumerate(container.decode(video=0)) if i in set(wanted)}
-            frames = [kept[i] for i in wanted if i in kept]
-        else:
-            decoded = [frame.to_image() for frame in container.decode(video=0)] if container.streams.video else []
-            frames = [decoded[i] for i in frame_numbers(len(decoded), num_frames)] if decoded else []
+    try:
+        with av.open(str(path)) as container:
+            frames = _decode(container, num_frames)
+    except (av.error.FFmpegError, OSError) as error:
+        raise UnreadableClip(str(error)) from None
     if not frames:
-        raise OSError("no frame could be decoded")
+        raise UnreadableClip("no frame could be decoded")
     return frames + [frames[-1]] * (num_frames - len(frames))
+
+
+def _decode(container: Any, num_frames: int) -> list[Image.Image]:
+    """Return the wanted frames of an opened clip, or the first of them if it ends early."""
+    if not container.streams.video:
+        return []
+    stream = container.streams.video[0]
+    if not stream.frames:  # the header does not tell how many there are
+        decoded = list(container.decode(stream))
+        return [decoded[i].to_image() for i in frame_numbers(len(decoded), num_frames)] if decoded else []
+    wanted = frame_numbers(stream.frames, num_frames)
+    kept: dict[int, Image.Image] = {}
+    for number, frame in enumerate(islice(container.decode(stream), wanted[-1] + 1)):
+        if number in wanted:
+            kept[number] = frame.to_image()
+    return [kept[i] for i in wanted if i in kept]
 
 
 def frame_numbers(total: int, num_frames: int) -> list[int]:

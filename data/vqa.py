@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from data.annotations import as_list, check_images, read_annotation
+from data.annotations import as_list, check_images, read_annotation, read_list, shorten
 from data.text import pre_question
 from data.transforms import Transform, open_image
 from utils import UserError
@@ -33,21 +33,22 @@ class Questions(Dataset):
         for file in annotation_files:
             rows = read_annotation(file, keys)
             for number, row in enumerate(rows):
-                if row.setdefault("dataset", "vqa") not in roots:
-                    raise UserError(f"{file}, entry {number}: dataset is {row['dataset']!r}; expected 'vqa' or 'vg'")
-            check_images({self.path_of(row) for row in rows}, file)
+                if row.setdefault("dataset", "vqa") not in list(roots):
+                    raise UserError(
+                        f"annotation file {file}, entry {number} (the first is 0): dataset is "
+                        f"{shorten(row['dataset'])}; expected {' or '.join(map(repr, roots))}"
+                    )
+            for name, root in roots.items():
+                check_images(root, (row["image"] for row in rows if row["dataset"] == name), file)
             self.annotation += rows
 
     def __len__(self) -> int:
         return len(self.annotation)
 
-    def path_of(self, entry: dict[str, Any]) -> Path:
-        """Return the path of an entry's picture."""
-        return Path(self.roots[entry["dataset"]]) / entry["image"]
-
     def path(self, index: int) -> Path:
         """Return the path of a question's picture."""
-        return self.path_of(self.annotation[index])
+        entry = self.annotation[index]
+        return Path(self.roots[entry["dataset"]]) / entry["image"]
 
     def item(self, index: int) -> dict[str, Any]:
         """Return {"image", "question"}."""
@@ -91,9 +92,10 @@ class VQATest(Questions):
 
 def read_answers(path: str) -> list[str]:
     """Read a JSON list of answers."""
-    answers = read_annotation(path, ())
-    if not all(isinstance(answer, str) for answer in answers):
-        raise UserError(f"{path} holds entries that are not texts; expected a list of answers")
+    answers = read_list(path)
+    for number, answer in enumerate(answers):
+        if not isinstance(answer, str):
+            raise UserError(f"answer list {path}, entry {number} (the first is 0): {shorten(answer)}; expected a text")
     return answers
 
 
