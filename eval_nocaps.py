@@ -28,7 +28,7 @@ def evaluate(model: BLIP_Decoder, loaders: dict[str, DataLoader], config: NoCaps
         path = on_main_process(lambda split=split, results=results: write_json(run.result(split), results))
         run.note(f"captions of the {split} pictures: {path}")
         if truth := config[f"{split}_gt"]:
-            found, left_out = on_main_process(lambda results=results, truth=truth: domain_scores(results, truth))
+            found, left_out = on_main_process(lambda r=results, truth=truth: domain_scores(r, truth, config.java))
             for domain, values in found.items():
                 scores |= {f"{split}_{domain}_{name}": value for name, value in values.items()}
             for name, reason in left_out.items():

@@ -1,24 +1,100 @@
 """Zero-shot text-to-video retrieval with an image-text model, MSRVTT (paper section 5.6)."""
 
+import sys
+from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
-from models.blip_retrieval import BLIP_Retrieval
+from data import create_dataset, create_loader, create_sampler
+from data.video import read_frames
+from engine.config import VideoConfig
+from engine.ranking import Scores, two_stage_scores
+from engine.results import evaluate_only, finish, read_json, write_json
+from engine.run import Run, launch
+from metrics.retrieval import video_eval
+from models.blip_retrieval import BLIP_Retrieval, blip_retrieval
+from utils import all_gather_object, get_rank, get_world_size, on_main_process
 
 EXAMPLES = (
-    "python eval_retrieval_video.py --config configs/miniature/retrieval_video.yaml",
+    "python eval_retrieval_video.py --config configs/miniature/retrieval_msrvtt.yaml",
     "python -m torch.distributed.run --nproc_per_node=8 eval_retrieval_video.py --config configs/retrieval_msrvtt.yaml",
 )
 
 
 def encode_video(model: BLIP_Retrieval, video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the tokens of all frames, one after the other, and the mean of the frames' features.
+    """Return the tokens of all frames, one after the other, and the feature: the mean of the frames' projections.
 
     Args:
         video: float (batch, frames, 3, H, W).
+
+    Returns:
+        (batch, frames * tokens, width) and normalised (batch, embed_dim).
     """
     batch, frames = video.shape[:2]
     embeds = model.visual_encoder(video.flatten(0, 1))  # (batch * frames, tokens, width)
-    feats = model.image_feat(embeds).unflatten(0, (batch, frames)).mean(dim=1)
-    return embeds.reshape(batch, -1, embeds.shape[-1]), F.normalize(feats, dim=-1)
+    projected = model.vision_proj(embeds[:, 0]).unflatten(0, (batch, frames)).mean(dim=1)
+    return embeds.reshape(batch, -1, embeds.shape[-1]), F.normalize(projected, dim=-1)
+
+
+def evaluate(model: BLIP_Retrieval, loader: DataLoader, config: VideoConfig, run: Run) -> dict[str, float]:
+    """Rank clips for texts and texts for clips, without the clips that cannot be read."""
+    bad: dict[int, str] = {}
+
+    def encode(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        bad.update({int(i): error for i, error in zip(batch["index"], batch["error"], strict=True) if error})
+        return encode_video(model, batch["video"].to(run.device))
+
+    dataset = loader.dataset
+    scores = two_stage_scores(model, encode, loader, dataset.text, config.k_test, config.batch_size)
+    unreadable = {i: error for found in all_gather_object(bad) for i, error in found.items()}
+    for error in unreadable.values():
+        run.note(f"left out of the ranking: {error}")
+    if unreadable:
+        run.note(f"{len(unreadable)} of {len(dataset)} clips cannot be read")
+    return on_main_process(lambda: measure(scores, dataset, set(unreadable), run))
+
+
+def measure(scores: Scores, dataset: Any, unreadable: set[int], run: Run) -> dict[str, float]:
+    """Write each text's best clips, and return recalls and median ranks over the readable clips."""
+    videos = [i for i in range(len(dataset)) if i not in unreadable]
+    texts = [t for t in range(len(dataset.text)) if dataset.txt2video[t] not in unreadable]
+    v2t, t2v = scores.i2t[np.ix_(videos, texts)], scores.t2i[np.ix_(texts, videos)]
+    txt2vid = {n: videos.index(dataset.txt2video[t]) for n, t in enumerate(texts)}
+    vid2txt = {n: [m for m, v in txt2vid.items() if v == n] for n in range(len(videos))}
+    best = (-t2v).argsort(axis=1, kind="stable")[:, :5]
+    rows = [
+        {"text": dataset.text[t], "clips": [videos[i] for i in row], "right": dataset.txt2video[t]}
+        for t, row in zip(texts, best.tolist(), strict=True)
+    ]
+    write_json(run.result("test"), rows)
+    return {f"test_{name}": value for name, value in video_eval(v2t, t2v, txt2vid, vid2txt).items()}
+
+
+def examples(dataset: Any, run: Run, count: int = 12) -> list[dict[str, Any]]:
+    """Return texts with the middle frames of the clips found for them, for the report."""
+    return [
+        {
+            "images": [read_frames(dataset.path(i), 1)[0] for i in row["clips"]],
+            "tones": ["good" if i == row["right"] else "" for i in row["clips"]],
+            "lines": [("text", row["text"], "good" if row["clips"][0] == row["right"] else "bad")],
+        }
+        for row in read_json(run.result("test"))[:count]
+    ]
+
+
+def main(config: VideoConfig, run: Run) -> None:
+    """Rank and report."""
+    dataset = create_dataset("retrieval_msrvtt", config)
+    samplers = create_sampler([dataset], [False], get_world_size(), get_rank(), run.seed)
+    clips_at_once = max(config.batch_size // config.num_frm_test, 1)
+    (loader,) = create_loader([dataset], samplers, [clips_at_once], [config.num_workers], [False], [None])
+    model = blip_retrieval(**config.model_settings(), embed_dim=config.embed_dim)
+    scores = evaluate_only(run, config, model, lambda model: evaluate(model, loader, config, run))
+    finish(run, "Text-to-video retrieval", scores, lambda: examples(dataset, run))
+
+
+if __name__ == "__main__":
+    sys.exit(launch(main, VideoConfig, "configs/retrieval_msrvtt.yaml", "output/msrvtt", __doc__ or "", EXAMPLES))

@@ -62,7 +62,7 @@ def evaluate(model: BLIP_Decoder, loaders: dict[str, DataLoader], config: Captio
 def score(split: str, results: list[dict[str, Any]], config: CaptionConfig, run: Run) -> tuple[dict, dict]:
     """Write a split's result file and return its scores, and what was left out with the reason."""
     write_json(run.result(split), results)
-    return caption_scores(results, ground_truth(split, config))
+    return caption_scores(results, ground_truth(split, config), config.java)
 
 
 def ground_truth(split: str, config: CaptionConfig) -> str:

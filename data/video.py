@@ -103,5 +103,5 @@ def _decode(container: Any, num_frames: int) -> list[Image.Image]:
 
 
 def frame_numbers(total: int, num_frames: int) -> list[int]:
-    """Return the numbers of `num_frames` frames of `total`: the middles of equal parts, some twice in a short clip."""
-    return [min(int((i + 0.5) * total / num_frames), total - 1) for i in range(num_frames)]
+    """Return the numbers of `num_frames` frames of `total`: the starts of equal parts, some twice in a short clip."""
+    return [i * total // num_frames for i in range(num_frames)]

@@ -82,6 +82,7 @@ class TrainConfig(ModelConfig):
     warmup: int = setting(0, "steps of linear warm-up, with schedule: step")
     grad_accum: int = setting(1, "batches whose gradients are added up for one step")
     clip_grad: float = setting(0.0, "largest norm of the gradient; 0 for no limit")
+    eval_every: int = setting(1, "epochs between two evaluations; the last epoch is always evaluated")
     log_every: int = setting(50, "steps between two readings of the losses")
     save_every: int = setting(0, "steps between two checkpoints; 0 for one an epoch")
     tensorboard: bool = setting(False, "also write TensorBoard's event files")
@@ -103,6 +104,7 @@ class CaptionConfig(TrainConfig):
     min_length: int = setting(5, "shortest caption in tokens, prompt included")
     num_beams: int = setting(3, "width of the beam search")
     prompt: str = setting("a picture of ", "what every caption begins with")
+    java: bool = setting(True, "also compute what needs Java: METEOR, SPICE, the tokenizer of published scores")
     smooth_padding: bool = setting(True, "label smoothing counts padding, as the released training did")
 
 
@@ -164,6 +166,7 @@ class NoCapsConfig(ModelConfig):
     num_beams: int = setting(3, "width of the beam search")
     repetition_penalty: float = setting(1.1, "above 1 discourages words already said")
     prompt: str = setting("a picture of ", "what every caption begins with")
+    java: bool = setting(True, "also compute what needs Java: METEOR, SPICE, the tokenizer of published scores")
 
 
 @dataclass

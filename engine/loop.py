@@ -267,10 +267,7 @@ class Loop:
         scores = self._scores()
         means = {f"train_{name}": all_reduce_mean(torch.tensor(m.value())).item() for name, m in self.meters.items()}
         row = {**{name: round_to(value) for name, value in {**means, **scores}.items()}, "epoch": epoch}
-        quality = self.best_metric(scores) if self.best_metric else epoch
-        if not self.best or quality > self.best["quality"]:
-            self.best = {"quality": quality, "epoch": epoch, **scores}
-            self._save_best()
+        self._keep_best(scores)
         self.run.log(row)
         if self.writer is not None:
             for name, value in scores.items():
@@ -279,14 +276,23 @@ class Loop:
         self.save()
 
     def _scores(self) -> dict[str, float]:
-        if self.evaluate is None:
+        epoch = self.progress.epoch + 1
+        due = epoch % self.config.eval_every == 0 or epoch == self.config.max_epoch
+        if self.evaluate is None or not due:
             return {}
         self.model.eval()
         self.run.epoch = self.progress.epoch
         with torch.random.fork_rng(), torch.no_grad(), autocast(self.config, self.run.device):
             return self.evaluate(self.model)
 
-    def _save_best(self) -> None:
+    def _keep_best(self, scores: dict[str, float]) -> None:
+        """Save the weights if they are the best so far: by the metric, or without one the latest."""
+        if self.best_metric and not scores:
+            return
+        quality = self.best_metric(scores) if self.best_metric else self.progress.epoch
+        if self.best and quality <= self.best["quality"]:
+            return
+        self.best = {"quality": quality, "epoch": self.progress.epoch, **scores}
         weights = {"model": self.model.state_dict()}
         content = {**weights, "config": asdict(self.config), "epoch": self.progress.epoch}
         on_main_process(lambda: save_atomic(content, self.run.output_dir / BEST))

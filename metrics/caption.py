@@ -26,13 +26,16 @@ TOKEN = re.compile(
 )
 
 
-def caption_scores(results: list[dict], gt_file: str | Path) -> tuple[dict[str, float], dict[str, str]]:
+def caption_scores(
+    results: list[dict], gt_file: str | Path, java: bool = True
+) -> tuple[dict[str, float], dict[str, str]]:
     """Score one caption a picture against its references.
 
     Args:
         results: {"image_id": int or str, "caption": str} rows. Of rows with the same id the first counts;
             rows whose id the ground truth does not have are left aside.
         gt_file: JSON in the COCO caption format: "annotations" with "image_id" and "caption".
+        java: use Java where there is one: for METEOR, SPICE and the tokenizer of published scores.
 
     Returns:
         scores: Bleu_1 .. Bleu_4, METEOR, ROUGE_L, CIDEr and SPICE as fractions (CIDEr: up to 10), as far as
@@ -44,13 +47,13 @@ def caption_scores(results: list[dict], gt_file: str | Path) -> tuple[dict[str, 
         UserError: the file is not of the format, or pictures of it have no result.
     """
     references, predictions, _ = _pair(results, _read_ground_truth(gt_file), gt_file)
-    references, predictions, left_out = _tokenize_both(references, predictions)
-    scores, failed = _score_all(references, predictions)
+    references, predictions, left_out = _tokenize_both(references, predictions, java)
+    scores, failed = _score_all(references, predictions, java)
     return scores, left_out | failed
 
 
 def domain_scores(
-    results: list[dict], gt_file: str | Path
+    results: list[dict], gt_file: str | Path, java: bool = True
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """Score captions for each value of "domain" among the pictures (NoCaps) and "overall".
 
@@ -62,7 +65,7 @@ def domain_scores(
     """
     truth = _read_ground_truth(gt_file)
     references, predictions, keys = _pair(results, truth, gt_file)
-    references, predictions, left_out = _tokenize_both(references, predictions)
+    references, predictions, left_out = _tokenize_both(references, predictions, java)
     domain_of = {str(image["id"]): image.get("domain") for image in truth.get("images", []) if "id" in image}
     places: dict[str, list[int]] = {}
     for place, key in enumerate(keys):
@@ -72,10 +75,10 @@ def domain_scores(
     for domain in sorted(places):
         part = places[domain]
         scores[domain], failed = _score_all(
-            *({i: side[i] for i in part} for side in (references, predictions))
+            *({i: side[i] for i in part} for side in (references, predictions)), java=java
         )
         left_out |= {f"{domain}: {name}": reason for name, reason in failed.items()}
-    scores["overall"], failed = _score_all(references, predictions)
+    scores["overall"], failed = _score_all(references, predictions, java)
     # What fails everywhere is said once.
     left_out = {k: v for k, v in left_out.items() if k.rpartition(": ")[2] not in failed}
     return scores, left_out | failed
@@ -163,13 +166,15 @@ def ptb_tokenize(captions: list[str]) -> list[str]:
     return [" ".join(word for word in line.split() if word not in drop) for line in tokenized]
 
 
-def _tokenize_both(references: Captions, predictions: Captions) -> tuple[Captions, Captions, dict[str, str]]:
+def _tokenize_both(
+    references: Captions, predictions: Captions, java: bool
+) -> tuple[Captions, Captions, dict[str, str]]:
     """Tokenize references and predictions in one go, since starting Java takes longer than tokenizing."""
     flat = [caption for side in (references, predictions) for group in side.values() for caption in group]
     left_out = {}
     try:
-        if shutil.which("java") is None:
-            raise FileNotFoundError(NO_JAVA)
+        if reason := _no_java(java):
+            raise FileNotFoundError(reason)
         flat = ptb_tokenize(flat)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         left_out["PTBTokenizer"] = (
@@ -187,7 +192,16 @@ def _tokenize_both(references: Captions, predictions: Captions) -> tuple[Caption
 # Metrics
 
 
-def _score_all(references: Captions, predictions: Captions) -> tuple[dict[str, float], dict[str, str]]:
+def _no_java(wanted: bool) -> str:
+    """Say why Java is not used; empty when it is."""
+    if not wanted:
+        return "needs Java, which java: false turned off"
+    return "" if shutil.which("java") else NO_JAVA
+
+
+def _score_all(
+    references: Captions, predictions: Captions, java: bool
+) -> tuple[dict[str, float], dict[str, str]]:
     """Run each metric by itself, so that the failure of one loses no other."""
     if find_spec("pycocoevalcap") is None:
         raise UserError(
@@ -199,7 +213,7 @@ def _score_all(references: Captions, predictions: Captions) -> tuple[dict[str, f
         "BLEU": _bleu, "METEOR": _meteor, "ROUGE_L": _rouge, "CIDEr": _cider, "SPICE": _spice
     }  # fmt: skip
     for name, metric in metrics.items():
-        reason = _obstacle(name)
+        reason = _obstacle(name, java)
         if not reason:
             try:
                 with contextlib.redirect_stdout(io.StringIO()):
@@ -212,10 +226,10 @@ def _score_all(references: Captions, predictions: Captions) -> tuple[dict[str, f
     return scores, left_out
 
 
-def _obstacle(name: str) -> str:
+def _obstacle(name: str, java: bool) -> str:
     """Say why a metric cannot be tried here; empty when it can."""
-    if name in ("METEOR", "SPICE") and shutil.which("java") is None:
-        return NO_JAVA
+    if name in ("METEOR", "SPICE") and (reason := _no_java(java)):
+        return reason
     if name == "SPICE" and _spice_models_missing():
         return (
             "needs the Stanford CoreNLP models, which are not installed; "

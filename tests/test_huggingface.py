@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from formula import arr
 from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 
+from formula import arr
 from models.blip import BLIP_Decoder
 from models.blip_itm import BLIP_ITM
 from models.blip_vqa import BLIP_VQA
@@ -132,9 +132,10 @@ def test_vqa(direction):
     projection = own.text_decoder.bert.project(states)
     start = torch.full((3, 1), own.tokenizer.bos_token_id)
     hidden = own.text_decoder.hidden_states(start, projection=projection)
+    seen = torch.ones(states.shape[:2])
     torch.testing.assert_close(
         own.text_decoder.logits(hidden),
-        other.text_decoder(start, encoder_hidden_states=states, encoder_attention_mask=torch.ones(states.shape[:2])).logits,
+        other.text_decoder(start, encoder_hidden_states=states, encoder_attention_mask=seen).logits,
         rtol=1e-4,
         atol=1e-4,
     )

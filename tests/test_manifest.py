@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from formula import MODELS, manifest
 
+from formula import MODELS, manifest
 
 
 @pytest.mark.parametrize("entry", manifest())

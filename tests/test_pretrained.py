@@ -2,12 +2,13 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from formula import MED_CONFIG, build, golden
 from safetensors.torch import save_file
 
+from formula import MED_CONFIG, build, golden
 from models.blip import blip_decoder, blip_feature_extractor, load_checkpoint
 from models.blip_nlvr import blip_nlvr
 from models.blip_pretrain import blip_pretrain
@@ -132,7 +133,7 @@ def test_refusals(tmp_path, pretraining):
     refused("nowhere.pth do not exist", tmp_path / "nowhere.pth")
     (tmp_path / "text.pth").write_text("hello")
     refused("damaged or no checkpoint", tmp_path / "text.pth")
-    whole = open(pretraining, "rb").read()
+    whole = Path(pretraining).read_bytes()
     (tmp_path / "half.pth").write_bytes(whole[: len(whole) // 2])
     refused("damaged or no checkpoint", tmp_path / "half.pth")
     torch.save([1, 2], tmp_path / "list.pth")

@@ -52,7 +52,7 @@ def test_frames_and_captions(tmp_path):
 
 def test_frame_numbers_are_even_and_inside():
     assert frame_numbers(5, 5) == [0, 1, 2, 3, 4] and frame_numbers(1, 3) == [0, 0, 0]
-    assert frame_numbers(8, 4) == [1, 3, 5, 7]
+    assert frame_numbers(8, 4) == [0, 2, 4, 6]
     steps = np.diff(frame_numbers(100, 8))
     assert steps.min() >= 12 and steps.max() <= 13 and 0 <= frame_numbers(100, 8)[0] <= 12
 

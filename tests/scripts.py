@@ -1,0 +1,81 @@
+"""Runs the task scripts by their command lines, on a miniature world."""
+
+import contextlib
+import io
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TINY = ["vit={embed_dim: 32, depth: 2, num_heads: 2, patch_size: 16}", "num_workers=0", "log_every=4"]
+
+
+def command(script, *args, processes=1):
+    """The command line of a script, under torchrun for several processes."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return launcher + [str(ROOT / script), *map(str, args)]
+
+
+def settings(**values):
+    """Turn settings into --set arguments."""
+    return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def run(script, *args, processes=1, check=True, cwd=ROOT):
+    """Run a script to its end."""
+    done = subprocess.run(
+        command(script, *args, processes=processes), cwd=cwd, env=environment(), capture_output=True, text=True
+    )
+    if check:
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done
+
+
+def run_here(script, *args):
+    """Run a script in this process, which saves its start; returns the exit code and what went to stderr."""
+    told, argv = io.StringIO(), sys.argv
+    sys.argv = [script, *map(str, args)]
+    try:
+        with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        return end.code, told.getvalue()
+    finally:
+        sys.argv = argv
+    raise AssertionError(f"{script} ended without an exit code")
+
+
+def run_and_signal(script, *args, when, number=signal.SIGKILL, processes=1):
+    """Start a script, send its whole process group a signal as soon as `when()` is true, and wait for its end."""
+    process = subprocess.Popen(
+        command(script, *args, processes=processes),
+        cwd=ROOT,
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not when():
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < deadline, "the moment to send the signal never came"
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    output = process.communicate(timeout=120)[0]
+    return process.returncode, output
+
+
+def lines(path):
+    """Number of lines of a file that may not be there yet."""
+    return len(path.read_text().splitlines()) if path.exists() else 0
