@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TINY = ["vit={embed_dim: 32, depth: 2, num_heads: 2, patch_size: 16}", "num_workers=0", "log_every=4"]
+TINY = ["vit={embed_dim: 32, depth: 2, num_heads: 2, patch_size: 16}", "num_workers=0"]
 
 
 def command(script, *args, processes=1):
