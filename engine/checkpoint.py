@@ -34,9 +34,12 @@ def save_atomic(content: Any, path: Path) -> None:
 
 def _reason(error: Exception, path: Path) -> str:
     kept = "the previous one is intact" if path.exists() else "nothing was left behind"
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "write" in str(error)
-    text = "the disk is full: free space and continue with --resume" if full else " ".join(str(error).split())
-    return f"{text}; {kept}"
+    cause: BaseException | None = error
+    while cause is not None:  # torch's writer hides what went wrong behind an error of its own
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return f"the disk is full: free space and continue with --resume; {kept}"
+        cause = cause.__context__
+    return f"{' '.join(str(error).split())}; {kept}"
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
