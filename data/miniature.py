@@ -18,7 +18,7 @@ from data import miniature_text as text
 from data.miniature_scene import LEVELS, Scene, draw_scene, render, seen_pairs, unseen_pairs
 from utils import UserError, track
 
-UNSEEN_SHARE = 0.25  # of test pictures
+UNSEEN_SHARE = 0.12  # of test pictures
 TRIES = 1000  # draws in a row that bring nothing new before giving up
 FIRST_ID = {"train": 1, "val": 1_000_001, "test": 2_000_001, "web": 3_000_001}
 

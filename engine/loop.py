@@ -1,6 +1,7 @@
 """The only training loop."""
 
 import signal
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -125,8 +126,12 @@ class Loop:
     def _wrap(self) -> nn.Module:
         if get_world_size() == 1:
             return self.model
+        for buffer in self.model.buffers():  # queues begin alike; from there on every rank keeps them so itself
+            dist.broadcast(buffer, src=0)
         ids = [self.run.device.index] if self.run.device.type == "cuda" else None
-        return DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
+        with warnings.catch_warnings():  # torch 2.15 renames the argument, torch 2.6 does not know the new name
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
 
     def _tensorboard(self) -> Any:
         if not self.config.tensorboard or not is_main_process():

@@ -36,6 +36,8 @@ def read_json(path: Path) -> Any:
 
 def evaluate_only(run: Run, config: Any, model: nn.Module, evaluate: Callable[[nn.Module], dict]) -> dict[str, Any]:
     """Evaluate a model as training would, and append the scores to evaluate.txt."""
+    if not config.pretrained:
+        run.note("these are scores of random weights: give --set pretrained=... to evaluate a checkpoint")
     model = prepare_model(model, config, run).eval()
     with torch.no_grad(), autocast(config, run.device):
         scores = evaluate(model)
