@@ -1,0 +1,37 @@
+"""Convert the easy-vqa package's questions: python -m demo.easy_vqa --output output/easy_vqa"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import easy_vqa
+
+
+def convert(questions: tuple[list[str], list[str], list[int]], images: dict[int, str], root: Path, start: int) -> list:
+    """Return questions in the released VQA format."""
+    rows = enumerate(zip(*questions, strict=True), start)
+    return [
+        {"image": str(Path(images[i]).relative_to(root)), "question": q, "question_id": n, "answer": [a]}
+        for n, (q, a, i) in rows
+    ]
+
+
+def main() -> int:
+    """Write train.json, test.json and answers.json, and a link to the pictures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", default="output/easy_vqa")
+    folder, root = Path(parser.parse_args().output), Path(easy_vqa.__file__).parent / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    train = convert(easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths(), root, 0)
+    test = convert(easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths(), root, 1_000_000)
+    for name, content in (("train", train), ("test", test), ("answers", easy_vqa.get_answers())):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    if not (folder / "pictures").exists():
+        (folder / "pictures").symlink_to(root)
+    print(f"wrote {len(train)} and {len(test)} questions to {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
