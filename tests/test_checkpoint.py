@@ -6,9 +6,9 @@ import resource
 import numpy as np
 import pytest
 import torch
-from processes import run_in_processes
 
 from engine.checkpoint import load_last, rng_state, save_atomic, save_last, set_rng_state
+from processes import run_in_processes
 from utils import UserError
 
 CPU = torch.device("cpu")

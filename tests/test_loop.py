@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from processes import run_in_processes
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -12,6 +11,7 @@ from data import create_loader, create_sampler
 from engine.config import TrainConfig
 from engine.loop import fit
 from engine.run import Run
+from processes import run_in_processes
 from utils import UserError
 
 CPU = torch.device("cpu")
