@@ -288,6 +288,6 @@ def words() -> list[str]:
     that are not yes maybe , ? . ' -"""
     known = text.split() + list(COLORS) + list(SHAPES) + list(SIZES) + list(BACKGROUNDS) + list(SYNONYMS.values())
     known += " ".join(CLUTTER).split()
-    known += "black gray teal brown rectangle does not of present".split()  # words of the easy-vqa data set
+    known += ["black", "gray", "teal", "brown", "rectangle", "does", "not", "of", "present"]  # for easy-vqa
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + list("0123456789")
     return list(dict.fromkeys(known + letters + [f"##{letter}" for letter in letters]))

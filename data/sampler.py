@@ -70,11 +70,11 @@ class SeededDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Any:
         epoch, index = key
         sample_seed = hash((self.seed, epoch, index)) % 2**63
-        state = random.getstate()
+        state, torch_state = random.getstate(), torch.get_rng_state()
         try:
-            with torch.random.fork_rng(devices=[]):
-                random.seed(sample_seed)
-                torch.manual_seed(sample_seed)
-                return self.dataset.at(epoch, index) if hasattr(self.dataset, "at") else self.dataset[index]
+            random.seed(sample_seed)
+            torch.default_generator.manual_seed(sample_seed)  # the CPU's alone, which is ten times faster
+            return self.dataset.at(epoch, index) if hasattr(self.dataset, "at") else self.dataset[index]
         finally:
             random.setstate(state)
+            torch.set_rng_state(torch_state)
