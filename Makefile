@@ -5,6 +5,7 @@ RUN := $(VENV)/bin/python
 TORCHRUN := $(RUN) -m torch.distributed.run --standalone --nproc_per_node=2
 WORLD := output/miniature
 DEMO := output/demo
+LEVEL ?= 2
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-fast lint world clean help
@@ -13,7 +14,7 @@ help:
 	@echo "make demo    train a captioner from scratch on a small world, about 10 minutes on 2 cores"
 	@echo "make test    run the tests"
 	@echo "make lint    check the style"
-	@echo "make world   write the small world to $(WORLD)"
+	@echo "make world   write the small world to $(WORLD); LEVEL=1 to 4, here $(LEVEL)"
 	@echo "make clean   remove $(VENV) and output"
 
 $(VENV)/installed: requirements.txt requirements-dev.txt
@@ -22,7 +23,7 @@ $(VENV)/installed: requirements.txt requirements-dev.txt
 	@touch $@
 
 $(WORLD)/scenes.json: $(VENV)/installed
-	$(RUN) -m data.miniature --output $(WORLD) --level 4 --seed 0
+	$(RUN) -m data.miniature --output $(WORLD) --level $(LEVEL) --train 30000 --videos 100
 
 world: $(WORLD)/scenes.json
 

@@ -39,6 +39,7 @@ def main() -> int:
     print("captions that name exactly the right shapes and colours:")
     for name, (right, total) in exact_shares(results, scenes).items():
         print(f"  {name.ljust(24)} {right}/{total} = {right / max(total, 1):.1%}")
+    print(f"page: {Path(args.results) / 'report.html'}")
     return 0
 
 
