@@ -32,7 +32,7 @@ demo: $(VENV)/installed world
 	$(RUN) -m demo.exact --results $(DEMO) --world $(WORLD)
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=2 $(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n 2 --dist loadfile
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

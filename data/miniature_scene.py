@@ -19,7 +19,7 @@ COLORS = {
     "cyan": (60, 208, 216),
     "pink": (250, 152, 200),
 }
-SIZES = {"small": 20 / 64, "large": 32 / 64}  # of the picture's side
+SIZES = {"small": 24 / 64, "large": 34 / 64}  # of the picture's side
 LEVELS = {1: (1, False), 2: (2, False), 3: (3, False), 4: (3, True)}  # most objects, textured backgrounds
 BACKGROUNDS = ("plain", "striped", "dotted", "checkered")
 SUPERSAMPLING = 4
@@ -165,7 +165,7 @@ def _heart() -> list[tuple[float, float]]:
     return [(x, -(y + 2.5) / 14.5) for x, y in curve]
 
 
-_ARM = 0.36
+_ARM = 0.3
 OUTLINES = {
     "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
     "triangle": [(0, -0.95), (1, 0.85), (-1, 0.85)],
