@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 TORCHRUN := $(RUN) -m torch.distributed.run --standalone --nproc_per_node=2
 WORLD := output/miniature
 DEMO := output/demo
-LEVEL ?= 2
+LEVEL ?= 4
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-fast lint world clean help
@@ -23,7 +23,7 @@ $(VENV)/installed: requirements.txt requirements-dev.txt
 	@touch $@
 
 $(WORLD)/scenes.json: $(VENV)/installed
-	$(RUN) -m data.miniature --output $(WORLD) --level $(LEVEL) --train 30000 --videos 100
+	$(RUN) -m data.miniature --output $(WORLD) --level $(LEVEL) --train 16000 --videos 100
 
 world: $(WORLD)/scenes.json
 

@@ -19,10 +19,11 @@ COLORS = {
     "cyan": (60, 208, 216),
     "pink": (250, 152, 200),
 }
-SIZES = {"small": 24 / 64, "large": 34 / 64}  # of the picture's side
+SIZES = {"small": 24 / 64, "large": 32 / 64}  # of the picture's side
 LEVELS = {1: (1, False), 2: (2, False), 3: (3, False), 4: (3, True)}  # most objects, textured backgrounds
 BACKGROUNDS = ("plain", "striped", "dotted", "checkered")
 SUPERSAMPLING = 4
+GRID = 8  # objects are centred on points of a grid that divides the picture's side into so many parts
 
 Pair = tuple[str, str]  # colour and shape
 
@@ -97,9 +98,8 @@ def place(rng: random.Random, pairs: list[Pair]) -> tuple[Item, ...]:
         items: list[Item] = []
         for color, shape in pairs:
             size = rng.choice(list(SIZES))
-            half = SIZES[size] / 2
-            x, y = (round(rng.uniform(half, 1 - half), 3) for _ in range(2))
-            items.append(Item(color, shape, size, x, y))
+            places = [i / GRID for i in range(1, GRID) if SIZES[size] / 2 <= i / GRID <= 1 - SIZES[size] / 2]
+            items.append(Item(color, shape, size, rng.choice(places), rng.choice(places)))
         if all(apart(a, b) for i, a in enumerate(items) for b in items[:i]):
             return tuple(sorted(items, key=lambda item: item.x))
 

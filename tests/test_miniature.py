@@ -111,7 +111,7 @@ def test_an_object_shows_its_colour_at_its_place_only(color: str) -> None:
     is_color = np.abs(picture - COLORS[color]).max(axis=2) < 8
     rows, columns = np.nonzero(is_color)
     assert abs(columns.mean() / 64 - 0.25) < 0.02 and abs(rows.mean() / 64 - 0.7) < 0.02
-    assert 14 <= np.ptp(rows) <= 20 and 14 <= np.ptp(columns) <= 20
+    assert 18 <= np.ptp(rows) <= 24 and 18 <= np.ptp(columns) <= 24
     assert (picture[~is_color][:, 0] == 128).mean() > 0.95
 
 
