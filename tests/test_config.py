@@ -25,6 +25,26 @@ TASKS = {
 }
 
 
+MINIATURE = {
+    "caption": c.CaptionConfig,
+    "caption_finetune": c.CaptionConfig,
+    "retrieval": c.RetrievalConfig,
+    "retrieval_msrvtt": c.VideoConfig,
+    "vqa": c.VQAConfig,
+    "easy_vqa": c.VQAConfig,
+    "nlvr": c.NLVRConfig,
+    "nocaps": c.NoCapsConfig,
+    "pretrain": c.PretrainConfig,
+}
+
+
+@pytest.mark.parametrize("name", MINIATURE)
+def test_miniature_configs_read_and_share_a_model(name):
+    config = c.load_config(MINIATURE[name], CONFIGS / "miniature" / f"{name}.yaml")
+    assert config.vit == {"embed_dim": 128, "depth": 4, "num_heads": 4, "patch_size": 16}
+    assert config.med_config == "configs/miniature/med_config.json"
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_released_configs_read(name):
     config = c.load_config(TASKS[name], CONFIGS / f"{name}.yaml")
@@ -33,6 +53,7 @@ def test_released_configs_read(name):
 
 def test_every_config_has_a_task():
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(TASKS)
+    assert {path.stem for path in (CONFIGS / "miniature").glob("*.yaml")} == set(MINIATURE)
 
 
 def test_overrides(tmp_path):
