@@ -84,12 +84,6 @@ def domain_scores(
     return scores, left_out | failed
 
 
-def write_caption_results(path: str | Path, results: list[dict]) -> None:
-    """Write result rows as the JSON list that caption servers and `caption_scores` take."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(results, ensure_ascii=False), encoding="utf-8")
-
-
 # Ground truth and results
 
 

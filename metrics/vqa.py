@@ -1,9 +1,7 @@
 """Accuracy of visual question answering as VQA v2 defines it, on answers brought to one spelling."""
 
-import json
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from utils import UserError
 
@@ -111,13 +109,6 @@ def vqa_accuracy(
         for name in ("overall", *(str(row[kind]) for kind in by if kind in row)):
             groups.setdefault(name, []).append(value)
     return {name: 100.0 * sum(values) / len(values) for name, values in groups.items()}
-
-
-def write_vqa_results(path: str | Path, results: Iterable[dict]) -> None:
-    """Write the file that the VQA server takes: [{"question_id", "answer"}], each question once."""
-    rows = [{"question_id": row["question_id"], "answer": row["answer"]} for row in _first_rows(results)]
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
 
 
 def _first_rows(results: Iterable[dict]) -> list[dict]:

@@ -6,29 +6,21 @@ the released model was trained with [ENC]. Its generation divides a score by the
 """
 
 import re
+from collections.abc import Iterable
 
 import torch
 
-# Ours -> theirs, by pattern; texts and projections have one name in both, but for the ITM model's prefix.
-VISION = (
-    (r"^visual_encoder\.cls_token$", "vision_model.embeddings.class_embedding"),
-    (r"^visual_encoder\.pos_embed$", "vision_model.embeddings.position_embedding"),
-    (r"^visual_encoder\.patch_embed\.proj\.", "vision_model.embeddings.patch_embedding."),
-    (r"^visual_encoder\.blocks\.(\d+)\.norm([12])\.", r"vision_model.encoder.layers.\1.layer_norm\2."),
-    (r"^visual_encoder\.blocks\.(\d+)\.attn\.qkv\.", r"vision_model.encoder.layers.\1.self_attn.qkv."),
-    (r"^visual_encoder\.blocks\.(\d+)\.attn\.proj\.", r"vision_model.encoder.layers.\1.self_attn.projection."),
-    (r"^visual_encoder\.blocks\.(\d+)\.mlp\.", r"vision_model.encoder.layers.\1.mlp."),
-    (r"^visual_encoder\.norm\.", "vision_model.post_layernorm."),
-)
-BACK = (
-    (r"^vision_model\.embeddings\.class_embedding$", "visual_encoder.cls_token"),
-    (r"^vision_model\.embeddings\.position_embedding$", "visual_encoder.pos_embed"),
-    (r"^vision_model\.embeddings\.patch_embedding\.", "visual_encoder.patch_embed.proj."),
-    (r"^vision_model\.encoder\.layers\.(\d+)\.layer_norm([12])\.", r"visual_encoder.blocks.\1.norm\2."),
-    (r"^vision_model\.encoder\.layers\.(\d+)\.self_attn\.qkv\.", r"visual_encoder.blocks.\1.attn.qkv."),
-    (r"^vision_model\.encoder\.layers\.(\d+)\.self_attn\.projection\.", r"visual_encoder.blocks.\1.attn.proj."),
-    (r"^vision_model\.encoder\.layers\.(\d+)\.mlp\.", r"visual_encoder.blocks.\1.mlp."),
-    (r"^vision_model\.post_layernorm\.", "visual_encoder.norm."),
+# Ours and theirs; {} is a block's number. Texts and projections have one name in both.
+NAMES = (
+    ("visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
+    ("visual_encoder.pos_embed", "vision_model.embeddings.position_embedding"),
+    ("visual_encoder.patch_embed.proj.", "vision_model.embeddings.patch_embedding."),
+    ("visual_encoder.blocks.{}.norm1.", "vision_model.encoder.layers.{}.layer_norm1."),
+    ("visual_encoder.blocks.{}.norm2.", "vision_model.encoder.layers.{}.layer_norm2."),
+    ("visual_encoder.blocks.{}.attn.qkv.", "vision_model.encoder.layers.{}.self_attn.qkv."),
+    ("visual_encoder.blocks.{}.attn.proj.", "vision_model.encoder.layers.{}.self_attn.projection."),
+    ("visual_encoder.blocks.{}.mlp.", "vision_model.encoder.layers.{}.mlp."),
+    ("visual_encoder.norm.", "vision_model.post_layernorm."),
 )
 HOMELESS = ("_m.", "queue", "temp")  # momentum copies, queues and temperature have no place there
 
@@ -38,9 +30,10 @@ def is_huggingface(state: dict[str, torch.Tensor]) -> bool:
     return any(key.startswith("vision_model.") for key in state)
 
 
-def _rename(key: str, rules: tuple[tuple[str, str], ...]) -> str:
-    for pattern, name in rules:
-        key, found = re.subn(pattern, name, key)
+def _rename(key: str, names: Iterable[tuple[str, str]]) -> str:
+    for old, new in names:
+        pattern = "^" + re.escape(old).replace(r"\{\}", r"(\d+)")
+        key, found = re.subn(pattern, new.replace("{}", r"\1"), key)
         if found:
             break
     return key
@@ -49,10 +42,10 @@ def _rename(key: str, rules: tuple[tuple[str, str], ...]) -> str:
 def to_huggingface(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Rename a captioner's, VQA model's or ITM model's state dict to transformers' names."""
     kept = {key: value for key, value in state.items() if not any(word in key for word in HOMELESS)}
-    return {_rename(key, VISION): value for key, value in kept.items()}
+    return {_rename(key, NAMES): value for key, value in kept.items()}
 
 
 def from_huggingface(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Rename transformers' state dict to ours; its `position_ids` and `logit_scale` are dropped."""
     kept = {k: v for k, v in state.items() if not k.endswith("position_ids") and k != "logit_scale"}
-    return {_rename(key, BACK): value for key, value in kept.items()}
+    return {_rename(key, [(theirs, ours) for ours, theirs in NAMES]): value for key, value in kept.items()}

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from metrics import caption as caption_metrics
-from metrics.caption import caption_scores, domain_scores, simple_tokenize, write_caption_results
+from metrics.caption import caption_scores, domain_scores, simple_tokenize
 from metrics.classification import accuracy, consistency
 from metrics.retrieval import itm_eval, median_ranks, video_eval
-from metrics.vqa import CONTRACTIONS, answer_accuracy, normalize_answer, vqa_accuracy, write_vqa_results
+from metrics.vqa import CONTRACTIONS, answer_accuracy, normalize_answer, vqa_accuracy
 from utils import UserError
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny"
@@ -187,13 +187,6 @@ def test_domains(tmp_path, no_java):
     assert list(domain_scores(result_rows(), ground_truth(tmp_path))[0]) == ["overall"]
 
 
-def test_written_results(tmp_path):
-    """Results come back as written, in a folder that did not exist."""
-    rows = [{"image_id": 1, "caption": "caf\u00e9"}, {"image_id": "b", "caption": "two"}]
-    write_caption_results(tmp_path / "new" / "r.json", rows)
-    assert json.loads((tmp_path / "new" / "r.json").read_text(encoding="utf-8")) == rows
-
-
 # Retrieval
 
 
@@ -307,18 +300,6 @@ def test_vqa_accuracy_by_type():
         vqa_accuracy(results[:1], annotations)
     with pytest.raises(UserError, match="without answers"):
         vqa_accuracy(results, [{"question_id": 1, "answer": []}])
-
-
-def test_vqa_result_file(tmp_path):
-    """The server's file holds each question once, and nothing but the two keys."""
-    rows = [
-        {"question_id": 5, "answer": "a", "score": 0.5},
-        {"question_id": 5, "answer": "b"},
-        {"question_id": 4, "answer": "c"},
-    ]
-    write_vqa_results(tmp_path / "result" / "vqa.json", rows)
-    written = json.loads((tmp_path / "result" / "vqa.json").read_text())
-    assert written == [{"question_id": 5, "answer": "a"}, {"question_id": 4, "answer": "c"}]
 
 
 # Classification

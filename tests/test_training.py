@@ -23,7 +23,8 @@ def arguments(world):
     annotations = world / "annotations"
     roots = settings(image_root=world, ann_root=annotations, coco_gt_root=annotations)
     tiny = [part for value in TINY for part in ("--set", value)]
-    sizes = settings(log_every=4, eval_every=1, java="false", batch_size=4, max_epoch=2, save_every=3, max_length=12, warmup=2)
+    sizes = settings(java="false", eval_every=1, log_every=4)
+    sizes += settings( batch_size=4, max_epoch=2, save_every=3, max_length=12, warmup=2)
     return ["--config", "configs/miniature/caption.yaml", *roots, *tiny, *sizes]
 
 
