@@ -24,7 +24,7 @@ def arguments(world):
     roots = settings(image_root=world, ann_root=annotations, coco_gt_root=annotations)
     tiny = [part for value in TINY for part in ("--set", value)]
     sizes = settings(java="false", eval_every=1, log_every=4)
-    sizes += settings( batch_size=4, max_epoch=2, save_every=3, max_length=12, warmup=2)
+    sizes += settings(batch_size=4, max_epoch=2, save_every=3, max_length=12, warmup=2)
     return ["--config", "configs/miniature/caption.yaml", *roots, *tiny, *sizes]
 
 
