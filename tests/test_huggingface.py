@@ -87,8 +87,8 @@ def test_captioner(direction):
         )
     )
     real = text.attention_mask.bool()
-    torch.testing.assert_close(logits[real], found.logits[real], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(own(IMAGES, CAPTIONS), found.loss, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits[real], found.logits[real], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(own(IMAGES, CAPTIONS), found.loss, rtol=1e-5, atol=1e-5)
     for num_beams in (1, 3):
         prompt = tokenize(own.tokenizer, own.prompt, "dec").input_ids[:, :-1].expand(3, -1)
         # no penalty of length: theirs divides by the generated length, the released code by the whole
@@ -111,7 +111,7 @@ def test_matching(direction):
     arguments = dict(pixel_values=IMAGES, input_ids=text.input_ids, attention_mask=text.attention_mask)
     for head, use in (("itm", True), ("itc", False)):
         score = other(**arguments, use_itm_head=use).itm_score
-        torch.testing.assert_close(own(IMAGES, CAPTIONS, head), score, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(own(IMAGES, CAPTIONS, head), score, rtol=1e-5, atol=1e-5)
 
 
 @DIRECTIONS
@@ -136,8 +136,8 @@ def test_vqa(direction):
     torch.testing.assert_close(
         own.text_decoder.logits(hidden),
         other.text_decoder(start, encoder_hidden_states=states, encoder_attention_mask=seen).logits,
-        rtol=1e-4,
-        atol=1e-4,
+        rtol=1e-5,
+        atol=1e-5,
     )
     from models.generation import generate
 
