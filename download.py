@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import http.client
 import os
 import time
 import urllib.error
@@ -15,8 +16,11 @@ from utils import ProgressLine, UserError
 CHUNK = 1 << 20
 TIMEOUT_SECONDS = 30
 TRIES = 5
+PAUSE_SECONDS = 0.5  # before the second try; doubled before each further one
 LEAST_BYTES_PER_SECOND = 1000
 PATIENCE_SECONDS = 60  # how long a download may stay under the least speed
+# What goes wrong with a server or an address: besides OSError, a malformed answer or address.
+FAILURES = (OSError, http.client.HTTPException, ValueError)
 
 
 def cache_folder() -> Path:
@@ -48,10 +52,17 @@ def fetch(url: str, path: Path, sha256: str | None = None) -> Path:
         with _lock(path):
             if not path.is_file():
                 _download(url, path, sha256)
-    except OSError as error:
-        reason = getattr(error, "reason", None) or error.strerror or str(error)
-        raise UserError(f"{url} could not be downloaded ({reason}); get it elsewhere and put it at {path}") from None
+    except FAILURES as error:
+        raise UserError(
+            f"{url} could not be downloaded ({_reason(error)}); get it elsewhere and put it at {path}"
+        ) from None
     return path
+
+
+def _reason(error: BaseException) -> str:
+    """Say in one line why."""
+    reason = " ".join(str(getattr(error, "reason", None) or error).split())
+    return f"malformed answer: {reason}" if isinstance(error, http.client.HTTPException) else reason
 
 
 @contextmanager
@@ -73,38 +84,64 @@ def _download(url: str, path: Path, sha256: str | None) -> None:
                 part.unlink(missing_ok=True)
             if error.code in (401, 403, 404) or attempt == TRIES - 1:
                 raise OSError(f"the server answered {error.code} {error.reason}") from None
-        except OSError:
-            if attempt == TRIES - 1:
+        except FAILURES as error:
+            if attempt == TRIES - 1 or isinstance(error, ValueError):
                 raise
-        time.sleep(min(2**attempt, 10) * 0.2)
+        time.sleep(PAUSE_SECONDS * 2**attempt)
     if sha256 and _sha256(part) != sha256:
         part.unlink()
         raise OSError("its checksum is wrong, so it is not the file it should be")
     os.replace(part, path)
+    _version_file(part).unlink(missing_ok=True)
+
+
+def _version_file(part: Path) -> Path:
+    """Where the server's tag of a half-read file is kept, so that halves of two versions are never joined."""
+    return part.with_name(part.name + ".etag")
 
 
 def _continue(url: str, part: Path) -> None:
-    """Read what is missing of a file; raises OSError when the connection breaks or crawls."""
+    """Read what is missing of a file; raises one of FAILURES when the connection breaks or crawls."""
     have = part.stat().st_size if part.is_file() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    if have and _version_file(part).is_file():
+        headers["If-Range"] = _version_file(part).read_text()
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS) as response:
         if response.status != 206:  # the server sends the whole
             have = 0
+            _note_version(part, response.headers.get("ETag") or "")
         rest = response.headers.get("Content-Length")
         total = have + int(rest) if rest else 0
-        line = ProgressLine(total or 1, f"downloading {url.split('/')[-1]}, bytes")
-        began, first = time.monotonic(), have
-        with open(part, "ab" if have else "wb") as file:
-            while chunk := response.read(CHUNK):
-                file.write(chunk)
-                have += len(chunk)
-                line.update(have, first=first)
-                seconds = time.monotonic() - began
-                if seconds > PATIENCE_SECONDS and (have - first) / seconds < LEAST_BYTES_PER_SECOND:
-                    raise OSError(f"slower than {LEAST_BYTES_PER_SECOND} bytes per second")
-        line.close()
+        line = ProgressLine(total, f"downloading {url.split('/')[-1]}, bytes")
+        have = _receive(response, part, have, line)
     if total and have < total:
         raise OSError(f"the connection broke after {have} of {total} bytes")
+
+
+def _note_version(part: Path, tag: str) -> None:
+    if tag and not tag.startswith("W/"):  # a weak tag does not promise the same bytes
+        _version_file(part).write_text(tag)
+    else:
+        _version_file(part).unlink(missing_ok=True)
+
+
+def _receive(response: http.client.HTTPResponse, part: Path, have: int, line: ProgressLine) -> int:
+    """Write an answer's body behind the first `have` bytes of a file; return how many there are then."""
+    first = checked = have
+    since = time.monotonic()
+    with open(part, "ab" if have else "wb") as file:
+        while chunk := response.read1(CHUNK):  # what has come, where `read` would wait for a whole chunk
+            file.write(chunk)
+            have += len(chunk)
+            if line.total:  # else the server has not said how much it sends
+                line.update(have, first=first)
+            seconds = time.monotonic() - since
+            if seconds > PATIENCE_SECONDS:
+                if (have - checked) / seconds < LEAST_BYTES_PER_SECOND:
+                    raise OSError(f"slower than {LEAST_BYTES_PER_SECOND} bytes per second")
+                since, checked = time.monotonic(), have
+    line.close()
+    return have
 
 
 def _sha256(path: Path) -> str:

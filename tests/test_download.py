@@ -1,7 +1,9 @@
 """Downloads from a local server that breaks, lies and refuses."""
 
+import contextlib
 import hashlib
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -11,6 +13,7 @@ from download import cached, fetch
 from utils import UserError
 
 CONTENT = bytes(range(256)) * 20_000  # 5 MB
+CHANGED = CONTENT[::-1] + b"more"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -18,15 +21,23 @@ class Handler(BaseHTTPRequestHandler):
 
     asked: list[str] = []
     breaks = 1
+    tag = '"one"'
 
     def do_GET(self):  # noqa: N802
         start = self.headers.get("Range", "")
         Handler.asked.append(start)
         if self.path == "/missing":
             return self.send_error(404)
+        if self.path == "/malformed":
+            return self.wfile.write(b"nonsense\r\n\r\n")
+        if self.path == "/trickle":
+            return self.trickle()
+        if self.headers.get("If-Range", Handler.tag) != Handler.tag:
+            start = ""
         first = int(start.removeprefix("bytes=").rstrip("-") or 0)
-        body = CONTENT[first:]
+        body = CONTENT[first:] if Handler.tag == '"one"' else CHANGED
         self.send_response(206 if start else 200)
+        self.send_header("ETag", Handler.tag)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if Handler.breaks:
@@ -36,6 +47,15 @@ class Handler(BaseHTTPRequestHandler):
             return self.connection.close()
         return self.wfile.write(body)
 
+    def trickle(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "1000000")
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            for _ in range(100):
+                self.wfile.write(b"x")
+                time.sleep(0.02)
+
     def log_message(self, *_):
         pass
 
@@ -43,8 +63,8 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     monkeypatch.setenv("BLIP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
-    Handler.asked, Handler.breaks = [], 1
+    monkeypatch.setattr(download, "PAUSE_SECONDS", 0)
+    Handler.asked, Handler.breaks, Handler.tag = [], 1, '"one"'
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=http.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{http.server_port}"
@@ -85,3 +105,29 @@ def test_a_server_that_breaks_always_leaves_what_came(server, tmp_path):
     with pytest.raises(UserError, match="connection broke after"):
         fetch(f"{server}/file", tmp_path / "d")
     assert not (tmp_path / "d").exists() and (tmp_path / "d.part").stat().st_size > 0
+
+
+def test_halves_of_two_versions_are_not_joined(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "TRIES", 1)
+    with pytest.raises(UserError):
+        fetch(f"{server}/file", tmp_path / "e")
+    Handler.tag = '"two"'  # the file changes before the next run
+    assert fetch(f"{server}/file", tmp_path / "e").read_bytes() == CHANGED
+    assert Handler.asked[1].startswith("bytes=")
+    assert not list(tmp_path.glob("e.part*"))
+
+
+def test_a_crawling_server_is_given_up(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "TRIES", 1)
+    monkeypatch.setattr(download, "PATIENCE_SECONDS", 0.2)
+    began = time.monotonic()
+    with pytest.raises(UserError, match="slower than"):
+        fetch(f"{server}/trickle", tmp_path / "f")
+    assert time.monotonic() - began < 1.5
+
+
+@pytest.mark.parametrize("url", ["{server}/malformed", "http://[x", "http://name:port/file", "http://a b/file"])
+def test_bad_answers_and_addresses_are_told_in_one_line(server, url):
+    with pytest.raises(UserError, match="could not be downloaded") as error:
+        cached(url.format(server=server))
+    assert "\n" not in str(error.value)
