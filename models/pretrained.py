@@ -15,7 +15,7 @@ from torch import nn
 from download import cached
 from models.huggingface import from_huggingface, is_huggingface
 from models.vit import interpolate_pos_embed
-from utils import UserError, is_main_process, on_main_process
+from utils import UserError, barrier, is_main_process, on_main_process
 
 State = dict[str, torch.Tensor]
 MOMENTUM = r"(_m\.|queue|^temp$)"
@@ -116,15 +116,15 @@ def read_source(source: str, allow_pickle: bool = False) -> State:
 
 
 def resolve(source: str) -> list[Path]:
-    """Return the files of a source, downloading them if need be; all processes call it.
+    """Return the files of a source, downloading them if need be, once on each machine; all processes call it.
 
     Raises:
         UserError: nothing there.
     """
     if source.startswith(("http://", "https://")):
-        return [on_main_process(lambda: cached(source))]
+        return [_get_on_each_machine(lambda: cached(source))]
     if source.startswith("hf:"):
-        folder = on_main_process(lambda: _hub_folder(source.removeprefix("hf:")))
+        folder = _get_on_each_machine(lambda: _hub_folder(source.removeprefix("hf:")))
         paths = sorted(folder.glob("*.safetensors"))
         if not paths:
             raise UserError(f"{source} holds no .safetensors file; give one that does, or a path to weights")
@@ -132,6 +132,14 @@ def resolve(source: str) -> list[Path]:
     if not Path(source).is_file():
         raise UserError(f"pretrained weights {source} do not exist; correct the path, or set pretrained: ''")
     return [Path(source)]
+
+
+def _get_on_each_machine(get: Callable[[], Path]) -> Path:
+    """Let the main process get a file or folder, and then those processes that do not see it on their disk."""
+    path = on_main_process(get)
+    absent = not path.exists()
+    barrier()  # no process may take for whole what a neighbour has only begun
+    return get() if absent else path
 
 
 def _hub_folder(name: str) -> Path:
@@ -177,7 +185,9 @@ def _torch_load(path: Path, allow_pickle: bool) -> Any:
             f"{path} holds {named[1]}, not only weights, and reading that may run code; if you trust where it comes "
             "from, accept it with --set allow_pickle=true"
         ) from None
-    except (RuntimeError, OSError, EOFError, LookupError, ValueError, AttributeError, ImportError) as error:
+    except (AttributeError, ImportError) as error:
+        raise UserError(f"{path} holds objects of code that is not here ({error}); install it") from None
+    except (RuntimeError, OSError, EOFError, LookupError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:100]
         raise UserError(f"{path} is damaged or no checkpoint ({reason}); download it again") from None
 
@@ -233,7 +243,7 @@ def fit_to(model: nn.Module, state: State, report: LoadReport) -> State:
 
 def _lacks_added_tokens(key: str, value: torch.Tensor, own: torch.Tensor) -> bool:
     """Tell whether an entry is of BERT's vocabulary, without [DEC] and [ENC]."""
-    vocabulary = "word_embeddings" in key or key.startswith("text_decoder.cls.predictions.")
+    vocabulary = "word_embeddings" in key or "cls.predictions." in key
     return vocabulary and value.shape[1:] == own.shape[1:] and len(value) == len(own) - 2
 
 
@@ -264,8 +274,7 @@ def _refuse_other_shapes(own: State, state: State, report: LoadReport, task: str
 
 
 def _refuse_missing(own: State, state: State, report: LoadReport, task: str, kind: str) -> None:
-    storages = {own[key].data_ptr() for key in report.loaded}
-    missing = [key for key, value in own.items() if key not in state and value.data_ptr() not in storages]
+    missing = _untouched(own, report.loaded)
     needed = [key for key in missing if not re.search(MAY_BE_FRESH[task], key)]
     if needed:
         raise UserError(
@@ -273,6 +282,12 @@ def _refuse_missing(own: State, state: State, report: LoadReport, task: str, kin
             f"for instance {needed[0]}; give a checkpoint of the task or of pretraining"
         )
     report.fresh = missing
+
+
+def _untouched(own: State, loaded: list[str]) -> list[str]:
+    """Return a model's entries that were not loaded, nor share memory with one that was."""
+    storages = {own[key].data_ptr() for key in loaded}
+    return [key for key, value in own.items() if value.data_ptr() not in storages]
 
 
 def start_twins(model: nn.Module, state: State) -> None:
@@ -293,7 +308,7 @@ def load_part(module: nn.Module, state: State, source: str) -> None:
             state[key] = torch.cat((state[key], own[key][len(state[key]) :]))
             report.resized.append(key)
     report.loaded = [key for key in own if key in state and state[key].shape == own[key].shape]
-    report.fresh = [key for key in own if key not in report.loaded]
+    report.fresh = _untouched(own, report.loaded)
     if not report.loaded:
         raise UserError(f"{source} shares no parameter with the model; set vit and med_config to its architecture")
     module.load_state_dict({key: state[key] for key in report.loaded}, strict=False)
@@ -301,15 +316,19 @@ def load_part(module: nn.Module, state: State, source: str) -> None:
         print("\n".join(report.lines()), flush=True)
 
 
-def load_bert(text_transformer: nn.Module, source: str = BERT) -> None:
-    """Start a text transformer from BERT; cross-attention stays fresh, token types and pooler are left out."""
-    renames: tuple[tuple[str, str], ...] = ((r"^bert\.", ""), (r"\.gamma$", ".weight"), (r"\.beta$", ".bias"))
+def load_bert(text: nn.Module, source: str = BERT) -> None:
+    """Start a text transformer, or a decoder with its LM head, from BERT.
+
+    Cross-attention stays fresh; token types and pooler are left out.
+    """
+    prefix = "bert." if hasattr(text, "bert") else ""
+    renames = ((r"^(bert\.)?(?=embeddings|encoder)", prefix), (r"\.gamma$", ".weight"), (r"\.beta$", ".bias"))
     state = {}
     for key, value in read_source(source).items():
         for pattern, name in renames:
             key = re.sub(pattern, name, key)
         state[key] = value
-    load_part(text_transformer, state, source)
+    load_part(text, state, source)
 
 
 def load_deit(visual_encoder: nn.Module, source: str = DEIT_URL) -> None:
@@ -320,9 +339,11 @@ def load_deit(visual_encoder: nn.Module, source: str = DEIT_URL) -> None:
 def load_vit_in21k(visual_encoder: nn.Module, source: str = VIT_IN21K) -> None:
     """Start the large image encoder from ViT-L/16 trained on ImageNet-21k: a timm name, or a file."""
     if Path(source).is_file() or source.startswith(("http", "hf:")):
-        return _load_vit(visual_encoder, read_source(source), source)
-    state = on_main_process(lambda: _timm_weights(source))
-    return _load_vit(visual_encoder, state, source)
+        _load_vit(visual_encoder, read_source(source), source)
+        return
+    state: State = {}
+    on_main_process(lambda: state.update(_timm_weights(source)))
+    _load_vit(visual_encoder, state or _timm_weights(source), source)  # the others find it in timm's cache
 
 
 def _timm_weights(name: str) -> State:

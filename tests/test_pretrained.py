@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import models.pretrained
 from formula import MED_CONFIG, build, golden
 from models.blip import blip_decoder, blip_feature_extractor, load_checkpoint
 from models.blip_nlvr import blip_nlvr
@@ -141,6 +142,8 @@ def test_refusals(tmp_path, pretraining):
     refused("lacks what the task .caption. needs: text_decoder", save(build("retrieval"), tmp_path / "r.pth"))
     refused("another architecture: visual_encoder", pretraining, vit={**SIZES["vit"], "embed_dim": 64})
     refused("holds no .safetensors", f"hf:{tmp_path}")
+    (tmp_path / "model.safetensors").write_bytes(b"hello" * 10)
+    refused("model.safetensors cannot be read", f"hf:{tmp_path}")
 
 
 def test_pickle_that_needs_more_is_refused_and_can_be_accepted(tmp_path):
@@ -148,6 +151,29 @@ def test_pickle_that_needs_more_is_refused_and_can_be_accepted(tmp_path):
     path = save(source, tmp_path / "a.pth", config=argparse.Namespace(vit="base"))
     refused("holds argparse.Namespace, not only weights.*allow_pickle=true", path)
     assert same(blip_decoder(pretrained=path, allow_pickle=True, **SIZES), source)
+
+
+def test_bert_starts_the_decoder_with_its_head(tmp_path, capsys):
+    decoder, start = build("decoder").text_decoder, build("decoder").text_decoder
+    bert = {k: torch.randn_like(v) for k, v in decoder.state_dict().items() if "crossattention" not in k}
+    bias = bert.pop("cls.predictions.decoder.bias")[:30522]
+    bert |= {"cls.predictions.bias": bias, "cls.seq_relationship.bias": torch.zeros(2)}
+    del bert["cls.predictions.decoder.weight"]  # tied
+    torch.save(bert, tmp_path / "bert.bin")
+    load_bert(decoder, str(tmp_path / "bert.bin"))
+    head = decoder.cls["predictions"]
+    assert torch.equal(head.transform["dense"].weight, bert["cls.predictions.transform.dense.weight"])
+    assert torch.equal(head.decoder.bias[:30522], bias)
+    assert torch.equal(head.decoder.weight, bert["bert.embeddings.word_embeddings.weight"])
+    cross = "bert.encoder.layer.0.crossattention.self.query.weight"
+    assert torch.equal(decoder.state_dict()[cross], start.state_dict()[cross])
+    assert "fresh: bert (80)\n" in capsys.readouterr().out
+
+
+def test_a_path_of_another_machine_is_got_here_too(tmp_path, monkeypatch):
+    (tmp_path / "here").write_text("")
+    monkeypatch.setattr(models.pretrained, "on_main_process", lambda get: tmp_path / "on the main machine")
+    assert models.pretrained._get_on_each_machine(lambda: tmp_path / "here") == tmp_path / "here"
 
 
 def test_starting_weights(tmp_path, capsys):
@@ -160,6 +186,8 @@ def test_starting_weights(tmp_path, capsys):
     load_bert(model.text_encoder, str(tmp_path / "bert.bin"))
     assert torch.equal(model.text_encoder.embeddings.word_embeddings.weight[:30522], bert[words])
     assert torch.equal(model.text_encoder.embeddings.LayerNorm.weight, bert["bert.embeddings.LayerNorm.gamma"])
+    told = capsys.readouterr().out
+    assert "resized: embeddings" in told and "fresh: encoder (80)" in told  # 8 layers of cross-attention
     deit = {k: torch.randn_like(v) for k, v in model.visual_encoder.state_dict().items()}
     deit["pos_embed"], deit["head.weight"] = torch.randn(1, 37, 48), torch.randn(10, 48)
     torch.save({"model": deit}, tmp_path / "deit.pth")
