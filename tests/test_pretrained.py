@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,27 @@ def same(model, other, prefix=""):
     keys = [key for key in mine if key.startswith(prefix) and key in theirs]
     assert keys
     return all(torch.equal(mine[key], theirs[key]) for key in keys)
+
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+from models.pretrained import read_state_dict
+peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
+before = peak()
+total = sum(float(value.sum()) for value in read_state_dict(Path(sys.argv[1])).values())
+print(total, (peak() - before) / 1024)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
+def test_an_optimizer_in_the_file_takes_no_memory(tmp_path):
+    moments = {i: torch.zeros(2**24) for i in range(3)}  # 192 MiB
+    torch.save({"model": {"a": torch.ones(2**20)}, "optimizer": {"state": moments}}, tmp_path / "a.pth")
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "a.pth")]
+    told = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    total, mebibytes = map(float, told.stdout.split())
+    assert total == 2**20 and mebibytes < 64
 
 
 @pytest.mark.parametrize("position_ids", [False, True])
