@@ -298,8 +298,8 @@ class Loop:
         if self.best and quality <= self.best["quality"]:
             return
         self.best = {"quality": quality, "epoch": self.progress.epoch, **scores}
-        weights = {"model": self.model.state_dict()}
-        content = {**weights, "config": asdict(self.config), "epoch": self.progress.epoch}
+        weights = {"model": self.model.state_dict(), "config": asdict(self.config)}
+        content = {**weights, "epoch": self.progress.epoch}
         on_main_process(lambda: save_atomic(content, self.run.output_dir / BEST))
         on_main_process(lambda: save_atomic(weights, self.run.output_dir / WEIGHTS))
 

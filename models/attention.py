@@ -148,6 +148,7 @@ class CrossAttention(nn.Module):
         self.self = Heads(width, num_heads, states_width)
         self.output = Output(width, width, norm_eps, dropout)
         self.attention_dropout = attention_dropout
+        self.recording: list[torch.Tensor] | None = None  # a list takes the attention of every forward
 
     def project(self, states: list[torch.Tensor]) -> list[KeyValue]:
         """Project the one set of states."""
@@ -155,6 +156,10 @@ class CrossAttention(nn.Module):
 
     def forward(self, hidden: torch.Tensor, projection: Projection, layer: int) -> torch.Tensor:
         """Let texts (sources * readers, length, width) read the projected states."""
+        if self.recording is not None:
+            context, attention = read_visibly(self.self, hidden, projection, projection.layers[layer][0])
+            self.recording.append(attention)
+            return self.output(context, hidden)
         dropout = self.attention_dropout if self.training else 0.0
         context = read(self.self, hidden, projection, projection.layers[layer][0], dropout)
         return self.output(context, hidden)
@@ -199,6 +204,18 @@ def read(
     query = heads.split(fold(heads.query(hidden), projection.readers))
     context = F.scaled_dot_product_attention(query, *key_value, attn_mask=projection.mask, dropout_p=dropout)
     return merge_heads(context).reshape(hidden.shape)
+
+
+def read_visibly(
+    heads: Heads, hidden: torch.Tensor, projection: Projection, key_value: KeyValue
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `read` without dropout, and also the attention (sources, heads, readers * length, source length)."""
+    query, (key, value) = heads.split(fold(heads.query(hidden), projection.readers)), key_value
+    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+    if projection.mask is not None:
+        scores = scores.masked_fill(~projection.mask, -torch.inf)
+    attention = scores.softmax(dim=-1)
+    return merge_heads(attention @ value).reshape(hidden.shape), attention
 
 
 def fold(x: torch.Tensor, readers: int) -> torch.Tensor:

@@ -160,13 +160,25 @@ class BLIP_Decoder(nn.Module):
         return self.caption(image, config)[0]
 
     @torch.no_grad()
-    def caption(self, image: torch.Tensor, config: GenerationConfig) -> tuple[list[str], torch.Tensor]:
-        """Caption images (batch, 3, H, W); also each caption's log-probability over its length (batch,)."""
+    def caption(
+        self, image: torch.Tensor, config: GenerationConfig, uniforms: torch.Tensor | None = None
+    ) -> tuple[list[str], torch.Tensor]:
+        """Caption images (batch, 3, H, W).
+
+        Args:
+            image: float (batch, 3, H, W).
+            config: how; `num_return` captions an image stand together, best first.
+            uniforms: random numbers for sampling, as `models.generation.generate` takes them.
+
+        Returns:
+            Captions without the prompt, and each one's log-probability given image and prompt
+            (batch * num_return,).
+        """
         prompt = tokenize(self.tokenizer, self.prompt, "dec", device=image.device).input_ids[:, :-1]
         projection = self.text_decoder.bert.project(self.visual_encoder(image))
         prompts = prompt.expand(len(image), -1)
-        ids, scores = generate(self.text_decoder, projection, prompts, self.tokenizer.sep_token_id, config)
-        return [text[len(self.prompt) :] for text in decode(self.tokenizer, ids)], scores
+        found = generate(self.text_decoder, projection, prompts, self.tokenizer.sep_token_id, config, uniforms)
+        return [text[len(self.prompt) :] for text in decode(self.tokenizer, found[0])], log_probs(*found, config)
 
 
 def next_token_loss(
@@ -179,6 +191,12 @@ def next_token_loss(
         labelled = labels != IGNORED
         hidden, labels = hidden[labelled], labels[labelled]
     return lm_loss(decoder.logits(hidden), labels, smooth_padding)
+
+
+def log_probs(ids: Sequence[torch.Tensor], scores: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
+    """Turn scores of generated texts (texts,) into log-probabilities: undo the division by length."""
+    lengths = torch.tensor([len(row) for row in ids], device=scores.device)
+    return scores * lengths**config.length_penalty
 
 
 def decode(tokenizer: Any, ids: Sequence[torch.Tensor]) -> list[str]:

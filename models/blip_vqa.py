@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from models.attention import Projection
-from models.blip import decode, ids_and_mask, text_parts
+from models.blip import decode, ids_and_mask, log_probs, text_parts
 from models.generation import GenerationConfig, generate
 from models.losses import IGNORED, lm_sequence_losses, lm_token_losses
 from models.med import MED_CONFIG, TextDecoder, TextTransformer
@@ -113,15 +113,15 @@ class BLIP_VQA(nn.Module):
 
     @torch.no_grad()
     def generate_answers(self, question_states: torch.Tensor) -> tuple[list[str], torch.Tensor]:
-        """Write answers of 1 to 10 tokens by beam search; also their log-probabilities over their lengths.
+        """Write answers of 1 to 10 tokens by beam search; also their log-probabilities (batch,).
 
         Padding of the question is not masked, as in the released code.
         """
         start = question_states.new_full((len(question_states), 1), self.tokenizer.bos_token_id, dtype=torch.long)
         config = GenerationConfig(max_length=10, min_length=1, num_beams=3)
         projection = self.text_decoder.bert.project(question_states)
-        ids, scores = generate(self.text_decoder, projection, start, self.tokenizer.sep_token_id, config)
-        return decode(self.tokenizer, ids), scores
+        found = generate(self.text_decoder, projection, start, self.tokenizer.sep_token_id, config)
+        return decode(self.tokenizer, found[0]), log_probs(*found, config)
 
     @torch.no_grad()
     def rank_answer(

@@ -11,6 +11,7 @@ import torch
 
 from models.attention import Projection, TextCache
 from models.med import TextDecoder
+from utils import UserError
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class GenerationConfig:
         repetition_penalty: above 1 makes tokens already in the text, prompt included, less likely.
         length_penalty: a hypothesis scores its log-probability over its length to this power.
         temperature: divides the logits before sampling.
+        num_return: texts per prompt, best first; a beam search gives at most `num_beams`.
     """
 
     max_length: int = 30
@@ -37,6 +39,7 @@ class GenerationConfig:
     repetition_penalty: float = 1.0
     length_penalty: float = 1.0
     temperature: float = 1.0
+    num_return: int = 1
 
 
 @dataclass
@@ -48,6 +51,7 @@ class Stepper:
     eos_token_id: int
     config: GenerationConfig
     cache: TextCache = field(default_factory=TextCache)
+    uniforms: torch.Tensor | None = None
 
     def logits(self, texts: torch.Tensor) -> torch.Tensor:
         """Return the next token's logits (rows, vocabulary) for whole texts (rows, length)."""
@@ -80,8 +84,9 @@ def generate(
     prompt: torch.Tensor,
     eos_token_id: int,
     config: GenerationConfig,
+    uniforms: torch.Tensor | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Continue one prompt per source.
+    """Continue prompts.
 
     Args:
         decoder: the text decoder, in eval mode.
@@ -89,12 +94,28 @@ def generate(
         prompt: int64 (rows, prompt length), without padding, [DEC] first.
         eos_token_id: [SEP].
         config: how.
+        uniforms: random numbers that sampling draws its tokens by, one for each text and position: float
+            (rows * num_return, at least max_length) in [0, 1). None takes them from PyTorch's.
 
     Returns:
-        Token ids of each text, prompt included and end token not, and each text's log-probability over its
-        length, float32 (rows,).
+        Token ids of each text, prompt included and end token not, and each text's score, float32: the sum of the
+        log-probabilities of what follows the prompt, end token included, over length ** length_penalty. Of
+        `num_return` texts a prompt, those of one prompt stand together.
+
+    Raises:
+        UserError: more texts are asked for than the search keeps.
     """
+    if config.num_return > 1 and not config.sample and config.num_return > config.num_beams:
+        raise UserError(
+            f"{config.num_return} texts of a beam search of width {config.num_beams} were asked for; "
+            "widen the search (num_beams), or sample"
+        )
     stepper = Stepper(decoder, projection, eos_token_id, config)
+    if config.sample:
+        stepper.projection = projection.read_by(projection.readers * config.num_return)
+        prompt = prompt.repeat_interleave(config.num_return, dim=0)
+        shape = (len(prompt), config.max_length)
+        stepper.uniforms = torch.rand(shape, device=prompt.device) if uniforms is None else uniforms
     if config.sample or config.num_beams == 1:
         return continue_singly(stepper, prompt)
     return beam_search(stepper, prompt)
@@ -106,25 +127,29 @@ def continue_singly(stepper: Stepper, texts: torch.Tensor) -> tuple[list[torch.T
     finished = torch.zeros(len(texts), dtype=torch.bool, device=texts.device)
     while texts.shape[1] < stepper.config.max_length and not finished.all():
         logits = stepper.constrain(texts, stepper.logits(texts))
-        token = draw(logits, stepper.config) if stepper.config.sample else logits.argmax(dim=1)
+        token = logits.argmax(dim=1)
+        if stepper.config.sample:
+            token = draw(logits, stepper.uniforms[:, texts.shape[1]], stepper.config)
         chosen = logits.log_softmax(dim=1).gather(1, token[:, None]).squeeze(1)
         log_probs = log_probs + chosen.masked_fill(finished, 0.0)
         texts = torch.cat((texts, token.masked_fill(finished, stepper.eos_token_id)[:, None]), dim=1)
         finished = finished | (token == stepper.eos_token_id)
     ended = texts[:, prompt_length:] == stepper.eos_token_id
     lengths = prompt_length + torch.where(ended.any(1), ended.int().argmax(1), ended.shape[1])
-    return [text[:length] for text, length in zip(texts, lengths, strict=True)], log_probs / lengths
+    scores = log_probs / lengths**stepper.config.length_penalty
+    return [text[:length] for text, length in zip(texts, lengths, strict=True)], scores
 
 
-def draw(logits: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
-    """Draw a token a row (rows,) from the nucleus of logits (rows, vocabulary)."""
+def draw(logits: torch.Tensor, uniform: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
+    """Draw a token a row (rows,) from the nucleus of logits (rows, vocabulary), by a number in [0, 1) a row."""
     kept, order = (logits / config.temperature).sort(dim=1, descending=True)
     if config.top_k:
         kept, order = kept[:, : config.top_k], order[:, : config.top_k]
     probs = kept.softmax(dim=1)
     outside = probs.cumsum(dim=1) - probs > config.top_p  # the token that crosses the bound still counts
-    choice = torch.multinomial(probs.masked_fill(outside, 0.0), 1)
-    return order.gather(1, choice).squeeze(1)
+    bounds = probs.masked_fill(outside, 0.0).double().cumsum(dim=1)
+    choice = (bounds <= uniform[:, None] * bounds[:, -1:]).sum(dim=1, keepdim=True)
+    return order.gather(1, choice.clamp_max((~outside).sum(dim=1, keepdim=True) - 1)).squeeze(1)
 
 
 @dataclass
@@ -152,9 +177,9 @@ class Hypotheses:
         bound = best_log_prob / length**self.length_penalty
         self.done = self.done or (full and min(score for score, _ in self.kept) >= bound)
 
-    def best(self) -> tuple[float, torch.Tensor]:
-        """Return score and text of the best, the latest among equals."""
-        return sorted(self.kept, key=lambda hypothesis: hypothesis[0])[-1]
+    def best(self, number: int) -> list[tuple[float, torch.Tensor]]:
+        """Return score and text of the best ones, best first, the latest first among equals."""
+        return sorted(self.kept, key=lambda hypothesis: hypothesis[0])[: -number - 1 : -1]
 
 
 def beam_search(stepper: Stepper, prompt: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -175,7 +200,7 @@ def beam_search(stepper: Stepper, prompt: torch.Tensor) -> tuple[list[torch.Tens
             break
         stepper.cache.select(origin)
         logits = stepper.logits(texts)
-    return finish(texts, beam_scores, hypotheses)
+    return finish(texts, beam_scores, hypotheses, config.num_return)
 
 
 def advance(
@@ -214,12 +239,12 @@ def file_ended(
 
 
 def finish(
-    texts: torch.Tensor, beam_scores: torch.Tensor, hypotheses: list[Hypotheses]
+    texts: torch.Tensor, beam_scores: torch.Tensor, hypotheses: list[Hypotheses], num_return: int
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Let the running texts of unfinished rows compete, and return each row's best."""
+    """Let the running texts of unfinished rows compete, and return each row's best ones."""
     num_beams = beam_scores.shape[1]
     for row, hypothesis in enumerate(hypotheses):
         for beam in range(0 if hypothesis.done else num_beams):
             hypothesis.add(beam_scores[row, beam].item(), texts[row * num_beams + beam])
-    best = [hypothesis.best() for hypothesis in hypotheses]
+    best = [found for hypothesis in hypotheses for found in hypothesis.best(num_return)]
     return [text for _, text in best], torch.tensor([score for score, _ in best])

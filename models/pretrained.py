@@ -162,7 +162,7 @@ def read_state_dict(path: Path, allow_pickle: bool = False) -> State:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read ({error}); download it again") from None
-    content = _torch_load(path, allow_pickle)
+    content = torch_load(path, allow_pickle)
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -171,7 +171,8 @@ def read_state_dict(path: Path, allow_pickle: bool = False) -> State:
     return content
 
 
-def _torch_load(path: Path, allow_pickle: bool) -> Any:
+def torch_load(path: Path, allow_pickle: bool = False) -> Any:
+    """Read a file that torch wrote, its tensors mapped from disk."""
     try:
         try:  # mapped from disk, so that what is not used is never read
             return torch.load(path, map_location="cpu", weights_only=not allow_pickle, mmap=True)
@@ -361,3 +362,9 @@ def _load_vit(visual_encoder: nn.Module, state: State, source: str) -> None:
     if "pos_embed" in state:
         state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], visual_encoder)
     load_part(visual_encoder, state, source)
+
+
+if __name__ == "__main__":
+    from models.convert import main
+
+    raise SystemExit(main())

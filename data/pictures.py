@@ -1,0 +1,109 @@
+"""Pictures of one's own: files, folders and lists, read one by one, with no bad one fatal."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from data.transforms import Transform, open_image
+from utils import UserError, user_message
+
+ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+LISTS = {".txt", ".json", ".jsonl"}
+Picture = str | Path | Image.Image
+
+
+def find_pictures(names: Iterable[str | Path]) -> list[Path]:
+    """Return the pictures that files, folders and lists name, in order, each once.
+
+    Args:
+        names: a picture; a folder, searched with its subfolders; or a list: .txt with a path a line, .json or
+            .jsonl with paths or {"image": path}. A list's relative paths start from its own folder.
+
+    Raises:
+        UserError: something does not exist, or there is no picture at all.
+    """
+    found: dict[Path, None] = {}
+    for name in map(Path, names):
+        if not name.exists():
+            raise UserError(
+                f"{name} does not exist; give pictures, folders of pictures, or lists (.txt, .json, .jsonl)"
+            )
+        found |= dict.fromkeys(_expand(name))
+    if not found:
+        raise UserError(
+            f"no picture in {', '.join(map(str, names))}; expected files ending in {' '.join(sorted(ENDINGS))}"
+        )
+    return list(found)
+
+
+def _expand(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(child for child in path.rglob("*") if child.suffix.lower() in ENDINGS and child.is_file())
+    if path.suffix.lower() in LISTS:
+        return [path.parent / name for name in _listed(path)]
+    return [path]
+
+
+def _listed(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".txt":
+            return [line.strip() for line in text.splitlines() if line.strip()]
+        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line]
+        return [row if isinstance(row, str) else row["image"] for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"list {path} cannot be read ({error}); expected paths, or entries with 'image'") from None
+
+
+class PictureDataset(Dataset):
+    """Pictures as tensors: {"index", "image" (3, H, W), "error"}; a bad one has an error and no tensor.
+
+    Args:
+        pictures: paths, or pictures already open.
+        transform: RGB picture -> tensor.
+    """
+
+    def __init__(self, pictures: Sequence[Picture], transform: Transform):
+        self.pictures, self.transform = pictures, transform
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            return {"index": index, "image": self.transform(as_rgb(self.pictures[index])), "error": ""}
+        except UserError as error:
+            return {"index": index, "image": None, "error": user_message(error)}
+
+
+def as_rgb(picture: Picture) -> Image.Image:
+    """Return a picture given as a path or open, as RGB.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return picture.convert("RGB") if isinstance(picture, Image.Image) else open_image(Path(picture))
+
+
+def picture_batches(
+    pictures: Sequence[Picture], transform: Transform, batch_size: int, num_workers: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Yield batches in order: {"index": all numbers, "image": (good, 3, H, W) or None, "errors": {number: text}}."""
+    loader = DataLoader(
+        PictureDataset(pictures, transform), batch_size=batch_size, num_workers=num_workers, collate_fn=_collate
+    )
+    yield from loader
+
+
+def _collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    good = [item["image"] for item in items if item["image"] is not None]
+    return {
+        "index": [item["index"] for item in items],
+        "image": torch.stack(good) if good else None,
+        "errors": {item["index"]: item["error"] for item in items if item["image"] is None},
+    }

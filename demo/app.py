@@ -1,0 +1,297 @@
+"""A web page to caption, question, match and search pictures: python -m demo.app
+
+Without checkpoints it shows the small model that comes with the project, which knows a world of coloured shapes.
+"""
+
+import argparse
+import random
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from data.miniature_scene import draw_scene, render
+from data.pictures import find_pictures
+from data.transforms import open_image
+from engine.explain import explain, sheet
+from engine.predictor import Predictor, load
+from engine.search import Index, build_index, find_pictures_by_text
+from utils import UserError, user_message
+
+MINIATURE = Path(__file__).resolve().parent.parent / "configs" / "miniature"
+SHIPPED = {"caption": MINIATURE / "model.safetensors", "vqa": MINIATURE / "vqa.safetensors",
+           "match": MINIATURE / "model.safetensors"}  # fmt: skip
+MAX_MEGAPIXELS = 100
+MAX_TEXT = 300  # characters
+MAX_FILES = 200  # pictures of one search
+MAX_UPLOAD = "50mb"
+EXAMPLES = 6
+STYLE = "td, th {padding: 2px 14px; text-align: left; border: none} th {font-weight: normal; opacity: 0.6}"
+
+
+class Page:
+    """The models behind the page, one request at a time on each.
+
+    Args:
+        checkpoints: task -> checkpoint; '' for the shipped miniature model.
+        device: "cuda", "cpu", or '' for a GPU where there is one.
+        folder: pictures that can be searched without uploading any; '' for none.
+    """
+
+    def __init__(self, checkpoints: dict[str, str], device: str = "", folder: str = ""):
+        self.sources = {task: checkpoints.get(task) or str(SHIPPED[task]) for task in SHIPPED}
+        self.device, self.folder = device, folder
+        self.models: dict[str, Predictor] = {}
+        self.index: Index | None = None
+        self.lock = threading.Lock()
+
+    def model(self, task: str) -> Any:
+        """Return the model of a task, loaded when it is first wanted; the caller holds the lock."""
+        if task not in self.models:
+            self.models[task] = load(task, self.sources[task], self.device)
+        return self.models[task]
+
+    def caption(self, path: str | None, sample: bool, number: float) -> tuple[str, Image.Image]:
+        """Return captions with their log-probabilities, and maps of the best."""
+        picture = read_picture(path)
+        with self.lock:
+            model = self.model("caption")
+            settings = {"sample": bool(sample), "num_captions": int(number), "num_beams": max(int(number), 3)}
+            captions = model.caption(picture, **settings)[0]["captions"]
+            best = captions[0]["caption"]
+            maps = sheet(picture, best, explain(model, picture, best))
+        return table(
+            ("caption", "log-probability"), [(row["caption"], f"{row['log_prob']:.2f}") for row in captions]
+        ), maps
+
+    def ask(self, path: str | None, question: str) -> tuple[str, Image.Image]:
+        """Return an answer, and maps of the question's words."""
+        picture, question = read_picture(path), read_text(question, "question")
+        with self.lock:
+            model = self.model("vqa")
+            found = model.answer(picture, question)[0]["answers"][0]
+            maps = sheet(picture, f"{question}  {found['answer']}", explain(model, picture, question, found["answer"]))
+        return table(("answer", "log-probability"), [(found["answer"], f"{found['log_prob']:.2f}")]), maps
+
+    def match(self, path: str | None, text: str) -> tuple[str, Image.Image]:
+        """Return how well a text describes a picture, and maps of its words."""
+        picture, text = read_picture(path), read_text(text, "text")
+        with self.lock:
+            model = self.model("match")
+            found = model.match(picture, text)[0]["matches"][0]
+            maps = sheet(picture, text, explain(model, picture, text))
+        return table(
+            ("matching probability", "cosine"), [(f"{found['probability']:.1%}", f"{found['cosine']:.3f}")]
+        ), maps
+
+    def search(self, files: Sequence[str] | None, text: str) -> tuple[str, list[tuple[Image.Image, str]]]:
+        """Return the pictures that a text describes best, of those uploaded or of the page's folder."""
+        text = read_text(text, "text")
+        if files and len(files) > MAX_FILES:
+            raise UserError(f"{len(files)} pictures are too many for this page; give at most {MAX_FILES}")
+        with self.lock:
+            model = self.model("match")
+            index, errors = self.pictures(model, files)
+            if not index.names:
+                raise UserError("there is no picture to search; upload some")
+            found = find_pictures_by_text(model, index, [text], top=8)[0]["images"]
+        gallery = [(open_image(Path(row["image"])), f"{row['probability']:.1%}") for row in found]
+        left_out = f", {len(errors)} could not be read" if errors else ""
+        return f"searched {len(index.names)} pictures{left_out}", gallery
+
+    def pictures(self, model: Any, files: Sequence[str] | None) -> tuple[Index, list[dict]]:
+        """Index uploaded pictures, or those of the page's folder, which are indexed once."""
+        if files:
+            return build_index(model, [Path(name) for name in files])
+        paths = find_pictures([self.folder]) if self.folder else []
+        self.index, errors = build_index(model, paths, self.index)
+        return self.index, errors
+
+    def about(self) -> str:
+        """Say in HTML which models answer, and on which device."""
+        rows = [(task, source, "shipped with the project" if source == str(SHIPPED[task]) else "") for task, source in
+                self.sources.items()]  # fmt: skip
+        small = any(row[2] for row in rows)
+        note = (
+            "<p>No released checkpoint was given, so this is the small model that comes with the project. It knows "
+            "only a miniature world of coloured shapes, as in the examples. Give it <code>--caption</code>, "
+            "<code>--vqa</code> and <code>--match</code> for your own photographs.</p>"
+        )
+        device = self.device or ("cuda" if any(m.device.type == "cuda" for m in self.models.values()) else _device())
+        return (
+            (note if small else "")
+            + table(("task", "model", ""), [(t, Path(s).name, n) for t, s, n in rows])
+            + (f"<p>device: {escape(device)}</p>")
+        )
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def read_picture(path: str | None) -> Image.Image:
+    """Read an uploaded picture, a large one reduced.
+
+    Raises:
+        UserError: there is none, it is no picture, or it is larger than the page takes.
+    """
+    if not path:
+        raise UserError("there is no picture yet; upload one, or click an example")
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            megapixels = image.width * image.height / 1e6
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise UserError("this file is no picture that can be read; upload a JPEG or PNG") from None
+    if megapixels > MAX_MEGAPIXELS:
+        raise UserError(f"the picture has {megapixels:.0f} megapixels; upload one of at most {MAX_MEGAPIXELS}")
+    picture = open_image(Path(path))
+    picture.thumbnail((1024, 1024))
+    return picture
+
+
+def read_text(text: str | None, name: str) -> str:
+    """Return a text that was typed.
+
+    Raises:
+        UserError: it is empty or too long.
+    """
+    text = (text or "").strip()
+    if not text:
+        raise UserError(f"the {name} is empty; type one")
+    if len(text) > MAX_TEXT:
+        raise UserError(f"the {name} has {len(text)} characters; shorten it to {MAX_TEXT}")
+    return text
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write an HTML table; its texts are escaped."""
+    cells = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>{cells}</table>"
+
+
+def told(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function's UserErrors be shown on the page."""
+    import gradio
+
+    def run(*inputs: Any) -> Any:
+        try:
+            return function(*inputs)
+        except UserError as error:
+            raise gradio.Error(escape(user_message(error) or ""), print_exception=False, title="Not done") from None
+
+    return run
+
+
+def example_pictures(folder: Path) -> list[str]:
+    """Draw pictures of the miniature world."""
+    rng, paths = random.Random(7), []
+    for number in range(EXAMPLES):
+        path = folder / f"example_{number + 1}.png"
+        render(draw_scene(rng, 4), 256).save(path)
+        paths.append(str(path))
+    return paths
+
+
+def build(page: Page, examples: Sequence[str]) -> Any:
+    """Build the page.
+
+    Raises:
+        UserError: Gradio is not installed.
+    """
+    try:
+        import gradio
+    except ImportError:
+        raise UserError("the web page needs Gradio; pip install gradio") from None
+    with gradio.Blocks(title="BLIP") as blocks:
+        gradio.Markdown("# BLIP")
+        gradio.HTML(page.about())
+        with gradio.Tab("Caption"):
+            sample = gradio.Checkbox(label="Sample instead of searching", elem_id="sample", render=False)
+            number = gradio.Slider(1, 5, value=1, step=1, label="Captions", render=False)
+            _task(gradio, "Caption", told(page.caption), [sample, number], examples)
+        with gradio.Tab("Ask"):
+            question = _textbox(gradio, "Question", "what color is the circle?")
+            _task(gradio, "Ask", told(page.ask), [question], examples)
+        with gradio.Tab("Match"):
+            text = _textbox(gradio, "Text", "a red circle above a blue square")
+            _task(gradio, "Match", told(page.match), [text], examples)
+        with gradio.Tab("Search"):
+            _search(gradio, page)
+    return blocks.queue(default_concurrency_limit=2, max_size=100)
+
+
+def _textbox(gradio: Any, label: str, placeholder: str) -> Any:
+    return gradio.Textbox(label=label, placeholder=placeholder, elem_id=label.lower(), render=False)
+
+
+def _task(gradio: Any, name: str, function: Callable[..., Any], inputs: list[Any], examples: Sequence[str]) -> None:
+    """Lay out a task: picture and settings left, result and maps right."""
+    with gradio.Row():
+        with gradio.Column():
+            picture = gradio.Image(label="Picture", type="filepath", sources=["upload", "clipboard"], height=300,
+                                   image_mode=None, elem_id=f"{name.lower()}-picture")  # fmt: skip
+            picture.preprocess = lambda payload: payload and payload.path  # what is no picture is told by us
+            for item in inputs:
+                item.render()
+            button = gradio.Button(name, variant="primary", elem_id=f"{name.lower()}-button")
+            gradio.Examples([[path] for path in examples], picture, label="Examples from the miniature world")
+        with gradio.Column():
+            result = gradio.HTML(elem_id=f"{name.lower()}-result")
+            gradio.Markdown("What the model looks at, word by word")
+            maps = gradio.Image(show_label=False, interactive=False, elem_id=f"{name.lower()}-maps")
+    button.click(function, [picture, *inputs], [result, maps], concurrency_id="model", api_name=name.lower())
+
+
+def _search(gradio: Any, page: Page) -> None:
+    """Lay out the search."""
+    with gradio.Row():
+        with gradio.Column():
+            files = gradio.File(label="Pictures", file_count="multiple", elem_id="files")
+            if page.folder:
+                gradio.HTML(f"<p>Without uploads, the pictures of {escape(page.folder)} are searched.</p>")
+            text = gradio.Textbox(label="Text", placeholder="a red circle", elem_id="query")
+            button = gradio.Button("Search", variant="primary", elem_id="search-button")
+        with gradio.Column():
+            note = gradio.HTML(elem_id="search-result")
+            gallery = gradio.Gallery(label="Found, with the probability of a match", columns=4, elem_id="search-found")
+    button.click(told(page.search), [files, text], [note, gallery], concurrency_id="model", api_name="search")
+
+
+def main() -> int:
+    """Start the page; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for task, text in (("caption", "captions"), ("vqa", "answers"), ("match", "matching and search")):
+        parser.add_argument(f"--{task}", default="", metavar="CHECKPOINT", help=f"weights for {text}: path, URL or hf:")
+    parser.add_argument("--folder", default="", help="pictures that can be searched without uploading any")
+    parser.add_argument("--device", default="", help="cuda or cpu (default: cuda where there is one)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: 7860)")
+    args = parser.parse_args()
+    try:
+        page = Page({task: getattr(args, task) for task in SHIPPED}, args.device, args.folder)
+        with tempfile.TemporaryDirectory() as folder:
+            examples = example_pictures(Path(folder))
+            build(page, examples).launch(
+                server_name=args.host, server_port=args.port, max_file_size=MAX_UPLOAD, allowed_paths=[folder],
+                css=STYLE, quiet=True,
+            )  # fmt: skip
+        return 0
+    except UserError as error:
+        print(f"error: {user_message(error)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}; choose another --port", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

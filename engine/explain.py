@@ -1,0 +1,238 @@
+"""What a model looks at: maps over the picture for every word, from cross-attention or Grad-CAM.
+
+Grad-CAM weighs a layer's attention by how much more of it would raise the score that is explained: the matching
+logit, a caption word's log-probability, or an answer's (after section 3.1 of Selvaraju et al., Grad-CAM, ICCV 2017,
+with attention in place of activations).
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from data.pictures import Picture, as_rgb
+from data.text import pre_question
+from engine.predictor import MAX_WORDS, Answerer, Captioner, Matcher, Predictor, Row, clean
+from models.blip import ids_and_mask
+from models.blip_itm import MAX_TEXT_TOKENS
+from models.blip_vqa import MAX_QUESTION_TOKENS
+from models.med import TextTransformer
+from models.tokenizer import TokenBatch, tokenize
+from utils import UserError, on_main_process
+
+WHOLE = "(all)"  # names the map of the text as a whole
+COLORS = ((0, (30, 30, 160)), (0.35, (0, 180, 220)), (0.65, (250, 230, 60)), (1, (220, 30, 20)))
+TILE = 224  # longest side of a picture in a sheet, in pixels
+Maps = list[tuple[str, np.ndarray]]
+
+
+def explain(
+    model: Predictor, image: Picture, text: str, answer: str = "", method: str = "gradcam", layer: int | None = None
+) -> Maps:
+    """Return a map for the text as a whole, and one for each of its words.
+
+    Args:
+        model: a `Captioner`, `Matcher` or `Answerer`.
+        image: a path, or an open picture.
+        text: the caption, the text matched, or the question.
+        answer: what was answered, for an `Answerer`.
+        method: "gradcam", or "attention", the mean over heads.
+        layer: of the text transformer that reads the image, 0 first; None takes the one 2/3 up.
+
+    Returns:
+        (word, float32 (grid, grid)) pairs; non-negative, of each image patch.
+
+    Raises:
+        UserError: another method, no such layer, or a model that reads no text.
+    """
+    if method not in ("gradcam", "attention"):
+        raise UserError(f"method is {method!r}; expected 'gradcam' or 'attention'")
+    pixels = model.transform(as_rgb(image))[None].to(model.device)
+    with torch.enable_grad():
+        if isinstance(model, Captioner):
+            return _explain_caption(model, pixels, text, method, layer)
+        if isinstance(model, Matcher):
+            return _explain_match(model, pixels, text, method, layer)
+        if isinstance(model, Answerer):
+            return _explain_answer(model, pixels, text, answer, method, layer)
+    raise UserError(f"a {type(model).__name__} reads no text; explain captions, matches or answers")
+
+
+def _explain_caption(model: Captioner, pixels: torch.Tensor, caption: str, method: str, layer: int | None) -> Maps:
+    net = model.model
+    text = tokenize(net.tokenizer, net.prompt + caption, "dec", device=model.device)
+    with recorded(net.text_decoder.bert, layer) as recording:
+        projection = net.text_decoder.bert.project(net.visual_encoder(pixels))
+        hidden = net.text_decoder.hidden_states(text.input_ids, projection=projection)
+    ids = text.input_ids[0]
+    log_probs = net.text_decoder.logits(hidden[0, :-1]).log_softmax(dim=-1).gather(1, ids[1:, None])[:, 0]
+    maps = []
+    for word, places in words_of(net.tokenizer, text, net.prompt_length):
+        before = [place - 1 for place in places]  # a token is predicted at the position before it
+        relevance = weigh(recording[0], log_probs[before].sum(), method)
+        maps.append((word, to_grid(relevance[before])))
+    return with_whole(maps)
+
+
+def _explain_match(model: Matcher, pixels: torch.Tensor, text: str, method: str, layer: int | None) -> Maps:
+    net = model.model
+    tokens = tokenize(net.tokenizer, clean([text]), net.first_token, MAX_TEXT_TOKENS, model.device)
+    with recorded(net.text_encoder, layer) as recording:
+        hidden = net.text_encoder(*ids_and_mask(tokens), net.text_encoder.project(net.visual_encoder(pixels)))
+    logits = net.itm_head(hidden[0, 0])
+    relevance = weigh(recording[0], logits[1] - logits[0], method)
+    words = words_of(net.tokenizer, tokens)
+    return with_whole([(word, to_grid(relevance[places])) for word, places in words])
+
+
+def _explain_answer(
+    model: Answerer, pixels: torch.Tensor, question: str, answer: str, method: str, layer: int | None
+) -> Maps:
+    net = model.model
+    tokens = tokenize(net.tokenizer, pre_question(question, MAX_WORDS), "enc", MAX_QUESTION_TOKENS, model.device)
+    with recorded(net.text_encoder, layer) as recording:
+        states = net.question_states(pixels, tokens)
+    text = tokenize(net.tokenizer, answer, "dec", device=model.device)
+    hidden = net.text_decoder.hidden_states(text.input_ids, projection=net.text_decoder.bert.project(states))
+    log_probs = net.text_decoder.logits(hidden[0, :-1]).log_softmax(dim=-1).gather(1, text.input_ids[0, 1:, None])
+    relevance = weigh(recording[0], log_probs.sum(), method)
+    words = words_of(net.tokenizer, tokens)
+    return with_whole([(word, to_grid(relevance[places])) for word, places in words])
+
+
+@contextmanager
+def recorded(text: TextTransformer, layer: int | None) -> Iterator[list[torch.Tensor]]:
+    """Record one layer's attention to the image, (1, heads, length, 1 + patches) for every forward.
+
+    Raises:
+        UserError: no such layer.
+    """
+    layers = text.encoder.layer
+    layer = max(2 * len(layers) // 3 - 1, 0) if layer is None else layer
+    if not 0 <= layer < len(layers):
+        raise UserError(f"layer is {layer}; this text transformer has layers 0 to {len(layers) - 1}")
+    attention = layers[layer].crossattention
+    attention.recording = []
+    try:
+        yield attention.recording
+    finally:
+        attention.recording = None
+
+
+def weigh(attention: torch.Tensor, score: torch.Tensor, method: str) -> torch.Tensor:
+    """Return each patch's relevance for each token (length, patches): attention, times its positive effect on a score."""
+    if method == "gradcam":
+        (grad,) = torch.autograd.grad(score, attention, retain_graph=True)
+        attention = attention * grad.clamp_min(0)
+    return attention[0].mean(dim=0)[:, 1:].detach().float().cpu()
+
+
+def to_grid(relevance: torch.Tensor) -> np.ndarray:
+    """Average tokens' relevances (tokens, patches) and lay them out as the square they come from."""
+    side = round(relevance.shape[1] ** 0.5)
+    return relevance.mean(dim=0).view(side, side).numpy()
+
+
+def with_whole(maps: Maps) -> Maps:
+    """Put the mean of the words' maps in front.
+
+    Raises:
+        UserError: there is no word.
+    """
+    if not maps:
+        raise UserError("the text has no word to explain; give one")
+    return [(WHOLE, np.mean([grid for _, grid in maps], axis=0)), *maps]
+
+
+def words_of(tokenizer: Any, text: TokenBatch, start: int = 1) -> list[tuple[str, list[int]]]:
+    """Return the words of one tokenized text from a position on, and the positions of their tokens."""
+    words: list[tuple[str, list[int]]] = []
+    tokens = tokenizer.convert_ids_to_tokens(text.input_ids[0].tolist())
+    for place, token in enumerate(tokens):
+        if place < start or token == "[SEP]":
+            continue
+        if token.startswith("##") and words:
+            word, places = words[-1]
+            words[-1] = (word + token[2:], [*places, place])
+        else:
+            words.append((token, [place]))
+    return words
+
+
+# Pictures.
+
+
+def overlay(picture: Image.Image, grid: np.ndarray) -> Image.Image:
+    """Lay a map over a picture of any size; the more relevant a place, the warmer and the less transparent."""
+    heat = Image.fromarray((grid / max(grid.max(), 1e-12)).astype(np.float32))
+    heat = np.asarray(heat.resize(picture.size, Image.Resampling.BICUBIC)).clip(0, 1)
+    stops, colors = zip(*COLORS, strict=True)
+    color = np.stack([np.interp(heat, stops, channel) for channel in zip(*colors, strict=True)], axis=-1)
+    share = (0.15 + 0.55 * heat)[..., None]
+    return Image.fromarray((np.asarray(picture) * (1 - share) + color * share).round().astype(np.uint8))
+
+
+def sheet(picture: Image.Image, title: str, maps: Maps, columns: int = 5) -> Image.Image:
+    """Draw a picture and its maps side by side, each with its word below, under a title."""
+    picture = picture.convert("RGB")
+    scale = TILE / max(picture.size)
+    picture = picture.resize([max(round(side * scale), 1) for side in picture.size], Image.Resampling.BICUBIC)
+    tiles = [("", picture), *((word, overlay(picture, grid)) for word, grid in maps)]
+    width, height, gap = picture.width, picture.height + 26, 8
+    columns = min(columns, len(tiles))
+    rows = -(-len(tiles) // columns)
+    canvas = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap + 28), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=16)
+    draw.text((gap, gap - 2), shorten(title, canvas.width, font), "black", font)
+    for number, (word, tile) in enumerate(tiles):
+        left, top = gap + number % columns * (width + gap), gap + 28 + number // columns * (height + gap)
+        canvas.paste(tile, (left, top))
+        draw.text((left, top + picture.height + 2), shorten(word, width, font), "black", font)
+    return canvas
+
+
+def shorten(text: str, width: int, font: Any) -> str:
+    """Cut a text to a width in pixels."""
+    while font.getlength(text) > width - 8 and len(text) > 1:
+        text = text[:-2] + "…"
+    return text
+
+
+def explain_rows(model: Predictor, rows: Iterable[Row], folder: Path, method: str, layer: int | None) -> Iterator[Row]:
+    """Add to each row of a predictor "maps": paths of a sheet for its best caption, or each text or question."""
+    on_main_process(lambda: _make(folder))
+    for row in rows:
+        if "error" in row:
+            yield row
+            continue
+        paths = []
+        for number, (text, answer, title) in enumerate(_explained(row)):
+            name = f"{Path(row['image']).stem}-{hashlib.sha256(row['image'].encode()).hexdigest()[:8]}-{number}.png"
+            maps = explain(model, row["image"], text, answer, method, layer)
+            sheet(as_rgb(row["image"]), title, maps).save(folder / name)
+            paths.append(str(folder / name))
+        yield {**row, "maps": paths}
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"folder of maps {folder} cannot be made ({error.strerror}); choose another --explain"
+        ) from None
+
+
+def _explained(row: Row) -> Iterator[tuple[str, str, str]]:
+    """Yield text, answer and title of what a row says."""
+    if "captions" in row:
+        yield row["captions"][0]["caption"], "", row["captions"][0]["caption"]
+    for found in row.get("answers", ()):
+        yield found["question"], found["answer"], f"{found['question']}  {found['answer']}"
+    for found in row.get("matches", ()):
+        yield found["text"], "", f"{found['text']}  {found['probability']:.1%}"

@@ -1,0 +1,294 @@
+"""Caption, question, match, search and encode your own pictures with any BLIP checkpoint."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from data.pictures import find_pictures
+from engine.explain import explain_rows
+from engine.predictor import load
+from engine.search import build_index, find_pictures_by_text, find_texts_by_picture, read_index
+from utils import ProgressLine, UserError, user_message
+
+EXAMPLES = {
+    "caption": "python predict.py caption holiday/ --checkpoint model_base_caption_capfilt_large.pth",
+    "vqa": "python predict.py vqa cat.jpg --question 'is it asleep?' --checkpoint model_base_vqa_capfilt_large.pth",
+    "match": "python predict.py match cat.jpg --text 'a cat on a sofa' --checkpoint model_base_retrieval_coco.pth",
+    "search": "python predict.py search holiday/ --text 'a sunset' --checkpoint model_base_retrieval_coco.pth "
+    "--index holiday.safetensors",
+    "features": "python predict.py features holiday/ --output holiday.safetensors --checkpoint model_base.pth",
+}
+PICTURES = "pictures, folders of them, or lists (.txt, .json, .jsonl)"
+Row = dict[str, Any]
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's grammar."""
+    main = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="examples:\n" + "".join(f"  {line}\n" for line in EXAMPLES.values()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = main.add_subparsers(dest="command", required=True, metavar="caption|vqa|match|search|features")
+    caption = _command(commands, "caption", "write captions")
+    caption.add_argument("--num_captions", type=int, default=1, help="captions of each picture (default: 1)")
+    caption.add_argument("--sample", action="store_true", help="nucleus sampling instead of beam search")
+    caption.add_argument("--num_beams", type=int, help="width of the search; 1 is greedy (default: 3)")
+    caption.add_argument("--max_length", type=int, help="longest caption in tokens, prompt included (default: 20)")
+    caption.add_argument("--min_length", type=int, help="shortest caption in tokens, prompt included (default: 5)")
+    caption.add_argument("--top_p", type=float, default=0.9, help="share of probability sampled from (default: 0.9)")
+    caption.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 avoids words said (default: 1)")
+    caption.add_argument("--prompt", help="what every caption begins with (default: 'a picture of ')")
+    caption.add_argument("--seed", type=int, default=42, help="of sampling (default: 42)")
+    vqa = _command(commands, "vqa", "answer questions")
+    vqa.add_argument("--question", action="append", required=True, help="may be given many times")
+    vqa.add_argument(
+        "--answers", default="", help="file of answers to choose among, .txt or .json; else written freely"
+    )
+    vqa.add_argument("--k_test", type=int, default=128, help="answers that are scored whole (default: 128)")
+    match = _command(commands, "match", "tell how well texts describe pictures")
+    match.add_argument("--text", action="append", required=True, help="may be given many times")
+    search = _command(commands, "search", "find pictures by text, or texts by picture", optional=True)
+    search.add_argument("--text", action="append", default=[], help="find pictures by this; may be given many times")
+    search.add_argument("--texts", default="", help="file of texts, .txt or .json: find the best for each picture")
+    search.add_argument("--index", default="", help="file of the pictures' features, kept for the next search")
+    search.add_argument("--k_test", type=int, default=16, help="candidates that matching re-ranks (default: 16)")
+    search.add_argument("--top", type=int, default=5, help="results of each query (default: 5)")
+    for command in (match, search):
+        command.add_argument("--first_token", choices=("enc", "cls"), help="cls as the released demo (default: enc)")
+    features = _command(commands, "features", "save features of pictures, as .safetensors or .npy")
+    features.add_argument("--kind", choices=("cls", "tokens"), default="cls", help="[CLS] token or all (default: cls)")
+    for command in (caption, vqa, match):
+        command.add_argument("--explain", default="", metavar="FOLDER", help="write maps of what the model looks at")
+        command.add_argument("--method", choices=("gradcam", "attention"), default="gradcam", help="kind of map")
+        command.add_argument("--layer", type=int, help="layer the maps come from, 0 first (default: 2/3 up)")
+    return main
+
+
+def _command(commands: Any, name: str, text: str, optional: bool = False) -> argparse.ArgumentParser:
+    """Add a command with the options that all have."""
+    command = commands.add_parser(
+        name, help=text, description=text.capitalize() + ".", epilog=f"example:\n  {EXAMPLES[name]}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    command.add_argument("pictures", nargs="*" if optional else "+", help=PICTURES)
+    command.add_argument("--checkpoint", required=True, help="weights: a path, a URL, or hf:owner/name")
+    command.add_argument("--output", default="", help="file of the results; '' prints them")
+    command.add_argument("--resume", action="store_true", help="leave out pictures that --output already has")
+    command.add_argument("--batch_size", type=int, default=16, help="pictures at once (default: 16)")
+    command.add_argument("--num_workers", type=int, default=0, help="processes that read pictures (default: 0)")
+    command.add_argument("--device", default="", help="cuda or cpu (default: cuda where there is one)")
+    command.add_argument("--amp", choices=("", "bf16"), default="", help="bf16 for mixed precision")
+    command.add_argument("--image_size", type=int, help="side of the model's input (default: the checkpoint's)")
+    command.add_argument("--vit", help="tiny, small, base or large (default: the checkpoint's)")
+    command.add_argument("--med_config", help="JSON file of the text transformer (default: the checkpoint's)")
+    command.add_argument("--allow_pickle", action="store_true", help="accept a checkpoint that may run code")
+    return command
+
+
+def main() -> int:
+    """Run a command; returns the exit code."""
+    args = parser().parse_args()
+    try:
+        COMMANDS[args.command](args)
+        return 0
+    except KeyboardInterrupt:
+        print("\ninterrupted; finished rows are kept, go on with --resume", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except UserError as error:
+        print(f"error: {user_message(error)}", file=sys.stderr)
+        return 2
+
+
+def load_model(args: argparse.Namespace, task: str, *settings: str) -> Any:
+    """Load the checkpoint of a command line."""
+    names = ("image_size", "vit", "med_config", *settings)
+    settings = {name: getattr(args, name) for name in names}
+    with redirect_stdout(sys.stderr):  # results have standard output to themselves
+        return load(task, args.checkpoint, args.device, args.amp, args.allow_pickle, **settings)
+
+
+def caption(args: argparse.Namespace) -> None:
+    """Write captions."""
+    model = load_model(args, "caption", "prompt")
+    names = ("num_captions", "sample", "num_beams", "max_length", "min_length", "top_p", "repetition_penalty", "seed")
+    settings = {name: getattr(args, name) for name in names}
+    run(args, model, lambda pictures: model.captions(pictures, **settings, **reading(args)))
+
+
+def vqa(args: argparse.Namespace) -> None:
+    """Answer questions."""
+    model = load_model(args, "vqa")
+    answers = read_texts(args.answers) if args.answers else ()
+    run(args, model, lambda pictures: model.answers(pictures, args.question, answers, args.k_test, **reading(args)))
+
+
+def match(args: argparse.Namespace) -> None:
+    """Match pictures and texts."""
+    model = load_model(args, "match", "first_token")
+    run(args, model, lambda pictures: model.matches(pictures, args.text, **reading(args)))
+
+
+def search(args: argparse.Namespace) -> None:
+    """Find pictures by text, or texts by picture."""
+    if bool(args.text) == bool(args.texts):
+        raise UserError("give either --text, to find pictures, or --texts with a file, to find texts for pictures")
+    model = load_model(args, "match", "first_token")
+    if args.texts:
+        texts = read_texts(args.texts)
+        write(
+            args,
+            find_texts_by_picture(model, find_pictures(args.pictures), texts, args.k_test, args.top, args.batch_size),
+        )
+        return
+    path, known = Path(args.index), f"{args.checkpoint} at {model.image_size}"
+    index = read_index(path, known) if args.index else None
+    if args.pictures:
+        index, errors = build_index(model, find_pictures(args.pictures), index, args.batch_size, args.num_workers)
+        tell_errors(errors, len(index.names) + len(errors))
+        if args.index:
+            index.save(path, known)
+    if index is None or not index.names:
+        raise UserError("there is nothing to search; give pictures, or an --index made with this checkpoint")
+    write(args, find_pictures_by_text(model, index, args.text, args.k_test, args.top, args.batch_size))
+
+
+def features(args: argparse.Namespace) -> None:
+    """Save features, with the pictures' names."""
+    output = Path(args.output)
+    if output.suffix not in (".safetensors", ".npy"):
+        raise UserError(f"--output is {args.output!r}; expected a file ending in .safetensors or .npy")
+    model = load_model(args, "features")
+    pictures = find_pictures(args.pictures)
+    rows = list(progress(model.each_features(pictures, args.kind, **reading(args)), len(pictures), "features"))
+    good = [row for row in rows if "error" not in row]
+    tell_errors([row for row in rows if "error" in row], len(rows))
+    save_features(output, [row["image"] for row in good], np.stack([row["features"] for row in good]))
+    print(f"wrote {len(good)} rows to {output}", file=sys.stderr)
+
+
+def save_features(output: Path, names: list[str], rows: np.ndarray) -> None:
+    """Write features and names: in one .safetensors ("names" of its metadata), or .npy and .json beside it."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.suffix == ".npy":
+            np.save(output, rows)
+            output.with_suffix(".json").write_text(json.dumps(names))
+        else:
+            save_file({"features": rows}, output, {"names": json.dumps(names)})
+    except OSError as error:
+        raise UserError(f"{output} could not be written ({error.strerror}); free space or choose --output") from None
+
+
+COMMANDS = {"caption": caption, "vqa": vqa, "match": match, "search": search, "features": features}
+
+
+def reading(args: argparse.Namespace) -> dict[str, int]:
+    """Return how pictures are read."""
+    return {"batch_size": args.batch_size, "num_workers": args.num_workers}
+
+
+def run(args: argparse.Namespace, model: Any, predict: Callable[[list[Path]], Iterator[Row]]) -> None:
+    """Predict the pictures of a command line and write rows as they come."""
+    pictures = find_pictures(args.pictures)
+    done = finished(Path(args.output)) if args.resume and args.output else set()
+    left = [path for path in pictures if str(path) not in done]
+    rows = predict(left) if left else iter(())
+    if args.explain:
+        rows = explain_rows(model, rows, Path(args.explain), args.method, args.layer)
+    start = time.monotonic()
+    failed = write(args, progress(rows, len(left), args.command), append=args.resume)
+    seconds = time.monotonic() - start
+    print(f"{len(left)} pictures in {seconds:.1f} s, {len(left) / max(seconds, 1e-9):.2f} pictures/s", file=sys.stderr)
+    tell_errors(failed, len(left))
+
+
+def progress(rows: Iterable[Row], total: int, title: str) -> Iterator[Row]:
+    """Pass rows on, with a progress line."""
+    line = ProgressLine(total, title)
+    start = time.monotonic()
+    for done, row in enumerate(rows, 1):
+        yield row
+        line.update(done, f"{done / (time.monotonic() - start):.2f} pictures/s")
+    line.close()
+
+
+def write(args: argparse.Namespace, rows: Iterable[Row], append: bool = False) -> list[Row]:
+    """Write rows as JSON lines, each as it comes; returns those with an error."""
+    if not args.output:
+        return write_lines(sys.stdout, rows)
+    try:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        with open(args.output, "a" if append else "w", encoding="utf-8") as file:
+            return write_lines(file, rows)
+    except OSError as error:
+        raise UserError(
+            f"{args.output} could not be written ({error.strerror}); free space or choose --output"
+        ) from None
+
+
+def write_lines(file: TextIO, rows: Iterable[Row]) -> list[Row]:
+    """Write rows to an open file."""
+    failed = []
+    for row in rows:
+        print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
+        if "error" in row:
+            failed.append(row)
+    return failed
+
+
+def finished(output: Path) -> set[str]:
+    """Return the pictures that an output file already has, and cut off a last line broken by a kill."""
+    if not output.is_file():
+        return set()
+    lines = output.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+        output.write_text("".join(lines), encoding="utf-8")
+    try:
+        return {json.loads(line)["image"] for line in lines}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{output} holds no results of this command; choose another --output, or leave out --resume"
+        ) from None
+
+
+def tell_errors(failed: list[Row], total: int) -> None:
+    """Tell which pictures failed; all of them is an error."""
+    for row in failed[:5]:
+        print(row["error"], file=sys.stderr)
+    if failed:
+        print(f"{len(failed)} of {total} pictures could not be used", file=sys.stderr)
+    if failed and len(failed) == total:
+        raise UserError("no picture could be used; see above")
+
+
+def read_texts(path: str) -> list[str]:
+    """Return the texts of a file: one a line (.txt), or a JSON list."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        rows = (
+            json.loads(text) if path.endswith(".json") else [line.strip() for line in text.splitlines() if line.strip()]
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"file of texts {path} cannot be read ({error}); expected a text a line, or a JSON list"
+        ) from None
+    if not rows or not all(isinstance(row, str) and row for row in rows):
+        raise UserError(f"file of texts {path} holds no texts; expected a text a line, or a JSON list of texts")
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())
