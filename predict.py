@@ -98,6 +98,7 @@ def main() -> int:
     """Run a command; returns the exit code."""
     args = parser().parse_args()
     try:
+        args.pictures = find_pictures(args.pictures) if args.pictures else []
         COMMANDS[args.command](args)
         return 0
     except KeyboardInterrupt:
@@ -149,13 +150,13 @@ def search(args: argparse.Namespace) -> None:
         texts = read_texts(args.texts)
         write(
             args,
-            find_texts_by_picture(model, find_pictures(args.pictures), texts, args.k_test, args.top, args.batch_size),
+            find_texts_by_picture(model, args.pictures, texts, args.k_test, args.top, args.batch_size),
         )
         return
     path, known = Path(args.index), f"{args.checkpoint} at {model.image_size}"
     index = read_index(path, known) if args.index else None
     if args.pictures:
-        index, errors = build_index(model, find_pictures(args.pictures), index, args.batch_size, args.num_workers)
+        index, errors = build_index(model, args.pictures, index, args.batch_size, args.num_workers)
         tell_errors(errors, len(index.names) + len(errors))
         if args.index:
             index.save(path, known)
@@ -170,8 +171,9 @@ def features(args: argparse.Namespace) -> None:
     if output.suffix not in (".safetensors", ".npy"):
         raise UserError(f"--output is {args.output!r}; expected a file ending in .safetensors or .npy")
     model = load_model(args, "features")
-    pictures = find_pictures(args.pictures)
-    rows = list(progress(model.each_features(pictures, args.kind, **reading(args)), len(pictures), "features"))
+    rows = list(
+        progress(model.each_features(args.pictures, args.kind, **reading(args)), len(args.pictures), "features")
+    )
     good = [row for row in rows if "error" not in row]
     tell_errors([row for row in rows if "error" in row], len(rows))
     save_features(output, [row["image"] for row in good], np.stack([row["features"] for row in good]))
@@ -201,9 +203,8 @@ def reading(args: argparse.Namespace) -> dict[str, int]:
 
 def run(args: argparse.Namespace, model: Any, predict: Callable[[list[Path]], Iterator[Row]]) -> None:
     """Predict the pictures of a command line and write rows as they come."""
-    pictures = find_pictures(args.pictures)
     done = finished(Path(args.output)) if args.resume and args.output else set()
-    left = [path for path in pictures if str(path) not in done]
+    left = [path for path in args.pictures if str(path) not in done]
     rows = predict(left) if left else iter(())
     if args.explain:
         rows = explain_rows(model, rows, Path(args.explain), args.method, args.layer)

@@ -125,7 +125,7 @@ def recorded(text: TextTransformer, layer: int | None) -> Iterator[list[torch.Te
 
 
 def weigh(attention: torch.Tensor, score: torch.Tensor, method: str) -> torch.Tensor:
-    """Return each patch's relevance for each token (length, patches): attention, times its positive effect on a score."""
+    """Return each patch's relevance for each token (length, patches): attention, times its effect if positive."""
     if method == "gradcam":
         (grad,) = torch.autograd.grad(score, attention, retain_graph=True)
         attention = attention * grad.clamp_min(0)

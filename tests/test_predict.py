@@ -1,0 +1,340 @@
+"""predict.py and `models.load` on the model that ships with the project: what people get for their own pictures."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+
+import predict
+from data.miniature_scene import draw_scene, render
+from data.miniature_text import caption_is_exact
+from engine.explain import explain, sheet
+from models import load
+from models.generation import GenerationConfig, draw
+from utils import UserError
+
+ROOT = Path(__file__).parent.parent
+MODEL = str(ROOT / "configs" / "miniature" / "model.safetensors")
+VQA = str(ROOT / "configs" / "miniature" / "vqa.safetensors")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder of ten pictures, one of them in a subfolder, and one file that is no picture."""
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "more").mkdir()
+    rng, scenes = random.Random(5), []
+    for number in range(10):
+        scenes.append(draw_scene(rng, 1))
+        render(scenes[-1]).save(folder / ("more" if number == 9 else "") / f"{number}.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+    return folder, scenes
+
+
+@pytest.fixture(scope="module")
+def captioner():
+    return load("caption", MODEL)
+
+
+@pytest.fixture(scope="module")
+def matcher():
+    return load("match", MODEL)
+
+
+@pytest.fixture(scope="module")
+def answerer():
+    return load("vqa", VQA)
+
+
+def command(monkeypatch, *words):
+    """Run predict.py in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, words)])
+    return predict.main()
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def picture(world, number=0):
+    return world[0] / f"{number}.png"
+
+
+# Captions.
+
+
+def test_captions_of_a_folder(world, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "captions.jsonl"
+    assert command(monkeypatch, "caption", world[0], "--checkpoint", MODEL, "--output", output, "--batch_size", 4) == 0
+    rows = lines(output)
+    names = [str(world[0] / f"{i}.png") for i in range(9)] + [
+        str(world[0] / "broken.png"),
+        str(world[0] / "more/9.png"),
+    ]
+    assert [row["image"] for row in rows] == names
+    assert [row["image"] for row in rows if "error" in row] == [str(world[0] / "broken.png")]
+    good = [row for row in rows if "error" not in row]
+    exact = [
+        caption_is_exact(row["captions"][0]["caption"], [(item.color, item.shape) for item in scene.items])
+        for row, scene in zip(good, world[1], strict=True)
+    ]
+    assert sum(exact) >= 6
+    assert "1 of 11 pictures could not be used" in capsys.readouterr().err
+
+
+def test_resume_goes_on_after_the_last_whole_row(world, tmp_path, monkeypatch):
+    output = tmp_path / "captions.jsonl"
+    words = ("caption", world[0], "--checkpoint", MODEL, "--output", output)
+    assert command(monkeypatch, *words) == 0
+    whole = output.read_text()
+    cut = whole.splitlines(keepends=True)
+    output.write_text("".join(cut[:4]) + cut[4][:20])
+    assert command(monkeypatch, *words, "--resume") == 0
+    assert output.read_text() == whole
+
+
+def test_resume_of_another_file_is_refused(world, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "notes.txt"
+    output.write_text("my notes\n")
+    assert command(monkeypatch, "caption", world[0], "--checkpoint", MODEL, "--output", output, "--resume") == 2
+    assert "choose another --output" in capsys.readouterr().err and output.read_text() == "my notes\n"
+
+
+def test_several_captions_are_different_and_in_order(captioner, world):
+    found = captioner.caption(picture(world), num_captions=3)[0]["captions"]
+    assert len({row["caption"] for row in found}) == 3
+    assert found[0]["caption"] == captioner.caption(picture(world))[0]["captions"][0]["caption"]
+    with pytest.raises(UserError, match="widen the search"):
+        captioner.caption(picture(world), num_captions=4, num_beams=3)
+
+
+def test_log_probability_is_the_models_own(captioner, world):
+    """Teacher forcing over the caption's own tokens gives the log-probability that the search reported."""
+    net = captioner.model
+    for settings in ({"num_beams": 3}, {"num_beams": 1}, {"sample": True}):
+        row = captioner.caption(picture(world), min_length=1, **settings)[0]["captions"][0]
+        ids = net.tokenizer(net.prompt + row["caption"], return_tensors="pt").input_ids
+        ids[:, 0] = net.tokenizer.bos_token_id
+        pixels = captioner.transform(Image.open(picture(world)).convert("RGB"))[None]
+        with torch.no_grad():
+            projection = net.text_decoder.bert.project(net.visual_encoder(pixels))
+            hidden = net.text_decoder.hidden_states(ids, projection=projection)
+            log_probs = net.text_decoder.logits(hidden[0, :-1]).log_softmax(-1).gather(1, ids[0, 1:, None])
+        assert row["log_prob"] == pytest.approx(log_probs.sum().item(), abs=2e-4)
+
+
+def test_samples_depend_on_seed_and_picture_only(captioner, world):
+    paths = [picture(world, i) for i in range(4)]
+    settings = {"sample": True, "num_captions": 2}
+    together = captioner.caption(paths, batch_size=4, **settings)
+    alone = [captioner.caption(path, **settings)[0] for path in reversed(paths)]
+    texts = [[c["caption"] for c in row["captions"]] for row in together]
+    assert texts == [[c["caption"] for c in row["captions"]] for row in reversed(alone)]
+    other = captioner.caption(paths, seed=1, **settings)
+    assert texts != [[c["caption"] for c in row["captions"]] for row in other]
+
+
+def test_draws_follow_the_nucleus():
+    """Of probabilities .5 .3 .15 .05 and top_p .7, the first two stay; numbers in [0, 1) choose among 5/8 and 3/8."""
+    logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log().expand(5, -1)
+    uniform = torch.tensor([0.0, 0.62, 0.63, 0.9999999, 0.3])
+    assert draw(logits, uniform, GenerationConfig(sample=True, top_p=0.7)).tolist() == [1, 1, 3, 3, 1]
+
+
+# Answers.
+
+
+def test_answers_to_questions(answerer, world):
+    counts = [len(scene.items) for scene in world[1]]
+    paths = [picture(world, i) for i in range(9)]
+    rows = answerer.answer(paths, ["how many objects are there?", "is there a circle?"])
+    found = [row["answers"][0]["answer"] for row in rows]
+    assert sum(answer == str(count) for answer, count in zip(found, counts)) >= 8
+    assert all(row["answers"][1]["answer"] in ("yes", "no") for row in rows)
+
+
+def test_chosen_answers_have_probabilities(answerer, world):
+    row = answerer.answer(picture(world), "how many objects are there?", answers=["1", "2", "3", "red"])[0]["answers"][
+        0
+    ]
+    assert sum(c["probability"] for c in row["candidates"]) == pytest.approx(1, abs=1e-3)
+    assert row["answer"] == row["candidates"][0]["answer"]
+    values = [c["probability"] for c in row["candidates"]]
+    assert values == sorted(values, reverse=True)
+
+
+def test_a_question_is_answered_alike_alone_and_among_others(answerer, world):
+    questions = ["is there a circle?", "how many objects are there in this picture?"]
+    together = answerer.answer(picture(world), questions)[0]["answers"]
+    assert together == [answerer.answer(picture(world), q)[0]["answers"][0] for q in questions]
+
+
+def test_an_empty_question_is_refused(answerer, world):
+    with pytest.raises(UserError, match="question is empty"):
+        answerer.answer(picture(world), "  ")
+
+
+# Matches and search.
+
+
+def test_matches_tell_right_from_wrong(matcher, world):
+    right = 0
+    for number in range(9):
+        items = world[1][number].items
+        texts = [f"a {items[0].color} {items[0].shape}", "a small brown elephant"]
+        found = matcher.match(picture(world, number), texts)[0]["matches"]
+        right += found[0]["probability"] > found[1]["probability"]
+    assert right >= 8
+
+
+def test_match_equals_the_models_own_forward(matcher, world):
+    text = "a red circle"
+    row = matcher.match(picture(world), [text, "three objects, a small red circle and two blue squares"])[0]["matches"][
+        0
+    ]
+    pixels = matcher.transform(Image.open(picture(world)).convert("RGB"))[None]
+    with torch.no_grad():
+        probability = matcher.model(pixels, [text]).softmax(1)[0, 1].item()
+        cosine = matcher.model(pixels, [text], match_head="itc").item()
+    assert (row["probability"], row["cosine"]) == (
+        pytest.approx(probability, abs=1e-4),
+        pytest.approx(cosine, abs=1e-4),
+    )
+
+
+def test_search_builds_an_index_and_uses_it_again(world, tmp_path, monkeypatch, capsys):
+    index, output = tmp_path / "index.safetensors", tmp_path / "found.jsonl"
+    item = world[1][0].items[0]
+    words = ("search", "--text", f"a {item.color} {item.shape}", "--checkpoint", MODEL, "--index", index)
+    assert command(monkeypatch, *words, world[0], "--output", output) == 0
+    found = lines(output)[0]
+    assert len(found["images"]) == 5
+    assert command(monkeypatch, *words) == 0  # from the index alone
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
+    assert command(monkeypatch, "search", "--text", "a", "--checkpoint", MODEL, "--index", tmp_path / "none") == 2
+    assert "nothing to search" in capsys.readouterr().err
+
+
+def test_search_of_texts_for_a_picture(world, tmp_path, monkeypatch, capsys):
+    item = world[1][0].items[0]
+    right = f"a {item.color} {item.shape}"
+    texts = tmp_path / "texts.txt"
+    texts.write_text(f"a brown elephant\n{right}\nnothing at all\n")
+    assert command(monkeypatch, "search", picture(world), "--texts", texts, "--checkpoint", MODEL) == 0
+    found = json.loads(capsys.readouterr().out)["texts"]
+    assert len(found) == 3 and found[0]["text"] == right
+
+
+# Features.
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".npy"])
+def test_features_with_names(world, tmp_path, monkeypatch, ending):
+    output = tmp_path / f"features{ending}"
+    assert command(monkeypatch, "features", world[0], "--checkpoint", MODEL, "--output", output) == 0
+    rows = np.load(output) if ending == ".npy" else load_file(output)["features"]
+    assert rows.shape == (10, 128) and rows.dtype == np.float32
+    if ending == ".npy":
+        assert len(json.loads(output.with_suffix(".json").read_text())) == 10
+
+
+# Maps.
+
+
+@pytest.mark.parametrize("method", ["gradcam", "attention"])
+@pytest.mark.parametrize("size", [(64, 64), (200, 90), (33, 121)])
+def test_maps_fit_every_picture_size(captioner, matcher, answerer, method, size):
+    image = render(draw_scene(random.Random(3), 1), 128).resize(size)
+    for model, text, answer in (
+        (captioner, "a red circle", ""),
+        (matcher, "a red circle", ""),
+        (answerer, "is it red?", "yes"),
+    ):
+        maps = explain(model, image, text, answer, method)
+        assert [word for word, _ in maps][:2] == ["(all)", text.split()[0]]
+        assert all(grid.shape == (4, 4) and (grid >= 0).all() for _, grid in maps)
+        assert max(grid.max() for _, grid in maps) > 0
+        drawn = sheet(image, text, maps)
+        assert drawn.width > 200 and drawn.height > 60
+
+
+def test_recording_does_not_change_what_is_computed(matcher, world):
+    pixels = matcher.transform(Image.open(picture(world)).convert("RGB"))[None]
+    from engine.explain import recorded
+
+    with torch.no_grad():
+        plain = matcher.model(pixels, ["a red circle"])
+        with recorded(matcher.model.text_encoder, 0) as recording:
+            seen = matcher.model(pixels, ["a red circle"])
+    torch.testing.assert_close(plain, seen, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(recording[0].sum(-1), torch.ones_like(recording[0].sum(-1)))
+
+
+def test_maps_are_on_the_object(matcher):
+    """The word of a shape looks at the half of the picture that holds the only object."""
+    right = 0
+    for seed in range(8):
+        scene = draw_scene(random.Random(seed), 1)
+        item = scene.items[0]
+        grid = dict(explain(matcher, render(scene), f"a {item.color} {item.shape}", method="attention"))[item.shape]
+        row, column = int(item.y * 4 - 1e-6), int(item.x * 4 - 1e-6)
+        near = grid[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2]
+        right += near.mean() > grid.mean()
+    assert right >= 6
+
+
+def test_explain_writes_sheets(world, tmp_path, monkeypatch, capsys):
+    words = ("match", picture(world), "--text", "a red circle", "--checkpoint", MODEL, "--explain", tmp_path / "maps")
+    assert command(monkeypatch, *words) == 0
+    (path,) = json.loads(capsys.readouterr().out)["maps"]
+    assert Image.open(path).width > 600
+
+
+def test_a_layer_that_is_not_there(matcher, world):
+    with pytest.raises(UserError, match="layers 0 to 1"):
+        explain(matcher, picture(world), "a red circle", layer=7)
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["caption", "nowhere.jpg", "--checkpoint", MODEL], "does not exist"),
+        (["caption", "tests", "--checkpoint", MODEL], "no picture"),
+        (["caption", "{broken}", "--checkpoint", MODEL], "no picture could be used"),
+        (["caption", "{good}", "--checkpoint", "absent.pth"], "absent.pth do"),
+        (["vqa", "{good}", "--question", "why?", "--checkpoint", MODEL], "lacks what the task"),
+        (["match", "{good}", "--text", "", "--checkpoint", MODEL], "a text is empty"),
+        (["search", "{good}", "--checkpoint", MODEL], "give either --text"),
+        (["features", "{good}", "--checkpoint", MODEL], "expected a file ending in"),
+        (["search", "{good}", "--texts", "absent.txt", "--checkpoint", MODEL], "file of texts absent.txt"),
+    ],
+)
+def test_mistakes_end_in_one_line(world, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(ROOT)
+    names = {"{good}": str(picture(world)), "{broken}": str(world[0] / "broken.png")}
+    assert command(monkeypatch, *[names.get(word, word) for word in words]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and (said in last)
+
+
+def test_results_have_standard_output_to_themselves(world):
+    words = [sys.executable, "predict.py", "caption", str(picture(world)), "--checkpoint", MODEL]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads(done.stdout)["image"] == str(picture(world))
+
+
+@pytest.mark.parametrize("name", ["caption", "vqa", "match", "search", "features"])
+def test_help_has_an_example(name, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, name, "--help")
+    assert stop.value.code == 0 and f"python predict.py {name}" in capsys.readouterr().out
