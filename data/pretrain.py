@@ -1,5 +1,6 @@
 """Pairs for pretraining: lists of any length, indexed once and from then on mapped from disk (paper section 4.1)."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -25,7 +26,8 @@ class PairList:
     """Rows of one list, mapped from disk: any number of processes share the pages of one copy.
 
     Args:
-        path: JSON list, or JSON lines, of {"image": path, "caption": text}.
+        path: JSON list, or JSON lines, of {"image": path, "caption": text}; or with "url" in place of "image", the
+            picture then being where `picture_of_url` says.
     """
 
     def __init__(self, path: Path):
@@ -103,15 +105,22 @@ def build_index(path: Path, folder: Path) -> None:
 def _encoded_batches(path: Path, size: int = 10_000) -> Iterator[list[bytes]]:
     batch = []
     for number, row in enumerate(read_rows(path)):
-        if not isinstance(row, dict) or not {"image", "caption"} <= row.keys():
+        if not isinstance(row, dict) or "caption" not in row or not {"image", "url"} & row.keys():
             keys = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise UserError(f"{path}, entry {number}: has {keys}; expected the keys 'image' and 'caption'")
-        batch.append(f"{row['image']}\0{row['caption']}".encode())
+            raise UserError(f"{path}, entry {number}: has {keys}; expected the keys 'image' (or 'url') and 'caption'")
+        image = row["image"] if "image" in row else picture_of_url(row["url"])
+        batch.append(f"{image}\0{row['caption']}".encode())
         if len(batch) == size:
             yield batch
             batch = []
     if batch:
         yield batch
+
+
+def picture_of_url(url: str) -> str:
+    """Return where a downloaded picture is expected under image_root: ab/abcdef....jpg, the URL's SHA-256."""
+    name = hashlib.sha256(url.encode()).hexdigest()[:32]
+    return f"{name[:2]}/{name}.jpg"
 
 
 def read_rows(path: Path) -> Iterator[Any]:

@@ -199,6 +199,30 @@ class PretrainConfig(TrainConfig):
     smooth_padding: bool = setting(True, "label smoothing counts padding, as the released training did")
 
 
+@dataclass
+class CapFiltConfig(Settings):
+    """Captioning and filtering of web pairs (paper section 3.3)."""
+
+    pairs: list = setting([], "lists of web pairs, JSON or JSON lines")
+    image_root: str = setting("", "folder that the pairs' picture paths start from")
+    captioner: str = setting("", "checkpoint that writes captions: a path, a URL or hf:owner/name")
+    filter: str = setting("", "checkpoint that judges texts: a path, a URL or hf:owner/name")
+    allow_pickle: bool = setting(False, "accept checkpoints that may run code when read; only from those you trust")
+    stage: str = setting("both", "'caption' only, 'filter' only (web texts, and captions if written), or 'both'")
+    sample: bool = setting(True, "nucleus sampling, as in the paper; false for beam search")
+    top_p: float = setting(0.9, "share of probability that sampling draws from")
+    num_beams: int = setting(3, "width of the beam search")
+    num_captions: int = setting(1, "synthetic captions of each picture")
+    max_length: int = setting(20, "longest caption in tokens, prompt included")
+    min_length: int = setting(5, "shortest caption in tokens, prompt included")
+    repetition_penalty: float = setting(1.0, "above 1 discourages words already said")
+    threshold: float = setting(0.5, "least probability of a match of texts that are kept")
+    shard_size: int = setting(1000, "pairs of one shard, the unit of work and of continuing")
+    batch_size: int = setting(64, "pictures at once")
+    num_workers: int = setting(0, "processes that read pictures, per process")
+    amp: str = setting("", "'bf16' for mixed precision in bfloat16; '' for float32")
+
+
 Config = TypeVar("Config", bound=ModelConfig)
 
 

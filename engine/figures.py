@@ -201,6 +201,23 @@ def _panel(axes: "Axes", title: str, lines: dict[str, list[tuple[float, float]]]
 # Pictures
 
 
+def draw_histograms(histograms: dict[str, Sequence[int]], path: Path) -> bool:
+    """Draw counts of probabilities, each name a line of steps; tells whether there was something to draw."""
+    shown = {name: counts for name, counts in histograms.items() if sum(counts)}
+    if not shown:
+        return False
+    with _figure(7.2, 3.2, path) as figure:
+        axes = figure.add_subplot()
+        for colour, (name, counts) in zip(COLOURS, shown.items()):
+            edges = np.linspace(0, 1, len(counts) + 1)
+            axes.stairs(np.asarray(counts) / sum(counts), edges, color=colour, lw=2, label=f"{name} ({sum(counts)})")
+        axes.set_xlabel("probability of a match")
+        axes.set_ylabel("share")
+        axes.legend(frameon=False)
+        _clean(axes, "y")
+    return True
+
+
 def draw_cards(cards: Sequence[Card], path: Path) -> bool:
     """Draw the first 24 test examples as a grid, their lines below, and tell whether there was one."""
     cards = cards[:MAX_DRAWN]

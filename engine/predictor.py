@@ -51,6 +51,7 @@ class Predictor:
         predict: Callable[[torch.Tensor, list[str]], list[Row]],
         batch_size: int = 16,
         num_workers: int = 0,
+        names: Sequence[str] | None = None,
     ) -> Iterator[Row]:
         """Yield a row for each picture, in order: {"image", ...}, or {"image", "error"} for one that cannot be read.
 
@@ -59,8 +60,9 @@ class Predictor:
             predict: images (batch, 3, H, W) on the device and their names -> a row for each.
             batch_size: pictures at once.
             num_workers: processes that read pictures.
+            names: what the rows call the pictures; None takes their paths.
         """
-        names = [image_name(image) for image in images]
+        names = [image_name(image) for image in images] if names is None else names
         for batch in picture_batches(images, self.transform, batch_size, num_workers):
             good = [i for i in batch["index"] if i not in batch["errors"]]
             found: dict[int, Row] = {i: {"error": text} for i, text in batch["errors"].items()}
@@ -91,6 +93,7 @@ class Captioner(Predictor):
         seed: int = 42,
         batch_size: int = 16,
         num_workers: int = 0,
+        names: Sequence[str] | None = None,
     ) -> Iterator[Row]:
         """Yield {"image", "captions": [{"caption", "log_prob"}, ...]}, the best caption first.
 
@@ -106,6 +109,7 @@ class Captioner(Predictor):
             seed: of sampling; a picture's captions depend on it and on the picture's name only.
             batch_size: pictures at once.
             num_workers: processes that read pictures.
+            names: what the rows call the pictures; None takes their paths.
         """
         asked = {"max_length": max_length, "min_length": min_length, "num_beams": num_beams}
         config = GenerationConfig(
@@ -122,7 +126,7 @@ class Captioner(Predictor):
                 {"captions": sorted(group, key=lambda row: -row["log_prob"]) if sample else group} for group in groups
             ]
 
-        yield from self.rows(as_list(images), predict, batch_size, num_workers)
+        yield from self.rows(as_list(images), predict, batch_size, num_workers, names)
 
     def setting(self, name: str, asked: int | None) -> int:
         """Return what was asked for, or else what the checkpoint was evaluated with, or the released value."""
@@ -251,6 +255,23 @@ class Matcher(Predictor):
         ids, mask = (x.repeat(len(tokens), 1) for x in ids_and_mask(text))
         logits = self.model.itm_head(self.model.text_encoder(ids, mask, projection)[:, 0])
         return logits.float().view(len(tokens), len(texts), 2)
+
+    def own_probabilities(self, tokens: torch.Tensor, texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Probability that each image's own texts describe it; an image's tokens are projected once for all of them.
+
+        Args:
+            tokens: of images (images, length, width).
+            texts: any number for each image.
+        """
+        owner = torch.tensor([i for i, own in enumerate(texts) for _ in own], device=self.device)
+        if not len(owner):
+            return [[] for _ in texts]
+        flat = clean([text for own in texts for text in own])
+        text = tokenize(self.model.tokenizer, flat, self.model.first_token, MAX_TEXT_TOKENS, self.device)
+        projection = self.model.text_encoder.project(tokens).select(owner)
+        logits = self.model.itm_head(self.model.text_encoder(*ids_and_mask(text), projection)[:, 0])
+        found = iter(logits.float().softmax(dim=1)[:, 1].tolist())
+        return [[next(found) for _ in own] for own in texts]
 
     def text_feat(self, texts: Sequence[str]) -> torch.Tensor:
         """Unit features (texts, embed_dim).

@@ -15,6 +15,7 @@ from engine.figures import (
     Scores,
     draw_cards,
     draw_curves,
+    draw_histograms,
     draw_scores,
     format_value,
     open_picture,
@@ -73,8 +74,9 @@ def write_report(
     pictures: Sequence[dict[str, Any]] = (),
     notes: Sequence[str] = (),
     curves: Sequence[str] = ("train_loss",),
+    histograms: dict[str, Sequence[int]] | None = None,
 ) -> Path:
-    """Write report.html, which needs no other file, and its figures scores.png, curve.png and pictures.png.
+    """Write report.html, which needs no other file, and its figures: scores, curve, histograms and pictures (.png).
 
     A figure is written where there is something to draw.
 
@@ -89,6 +91,7 @@ def write_report(
             None) come before the lines. "tones": a tone for each image, shown as its frame.
         notes: sentences that a reader should know, such as which metric was left out and why.
         curves: losses to draw, each a name of the log or how names begin.
+        histograms: name -> counts of probabilities in equal parts of 0 to 1.
 
     Returns:
         Path of report.html.
@@ -104,6 +107,7 @@ def write_report(
         figures = {
             "scores.png": draw_scores(groups, folder / "scores.png"),
             "curve.png": draw_curves(log, curves, folder / "curve.png"),
+            "histograms.png": draw_histograms(histograms or {}, folder / "histograms.png"),
             "pictures.png": draw_cards(cards, folder / "pictures.png"),
         }
         embedded = {name: _embed_file(folder / name) for name, drawn in figures.items() if drawn}
@@ -150,6 +154,7 @@ def _page(
         if notes
         else "",
         _training_section(log, figures.get("curve.png")),
+        _histogram_section(figures.get("histograms.png")),
         _cards_section(cards),
     ]
     return (
@@ -184,6 +189,11 @@ def _training_section(log: Sequence[dict[str, Any]], figure: str | None) -> str:
     return _section(
         "Training", f"{picture}<details><summary>All {len(log)} rows of the log</summary>{table}</details>"
     )
+
+
+def _histogram_section(figure: str | None) -> str:
+    picture = f'<img class="wide" src="{figure}" alt="Histograms of probabilities">'
+    return _section("Matching probabilities", picture) if figure else ""
 
 
 def _cards_section(cards: Sequence[Card]) -> str:

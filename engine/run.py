@@ -36,6 +36,7 @@ class Run:
     seed: int = 42
     evaluate: bool = False
     resume: Path | None = None
+    overwrite: bool = False
     command: str = ""
     notes: list[str] = field(default_factory=list)
     epoch: int | None = None
@@ -204,6 +205,7 @@ def _prepare(args: argparse.Namespace, config: ModelConfig, device: torch.device
     """Seed, make the output folder and write the resolved configuration into it."""
     seed_everything(args.seed + get_rank())
     run = Run(Path(args.output_dir), device, args.seed, args.evaluate, command=f"python {' '.join(sys.argv)}")
+    run.overwrite = args.overwrite
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     last = run.output_dir / LAST
     if args.checkpoint:

@@ -30,7 +30,8 @@ EXAMPLES = """examples:
   python -m models.pretrained --to-export model_base_retrieval_coco.pth --part match --output match.pt2
 """
 NOTES = """A VQA model that transformers loads reads questions that begin with [CLS], as its processor writes them;
-BLIP was trained with [ENC]. Set it yourself: inputs["input_ids"][:, 0] = processor.tokenizer.convert_tokens_to_ids("[ENC]").
+BLIP was trained with [ENC]. Set it yourself:
+inputs["input_ids"][:, 0] = processor.tokenizer.convert_tokens_to_ids("[ENC]").
 transformers divides a caption's score by its generated length, the released code by its whole length: pass
 length_penalty=0 to both for equal beam searches. Its matching model begins texts with [CLS], as ours does with
 first_token="cls"."""

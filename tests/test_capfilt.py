@@ -1,0 +1,187 @@
+"""CapFilt by its command line: kills, numbers of processes, stages, bad pictures, and a million pairs."""
+
+import json
+import resource
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from scripts import ROOT, lines, run, run_and_signal, run_here, settings
+
+from data.miniature import write_miniature
+from data.pretrain import PairDataset, picture_of_url
+from data.transforms import test_transform as make_transform
+from engine.bootstrap import Shards, merge, run_shards
+
+MODEL = str(ROOT / "configs" / "miniature" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def web(tmp_path_factory):
+    """60 web pairs, the fifth picture of which is broken."""
+    folder = tmp_path_factory.mktemp("world")
+    write_miniature(folder, level=1, num_train=4, num_val=2, num_test=2, num_web=60)
+    rows = json.loads((folder / "annotations" / "pretrain_web.json").read_text())
+    (folder / rows[4]["image"]).write_bytes(b"broken")
+    return folder, rows
+
+
+def arguments(web, output, **more):
+    values = dict(pairs=f"[{web[0] / 'annotations' / 'pretrain_web.json'}]", image_root=web[0], captioner=MODEL,
+                  filter=MODEL, max_length=40, shard_size=9, batch_size=4) | more  # fmt: skip
+    return ["--config", ROOT / "configs" / "capfilt.yaml", "--output_dir", output, *settings(num_workers=0, **values)]
+
+
+def read(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def results(folder):
+    return {name: (folder / f"{name}.jsonl").read_bytes() for name in ("bootstrapped", "dropped", "unreadable")}
+
+
+@pytest.fixture(scope="module")
+def whole(web, tmp_path_factory):
+    """A run never interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    code, told = run_here("capfilt.py", *arguments(web, folder))
+    assert code == 0, told
+    return folder
+
+
+def test_every_text_is_kept_or_dropped_once(web, whole):
+    kept, dropped = read(whole / "bootstrapped.jsonl"), read(whole / "dropped.jsonl")
+    (bad,) = read(whole / "unreadable.jsonl")
+    assert bad["image"] == web[1][4]["image"] and "cannot be read" in bad["error"]
+    images = [row["image"] for row in web[1] if row["image"] != bad["image"]]
+    for source in ("web", "synthetic"):
+        found = [row["image"] for row in kept + dropped if row["source"] == source]
+        assert sorted(found) == sorted(images)
+    assert all(row["probability"] >= 0.5 for row in kept) and all(row["probability"] <= 0.5 for row in dropped)
+    assert kept and dropped and (whole / "report.html").is_file() and (whole / "histograms.png").is_file()
+
+
+def test_pretraining_reads_the_set(web, whole):
+    pairs = PairDataset([whole / "bootstrapped.jsonl"], str(web[0]), make_transform(64))
+    rows = read(whole / "bootstrapped.jsonl")
+    assert len(pairs) == len(rows) and [pairs[i]["caption"] for i in range(len(rows))] == [r["caption"] for r in rows]
+
+
+def test_the_filter_tells_right_from_wrong(web, whole):
+    truth = {row["image"]: row["matches"] for row in
+             json.loads((web[0] / "annotations" / "pretrain_web_truth.json").read_text())}  # fmt: skip
+    kept = {row["image"] for row in read(whole / "bootstrapped.jsonl") if row["source"] == "web"}
+    judged = [image for image in truth if image != web[1][4]["image"]]
+    assert sum((image in kept) == truth[image] for image in judged) > 0.7 * len(judged)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_any_number_of_processes(web, whole, tmp_path, processes):
+    run("capfilt.py", *arguments(web, tmp_path), processes=processes)
+    assert results(tmp_path) == results(whole)
+
+
+@pytest.mark.parametrize("stage", ["captions", "texts"])
+def test_killed_and_continued(web, whole, tmp_path, stage):
+    words = arguments(web, tmp_path)
+    folder = tmp_path / "shards" / stage
+    run_and_signal("capfilt.py", *words, when=lambda: len(list(folder.glob("*.jsonl"))) >= 2, processes=2)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "shards" / "captions").glob("*.jsonl")}
+    assert len(before) >= 2 and not (tmp_path / "bootstrapped.jsonl").exists()
+    assert run_here("capfilt.py", *words)[0] == 0
+    assert results(tmp_path) == results(whole)
+    folder = tmp_path / "shards" / "captions"
+    assert all((folder / name).stat().st_mtime_ns == time for name, time in before.items())  # not done again
+
+
+def test_any_batch_size(web, whole, tmp_path):
+    assert run_here("capfilt.py", *arguments(web, tmp_path, batch_size=7))[0] == 0
+    key = ("image", "caption", "source")
+    for name in ("bootstrapped", "dropped"):
+        one, other = read(whole / f"{name}.jsonl"), read(tmp_path / f"{name}.jsonl")
+        assert [[row[k] for k in key] for row in one] == [[row[k] for k in key] for row in other]
+        for a, b in zip(one, other, strict=True):
+            assert a["probability"] == pytest.approx(b["probability"], abs=2e-4)
+
+
+def test_stages_alone_add_up_to_both(web, whole, tmp_path):
+    assert run_here("capfilt.py", *arguments(web, tmp_path, stage="caption"))[0] == 0
+    unfiltered = read(tmp_path / "bootstrapped.jsonl")
+    assert len(unfiltered) == 2 * 59 and lines(tmp_path / "dropped.jsonl") == 0
+    code, told = run_here("capfilt.py", *arguments(web, tmp_path, stage="filter"))
+    assert code == 2 and "was begun with other settings (stage)" in told
+    for path in (tmp_path / "shards" / "texts").iterdir():
+        path.unlink()
+    assert run_here("capfilt.py", *arguments(web, tmp_path, stage="filter"))[0] == 0
+    assert results(tmp_path) == results(whole)
+
+
+def test_filter_alone_judges_web_texts(web, tmp_path):
+    assert run_here("capfilt.py", *arguments(web, tmp_path, stage="filter", captioner=""))[0] == 0
+    rows = read(tmp_path / "bootstrapped.jsonl") + read(tmp_path / "dropped.jsonl")
+    assert len(rows) == 59 and {row["source"] for row in rows} == {"web"}
+
+
+def test_beams_and_several_captions(web, tmp_path):
+    assert run_here("capfilt.py", *arguments(web, tmp_path, sample=False, num_captions=2, stage="caption"))[0] == 0
+    synthetic = [row for row in read(tmp_path / "bootstrapped.jsonl") if row["source"] == "synthetic"]
+    assert len(synthetic) == 2 * 59
+
+
+def test_lists_of_urls(web, tmp_path):
+    """Pictures downloaded to where their URL says; in JSON lines."""
+    rows = []
+    for number, row in enumerate(web[1][:4]):
+        url = f"https://example.org/{number}.jpg"
+        path = tmp_path / "pictures" / picture_of_url(url)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(web[0] / row["image"]).save(path)
+        rows.append(json.dumps({"url": url, "caption": row["caption"]}))
+    (tmp_path / "web.jsonl").write_text("\n".join(rows))
+    words = arguments(web, tmp_path / "out", pairs=f"[{tmp_path / 'web.jsonl'}]", image_root=tmp_path / "pictures")
+    assert run_here("capfilt.py", *words)[0] == 0
+    assert lines(tmp_path / "out" / "unreadable.jsonl") == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"stage": "both?"}, "expected one of caption, filter, both"),
+        ({"pairs": "[]"}, "pairs names no list"),
+        ({"filter": ""}, "filter names no checkpoint"),
+        ({"pairs": "[absent.json]"}, "absent.json does not exist"),
+        ({"captioner": "absent.pth"}, "absent.pth do"),
+    ],
+)
+def test_mistakes_end_in_one_line(web, tmp_path, change, said):
+    code, told = run_here("capfilt.py", *arguments(web, tmp_path, **change))
+    assert code == 2 and said in told.splitlines()[-1] and told.splitlines()[-1].startswith("error: ")
+
+
+def test_a_million_pairs_in_flat_memory(tmp_path):
+    """Stub models; pairs that are made when they are asked for."""
+
+    class Made:
+        def __len__(self):
+            return 1_000_000
+
+        def __getitem__(self, index):
+            return f"{index:07d}.jpg", f"a picture of thing {index % 1000}"
+
+    shards = Shards([Made()], 10_000, tmp_path / "shards")
+    shards.folder.mkdir()
+
+    def work(shard):
+        return [
+            {"image": image, "caption": text, "source": source, "probability": 0.25 + 0.5 * kept, "kept": bool(kept)}
+            for i, (image, text) in enumerate(shards.pairs(shard))
+            for source, kept in (("web", i % 2), ("synthetic", i % 2))
+        ]
+
+    run_shards(shards, work, "pairs")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tally = merge(shards, tmp_path)
+    assert sum(tally.kept.values()) == sum(tally.dropped.values()) == 1_000_000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
+    with open(tmp_path / "bootstrapped.jsonl") as file:
+        assert sum(1 for _ in file) == 1_000_000
