@@ -52,8 +52,13 @@ def test_released_configs_read(name):
 
 
 def test_every_config_has_a_task():
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(TASKS)
-    assert {path.stem for path in (CONFIGS / "miniature").glob("*.yaml")} == set(MINIATURE)
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*TASKS, "capfilt"}
+    assert {path.stem for path in (CONFIGS / "miniature").glob("*.yaml")} == {*MINIATURE, "capfilt"}
+
+
+def test_capfilt_configs_read():
+    for folder in (CONFIGS, CONFIGS / "miniature"):
+        assert c.load_config(c.CapFiltConfig, folder / "capfilt.yaml").threshold == 0.5
 
 
 def test_overrides(tmp_path):
