@@ -15,18 +15,19 @@ from engine.config import CapFiltConfig
 from engine.predictor import Captioner, Matcher, load
 from engine.report import write_report
 from engine.run import Run, launch
-from utils import UserError, on_main_process
+from models.architecture import settings_of
+from utils import UserError, is_main_process, on_main_process
 
 EXAMPLES = (
-    "python capfilt.py --config configs/capfilt.yaml --set pairs=[web.json] --set captioner=captioner.pth "
+    "python capfilt.py --set pairs=[web.json] --set image_root=pictures --set captioner=captioner.pth "
     "--set filter=retrieval.pth --output_dir output/capfilt",
     "python -m torch.distributed.run --nproc_per_node=8 capfilt.py --config configs/capfilt.yaml",
 )
 STAGES = ("caption", "filter", "both")
-FREE = ("batch_size", "num_workers", "amp")  # settings that a continued run may change
+FREE = ("batch_size", "num_workers", "amp", "allow_pickle", "image_root", "stage")  # what a continued run may change
 
 
-def make_captions(config: CapFiltConfig, model: Captioner, shards: Shards) -> Callable[[int], list[Row]]:
+def make_captions(config: CapFiltConfig, model: Captioner, shards: Shards, seed: int) -> Callable[[int], list[Row]]:
     """Return the work of the captioning stage: a shard's pictures, each once, with their captions."""
     names = ("sample", "top_p", "num_beams", "num_captions", "max_length", "min_length", "repetition_penalty")
     settings = {name: config[name] for name in (*names, "batch_size", "num_workers")}
@@ -34,7 +35,7 @@ def make_captions(config: CapFiltConfig, model: Captioner, shards: Shards) -> Ca
     def work(shard: int) -> list[Row]:
         images = list(dict.fromkeys(image for image, _ in shards.pairs(shard)))
         paths = [Path(config.image_root) / image for image in images]
-        rows = model.captions(paths, names=images, seed=model.config["seed"], **settings)
+        rows = model.captions(paths, names=images, seed=seed, **settings)
         return [row if "error" in row else caption_row(row) for row in rows]
 
     return work
@@ -94,7 +95,7 @@ def texts_of(shards: Shards, captions: Shards | None, shard: int) -> dict[str, l
         texts.setdefault(image, []).append(("web", pre_caption(text, MAX_WORDS)))
     for row in captions.rows(shard) if captions else ():
         texts[row["image"]] += [("synthetic", text) for text in row.get("captions", ())]
-    return texts
+    return {image: [(source, text) for source, text in found if text.strip()] for image, found in texts.items()}
 
 
 def text_row(image: str, text: str, source: str, kept: bool, **more: Any) -> Row:
@@ -105,35 +106,57 @@ def text_row(image: str, text: str, source: str, kept: bool, **more: Any) -> Row
 def main(config: CapFiltConfig, run: Run) -> None:
     """Caption, filter, merge and report."""
     check(config)
-    lists = open_lists(config.pairs)
-    folders = {name: run.output_dir / "shards" / name for name in ("captions", "texts")}
-    mark = {key: value for key, value in asdict(config).items() if key not in FREE}
-    mark |= {"seed": run.seed, "pairs": [fingerprint_of(path) for path in config.pairs]}
-    mark |= {name: fingerprint_of(config[name]) for name in ("captioner", "filter")}
-    caption_keys = set(mark) - {"filter", "stage", "threshold"}  # so that a later filtering finds its captions
-    marks = {"captions": {key: mark[key] for key in caption_keys}, "texts": mark}
-    for name, folder in folders.items():
-        on_main_process(lambda: prepare(folder, marks[name], run.overwrite))  # noqa: B023
-    shards = {name: Shards(lists, config.shard_size, folder) for name, folder in folders.items()}
-    captioned = config.stage != "filter" or any(folders["captions"].glob("*.jsonl"))
-    captions = shards["captions"] if captioned else None
+    captions, texts = make_shards(config, run)
     if config.stage != "filter":
         model = load("caption", config.captioner, str(run.device), config.amp, config.allow_pickle)
-        model.config = {**model.config, "seed": run.seed}
-        run_shards(shards["captions"], make_captions(config, model, shards["captions"]), "captioning, pairs")
+        run_shards(captions, make_captions(config, model, captions, run.seed), "captioning, pairs")
     if config.stage == "caption":
-        work = join_texts(shards["texts"], shards["captions"])
+        work = join_texts(texts, captions)
     else:
         model = load("match", config.filter, str(run.device), config.amp, config.allow_pickle)
-        work = judge_texts(config, model, shards["texts"], captions)
-    run_shards(shards["texts"], work, "filtering, pairs")
-    tally = merge(shards["texts"], run.output_dir)
-    page = on_main_process(lambda: report(config, run, tally))
-    run.print(f"bootstrapped set: {run.output_dir / 'bootstrapped.jsonl'}\nreport: {page}")
+        work = judge_texts(config, model, texts, captions)
+    run_shards(texts, work, "filtering, pairs")
+    if is_main_process():  # the others are done: merging may take longer than they would wait
+        page = report(config, run, merge(texts, run.output_dir))
+        run.print(f"bootstrapped set: {run.output_dir / 'bootstrapped.jsonl'}\nreport: {page}")
+
+
+def make_shards(config: CapFiltConfig, run: Run) -> tuple[Shards | None, Shards]:
+    """Return the shards of captions, None if this run has none, and those of texts.
+
+    Raises:
+        UserError: the folder holds shards of other settings, or captions that are not finished.
+    """
+    lists, folder = open_lists(config.pairs), run.output_dir / "shards"
+    captions = Shards(lists, config.shard_size, folder / "captions")
+    if config.stage == "filter" and not any(captions.folder.glob("*.jsonl")):
+        captions = None
+    mark = {key: value for key, value in asdict(config).items() if key not in FREE} | {"seed": run.seed}
+    mark |= {"pairs": [fingerprint_of(path) for path in config.pairs], "captioner": fingerprint_of(config.captioner)}
+    of_texts = {
+        "filter": fingerprint_of(config.filter),
+        "threshold": config.threshold,
+        "captions": captions is not None,
+    }
+    of_captions = {key: value for key, value in mark.items() if key not in of_texts}
+    if captions:
+        on_main_process(lambda: prepare(captions.folder, of_captions, run.overwrite))
+    if (
+        captions
+        and config.stage == "filter"
+        and (missing := sum(not captions.path(i).is_file() for i in range(len(captions))))
+    ):
+        raise UserError(
+            f"{missing} of {len(captions)} shards have no captions yet; finish them with stage=caption first"
+        )
+    of_texts["judged"] = config.stage != "caption"
+    texts = Shards(lists, config.shard_size, folder / "texts")
+    on_main_process(lambda: prepare(texts.folder, of_captions | of_texts, run.overwrite))
+    return captions, texts
 
 
 def check(config: CapFiltConfig) -> None:
-    """Refuse settings that cannot work.
+    """Refuse settings that cannot work, before anything is done.
 
     Raises:
         UserError: one of them.
@@ -142,11 +165,13 @@ def check(config: CapFiltConfig) -> None:
         raise UserError(f"stage is {config.stage!r}; expected one of {', '.join(STAGES)}")
     if not config.pairs:
         raise UserError("pairs names no list; give at least one, for instance --set pairs=[web.json]")
+    if config.shard_size < 1:
+        raise UserError(f"shard_size is {config.shard_size}; expected at least 1")
     for name, stages in (("captioner", ("caption", "both")), ("filter", ("filter", "both"))):
         if config.stage in stages and not config[name]:
             raise UserError(f"{name} names no checkpoint; give one, for instance --set {name}=model.pth")
-    if config.shard_size < 1:
-        raise UserError(f"shard_size is {config.shard_size}; expected at least 1")
+        if config.stage in stages:
+            settings_of(config[name], config.allow_pickle)
 
 
 def report(config: CapFiltConfig, run: Run, tally: Tally) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from data.pictures import find_pictures
+from data.pictures import find_pictures, read_list
+from engine.bootstrap import fingerprint_of
 from engine.explain import explain_rows
 from engine.predictor import load
-from engine.search import build_index, find_pictures_by_text, find_texts_by_picture, read_index
+from engine.search import Index, find_pictures_by_text, find_texts_by_picture
 from utils import ProgressLine, UserError, user_message
 
 EXAMPLES = {
@@ -24,10 +27,23 @@ EXAMPLES = {
     "match": "python predict.py match cat.jpg --text 'a cat on a sofa' --checkpoint model_base_retrieval_coco.pth",
     "search": "python predict.py search holiday/ --text 'a sunset' --checkpoint model_base_retrieval_coco.pth "
     "--index holiday.safetensors",
-    "features": "python predict.py features holiday/ --output holiday.safetensors --checkpoint model_base.pth",
+    "features": "python predict.py features holiday/ --output features.safetensors --checkpoint model_base.pth",
 }
 PICTURES = "pictures, folders of them, or lists (.txt, .json, .jsonl)"
+ROWS = ("caption", "vqa", "match")  # a row a picture, as soon as it is known
+ENDS = {"features": "needed: ending in .safetensors or .npy"}
 Row = dict[str, Any]
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return a reader of whole numbers from `least` on."""
+
+    def number(text: str) -> int:
+        if not text.lstrip("-").isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number, at least {least}")
+        return int(text)
+
+    return number
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,29 +55,37 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = main.add_subparsers(dest="command", required=True, metavar="caption|vqa|match|search|features")
     caption = _command(commands, "caption", "write captions")
-    caption.add_argument("--num_captions", type=int, default=1, help="captions of each picture (default: 1)")
+    caption.add_argument("--num_captions", type=at_least(1), default=1, help="captions of each picture (default: 1)")
     caption.add_argument("--sample", action="store_true", help="nucleus sampling instead of beam search")
-    caption.add_argument("--num_beams", type=int, help="width of the search; 1 is greedy (default: 3)")
-    caption.add_argument("--max_length", type=int, help="longest caption in tokens, prompt included (default: 20)")
-    caption.add_argument("--min_length", type=int, help="shortest caption in tokens, prompt included (default: 5)")
+    caption.add_argument("--num_beams", type=at_least(1), help="width of the search; 1 is greedy (default: 3)")
+    caption.add_argument(
+        "--max_length", type=at_least(1), help="longest caption in tokens, prompt included (default: 20)"
+    )
+    caption.add_argument(
+        "--min_length", type=at_least(1), help="shortest caption in tokens, prompt included (default: 5)"
+    )
     caption.add_argument("--top_p", type=float, default=0.9, help="share of probability sampled from (default: 0.9)")
     caption.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 avoids words said (default: 1)")
-    caption.add_argument("--prompt", help="what every caption begins with (default: 'a picture of ')")
+    caption.add_argument(
+        "--prompt", help="what captions continue, without being part of the output (default: 'a picture of ')"
+    )
     caption.add_argument("--seed", type=int, default=42, help="of sampling (default: 42)")
     vqa = _command(commands, "vqa", "answer questions")
     vqa.add_argument("--question", action="append", required=True, help="may be given many times")
     vqa.add_argument(
         "--answers", default="", help="file of answers to choose among, .txt or .json; else written freely"
     )
-    vqa.add_argument("--k_test", type=int, default=128, help="answers that are scored whole (default: 128)")
+    vqa.add_argument("--k_test", type=at_least(1), default=128, help="answers that are scored whole (default: 128)")
     match = _command(commands, "match", "tell how well texts describe pictures")
     match.add_argument("--text", action="append", required=True, help="may be given many times")
     search = _command(commands, "search", "find pictures by text, or texts by picture", optional=True)
     search.add_argument("--text", action="append", default=[], help="find pictures by this; may be given many times")
     search.add_argument("--texts", default="", help="file of texts, .txt or .json: find the best for each picture")
     search.add_argument("--index", default="", help="file of the pictures' features, kept for the next search")
-    search.add_argument("--k_test", type=int, default=16, help="candidates that matching re-ranks (default: 16)")
-    search.add_argument("--top", type=int, default=5, help="results of each query (default: 5)")
+    search.add_argument(
+        "--k_test", type=at_least(1), default=16, help="candidates that matching re-ranks (default: 16)"
+    )
+    search.add_argument("--top", type=at_least(1), default=5, help="results of each query (default: 5)")
     for command in (match, search):
         command.add_argument("--first_token", choices=("enc", "cls"), help="cls as the released demo (default: enc)")
     features = _command(commands, "features", "save features of pictures, as .safetensors or .npy")
@@ -69,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
     for command in (caption, vqa, match):
         command.add_argument("--explain", default="", metavar="FOLDER", help="write maps of what the model looks at")
         command.add_argument("--method", choices=("gradcam", "attention"), default="gradcam", help="kind of map")
-        command.add_argument("--layer", type=int, help="layer the maps come from, 0 first (default: 2/3 up)")
+        command.add_argument("--layer", type=at_least(0), help="layer the maps come from, 0 first (default: 2/3 up)")
     return main
 
 
@@ -81,13 +105,15 @@ def _command(commands: Any, name: str, text: str, optional: bool = False) -> arg
     )  # fmt: skip
     command.add_argument("pictures", nargs="*" if optional else "+", help=PICTURES)
     command.add_argument("--checkpoint", required=True, help="weights: a path, a URL, or hf:owner/name")
-    command.add_argument("--output", default="", help="file of the results; '' prints them")
-    command.add_argument("--resume", action="store_true", help="leave out pictures that --output already has")
-    command.add_argument("--batch_size", type=int, default=16, help="pictures at once (default: 16)")
-    command.add_argument("--num_workers", type=int, default=0, help="processes that read pictures (default: 0)")
+    command.add_argument("--output", default="", help=f"file of the results ({ENDS.get(name, 'default: printed')})")
+    if name in ROWS:
+        command.add_argument("--resume", action="store_true", help="leave out pictures that --output already has")
+    command.add_argument("--overwrite", action="store_true", help="replace an --output that is there")
+    command.add_argument("--batch_size", type=at_least(1), default=16, help="pictures at once (default: 16)")
+    command.add_argument("--num_workers", type=at_least(0), default=0, help="processes that read pictures (default: 0)")
     command.add_argument("--device", default="", help="cuda or cpu (default: cuda where there is one)")
     command.add_argument("--amp", choices=("", "bf16"), default="", help="bf16 for mixed precision")
-    command.add_argument("--image_size", type=int, help="side of the model's input (default: the checkpoint's)")
+    command.add_argument("--image_size", type=at_least(1), help="side of the model's input (default: the checkpoint's)")
     command.add_argument("--vit", help="tiny, small, base or large (default: the checkpoint's)")
     command.add_argument("--med_config", help="JSON file of the text transformer (default: the checkpoint's)")
     command.add_argument("--allow_pickle", action="store_true", help="accept a checkpoint that may run code")
@@ -98,11 +124,15 @@ def main() -> int:
     """Run a command; returns the exit code."""
     args = parser().parse_args()
     try:
+        refuse_output(args)
         args.pictures = find_pictures(args.pictures) if args.pictures else []
         COMMANDS[args.command](args)
         return 0
     except KeyboardInterrupt:
-        print("\ninterrupted; finished rows are kept, go on with --resume", file=sys.stderr)
+        kept = (
+            f"; finished rows are in {args.output}, go on with --resume" if args.command in ROWS and args.output else ""
+        )
+        print(f"\ninterrupted{kept}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stderr.close()
@@ -131,7 +161,7 @@ def caption(args: argparse.Namespace) -> None:
 def vqa(args: argparse.Namespace) -> None:
     """Answer questions."""
     model = load_model(args, "vqa")
-    answers = read_texts(args.answers) if args.answers else ()
+    answers = read_list(Path(args.answers), "answer") if args.answers else ()
     run(args, model, lambda pictures: model.answers(pictures, args.question, answers, args.k_test, **reading(args)))
 
 
@@ -145,24 +175,24 @@ def search(args: argparse.Namespace) -> None:
     """Find pictures by text, or texts by picture."""
     if bool(args.text) == bool(args.texts):
         raise UserError("give either --text, to find pictures, or --texts with a file, to find texts for pictures")
+    if args.texts and not args.pictures:
+        raise UserError("give the pictures that texts are to be found for")
     model = load_model(args, "match", "first_token")
     if args.texts:
-        texts = read_texts(args.texts)
-        write(
-            args,
-            find_texts_by_picture(model, args.pictures, texts, args.k_test, args.top, args.batch_size),
-        )
+        texts = read_list(Path(args.texts), "caption")
+        rows = find_texts_by_picture(model, args.pictures, texts, args.k_test, args.top, **reading(args))
+        tell_errors(write(args, progress(rows, len(args.pictures), "search")), len(args.pictures))
         return
-    path, known = Path(args.index), f"{args.checkpoint} at {model.image_size}"
-    index = read_index(path, known) if args.index else None
-    if args.pictures:
-        index, errors = build_index(model, args.pictures, index, args.batch_size, args.num_workers)
-        tell_errors(errors, len(index.names) + len(errors))
-        if args.index:
-            index.save(path, known)
-    if index is None or not index.names:
-        raise UserError("there is nothing to search; give pictures, or an --index made with this checkpoint")
-    write(args, find_pictures_by_text(model, index, args.text, args.k_test, args.top, args.batch_size))
+    mark = [fingerprint_of(args.checkpoint), model.image_size, args.vit, args.med_config]
+    index = Index(Path(args.index) if args.index else None, json.dumps(mark))
+    tell_errors(index.add(model, args.pictures, **reading(args)), len(args.pictures))
+    collection = index.part(args.pictures)
+    if not collection[0]:
+        raise UserError("there is nothing to search; give pictures, or an --index that has some")
+    tell_errors(
+        write(args, find_pictures_by_text(model, collection, args.text, args.k_test, args.top, args.batch_size)),
+        len(collection[0]) + 1,
+    )
 
 
 def features(args: argparse.Namespace) -> None:
@@ -181,16 +211,19 @@ def features(args: argparse.Namespace) -> None:
 
 
 def save_features(output: Path, names: list[str], rows: np.ndarray) -> None:
-    """Write features and names: in one .safetensors ("names" of its metadata), or .npy and .json beside it."""
+    """Write features and names: in one .safetensors ("names" of its metadata), or .npy and .names.json beside it."""
+    temporary = output.with_name(f"{output.stem}.part{output.suffix}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         if output.suffix == ".npy":
-            np.save(output, rows)
-            output.with_suffix(".json").write_text(json.dumps(names))
+            np.save(temporary, rows)
+            output.with_suffix(".names.json").write_text(json.dumps(names))
         else:
-            save_file({"features": rows}, output, {"names": json.dumps(names)})
-    except OSError as error:
-        raise UserError(f"{output} could not be written ({error.strerror}); free space or choose --output") from None
+            save_file({"features": rows}, temporary, {"names": json.dumps(names)})
+        temporary.replace(output)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{output} could not be written ({error}); free space or choose --output") from None
 
 
 COMMANDS = {"caption": caption, "vqa": vqa, "match": match, "search": search, "features": features}
@@ -225,6 +258,20 @@ def progress(rows: Iterable[Row], total: int, title: str) -> Iterator[Row]:
     line.close()
 
 
+def refuse_output(args: argparse.Namespace) -> None:
+    """Refuse to write over an earlier result.
+
+    Raises:
+        UserError: --output is there, and neither --resume nor --overwrite was given.
+    """
+    there = args.output and Path(args.output).is_file() and Path(args.output).stat().st_size
+    if there and not args.overwrite and not getattr(args, "resume", False):
+        more = "continue it with --resume, " if args.command in ROWS else ""
+        raise UserError(
+            f"{args.output} is there already; {more}replace it with --overwrite, or choose another --output"
+        )
+
+
 def write(args: argparse.Namespace, rows: Iterable[Row], append: bool = False) -> list[Row]:
     """Write rows as JSON lines, each as it comes; returns those with an error."""
     if not args.output:
@@ -243,7 +290,7 @@ def write_lines(file: TextIO, rows: Iterable[Row]) -> list[Row]:
     """Write rows to an open file."""
     failed = []
     for row in rows:
-        print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
+        print(json.dumps(row), file=file, flush=True)
         if "error" in row:
             failed.append(row)
     return failed
@@ -253,16 +300,15 @@ def finished(output: Path) -> set[str]:
     """Return the pictures that an output file already has, and cut off a last line broken by a kill."""
     if not output.is_file():
         return set()
-    lines = output.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-        output.write_text("".join(lines), encoding="utf-8")
+    whole = output.read_bytes()
+    end = whole.rfind(b"\n") + 1
     try:
-        return {json.loads(line)["image"] for line in lines}
+        found = {json.loads(line)["image"] for line in whole[:end].split(b"\n") if line}
     except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{output} holds no results of this command; choose another --output, or leave out --resume"
-        ) from None
+        raise UserError(f"{output} holds no results of this command; choose another --output") from None
+    if end < len(whole):
+        os.truncate(output, end)
+    return found
 
 
 def tell_errors(failed: list[Row], total: int) -> None:
@@ -271,24 +317,8 @@ def tell_errors(failed: list[Row], total: int) -> None:
         print(row["error"], file=sys.stderr)
     if failed:
         print(f"{len(failed)} of {total} pictures could not be used", file=sys.stderr)
-    if failed and len(failed) == total:
+    if failed and len(failed) >= total:
         raise UserError("no picture could be used; see above")
-
-
-def read_texts(path: str) -> list[str]:
-    """Return the texts of a file: one a line (.txt), or a JSON list."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        rows = (
-            json.loads(text) if path.endswith(".json") else [line.strip() for line in text.splitlines() if line.strip()]
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"file of texts {path} cannot be read ({error}); expected a text a line, or a JSON list"
-        ) from None
-    if not rows or not all(isinstance(row, str) and row for row in rows):
-        raise UserError(f"file of texts {path} holds no texts; expected a text a line, or a JSON list of texts")
-    return rows
 
 
 if __name__ == "__main__":

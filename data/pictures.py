@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from data.transforms import Transform, open_image
+from data.transforms import BAD_PICTURE, Transform, open_image, to_rgb
 from utils import UserError, user_message
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
@@ -29,7 +29,7 @@ def find_pictures(names: Iterable[str | Path]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for name in map(Path, names):
-        if not name.exists():
+        if not _exists(name):
             raise UserError(
                 f"{name} does not exist; give pictures, folders of pictures, or lists (.txt, .json, .jsonl)"
             )
@@ -41,23 +41,42 @@ def find_pictures(names: Iterable[str | Path]) -> list[Path]:
     return list(found)
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long for the file system
+        return False
+
+
 def _expand(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(child for child in path.rglob("*") if child.suffix.lower() in ENDINGS and child.is_file())
     if path.suffix.lower() in LISTS:
-        return [path.parent / name for name in _listed(path)]
+        return [path.parent / name for name in read_list(path, "image")]
     return [path]
 
 
-def _listed(path: Path) -> list[str]:
+def read_list(path: Path, key: str) -> list[str]:
+    """Return the texts of a file: a line each (.txt), a JSON list (.json), or JSON lines of texts or {key: text}.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    expected = f"expected a text a line (.txt), or JSON texts or entries with {key!r} (.json, .jsonl)"
     try:
         text = path.read_text(encoding="utf-8")
-        if path.suffix == ".txt":
-            return [line.strip() for line in text.splitlines() if line.strip()]
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line]
-        return [row if isinstance(row, str) else row["image"] for row in rows]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"list {path} cannot be read ({error}); expected paths, or entries with 'image'") from None
+        if path.suffix.lower() == ".json":
+            rows = json.loads(text)
+        elif path.suffix.lower() == ".jsonl":
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        else:
+            rows = [line.strip() for line in text.split("\n") if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"list {path} cannot be read ({error}); {expected}") from None
+    found = [row.get(key) if isinstance(row, dict) else row for row in rows] if isinstance(rows, list) else [None]
+    if not all(isinstance(item, str) and item for item in found):
+        raise UserError(f"list {path} holds something else; {expected}")
+    return found
 
 
 class PictureDataset(Dataset):
@@ -82,12 +101,17 @@ class PictureDataset(Dataset):
 
 
 def as_rgb(picture: Picture) -> Image.Image:
-    """Return a picture given as a path or open, as RGB.
+    """Return a picture given as a path or open, as RGB, upright.
 
     Raises:
         UserError: it cannot be read.
     """
-    return picture.convert("RGB") if isinstance(picture, Image.Image) else open_image(Path(picture))
+    if not isinstance(picture, Image.Image):
+        return open_image(Path(picture), upright=True)
+    try:
+        return to_rgb(picture, upright=True)
+    except BAD_PICTURE as error:
+        raise UserError(f"an open picture cannot be read ({error}); open it again") from None
 
 
 def picture_batches(

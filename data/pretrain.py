@@ -109,7 +109,7 @@ def _encoded_batches(path: Path, size: int = 10_000) -> Iterator[list[bytes]]:
             keys = sorted(row) if isinstance(row, dict) else type(row).__name__
             raise UserError(f"{path}, entry {number}: has {keys}; expected the keys 'image' (or 'url') and 'caption'")
         image = row["image"] if "image" in row else picture_of_url(row["url"])
-        batch.append(f"{image}\0{row['caption']}".encode())
+        batch.append(f"{image}\0{row['caption']}".encode("utf-8", "replace"))
         if len(batch) == size:
             yield batch
             batch = []

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
@@ -13,6 +14,7 @@ from utils import UserError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+BAD_PICTURE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 Transform = Callable[[Image.Image], torch.Tensor]
 
 
@@ -34,16 +36,30 @@ def test_transform(image_size: int) -> Transform:
     return T.Compose([resize, T.ToTensor(), T.Normalize(MEAN, STD)])
 
 
-def open_image(path: Path) -> Image.Image:
-    """Read a picture as RGB. Its EXIF orientation is left aside, as in the released code.
+def open_image(path: Path, upright: bool = False) -> Image.Image:
+    """Read a picture as RGB.
+
+    Args:
+        path: of the picture.
+        upright: turn it as its EXIF data say, and scale 16 bits to 8; without, both are as in the released code,
+            which leaves EXIF aside and clips.
 
     Raises:
         UserError: it is missing, truncated or no picture.
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return to_rgb(image, upright)
     except FileNotFoundError:
-        raise UserError(f"picture {path} does not exist; correct image_root or the annotation") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"picture {path} does not exist; correct its path, or image_root") from None
+    except BAD_PICTURE as error:
         raise UserError(f"picture {path} cannot be read ({error}); replace it or take it out") from None
+
+
+def to_rgb(image: Image.Image, upright: bool = False) -> Image.Image:
+    """Turn an open picture to RGB, as `open_image`."""
+    if upright:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16") or image.mode == "I":
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    return image.convert("RGB")

@@ -21,7 +21,7 @@ from data.pictures import find_pictures
 from data.transforms import open_image
 from engine.explain import explain, sheet
 from engine.predictor import Predictor, load
-from engine.search import Index, build_index, find_pictures_by_text
+from engine.search import Index, find_pictures_by_text
 from utils import UserError, user_message
 
 MINIATURE = Path(__file__).resolve().parent.parent / "configs" / "miniature"
@@ -36,7 +36,7 @@ STYLE = "td, th {padding: 2px 14px; text-align: left; border: none} th {font-wei
 
 
 class Page:
-    """The models behind the page, one request at a time on each.
+    """The models behind the page; they answer one request at a time.
 
     Args:
         checkpoints: task -> checkpoint; '' for the shipped miniature model.
@@ -48,20 +48,24 @@ class Page:
         self.sources = {task: checkpoints.get(task) or str(SHIPPED[task]) for task in SHIPPED}
         self.device, self.folder = device, folder
         self.models: dict[str, Predictor] = {}
-        self.index: Index | None = None
+        self.index = Index(None, "")
         self.lock = threading.Lock()
 
-    def model(self, task: str) -> Any:
-        """Return the model of a task, loaded when it is first wanted; the caller holds the lock."""
-        if task not in self.models:
-            self.models[task] = load(task, self.sources[task], self.device)
-        return self.models[task]
+    def start(self) -> None:
+        """Load the models and look at the folder, so that mistakes show before the page does.
+
+        Raises:
+            UserError: a checkpoint does not fit its task, or the folder holds no picture.
+        """
+        if self.folder:
+            find_pictures([self.folder])
+        self.models = {task: load(task, source, self.device) for task, source in self.sources.items()}
 
     def caption(self, path: str | None, sample: bool, number: float) -> tuple[str, Image.Image]:
         """Return captions with their log-probabilities, and maps of the best."""
         picture = read_picture(path)
         with self.lock:
-            model = self.model("caption")
+            model = self.models["caption"]
             settings = {"sample": bool(sample), "num_captions": int(number), "num_beams": max(int(number), 3)}
             captions = model.caption(picture, **settings)[0]["captions"]
             best = captions[0]["caption"]
@@ -74,7 +78,7 @@ class Page:
         """Return an answer, and maps of the question's words."""
         picture, question = read_picture(path), read_text(question, "question")
         with self.lock:
-            model = self.model("vqa")
+            model = self.models["vqa"]
             found = model.answer(picture, question)[0]["answers"][0]
             maps = sheet(picture, f"{question}  {found['answer']}", explain(model, picture, question, found["answer"]))
         return table(("answer", "log-probability"), [(found["answer"], f"{found['log_prob']:.2f}")]), maps
@@ -83,7 +87,7 @@ class Page:
         """Return how well a text describes a picture, and maps of its words."""
         picture, text = read_picture(path), read_text(text, "text")
         with self.lock:
-            model = self.model("match")
+            model = self.models["match"]
             found = model.match(picture, text)[0]["matches"][0]
             maps = sheet(picture, text, explain(model, picture, text))
         return table(
@@ -96,22 +100,23 @@ class Page:
         if files and len(files) > MAX_FILES:
             raise UserError(f"{len(files)} pictures are too many for this page; give at most {MAX_FILES}")
         with self.lock:
-            model = self.model("match")
-            index, errors = self.pictures(model, files)
-            if not index.names:
+            model = self.models["match"]
+            collection, errors = self.pictures(model, files)
+            if not collection[0]:
                 raise UserError("there is no picture to search; upload some")
-            found = find_pictures_by_text(model, index, [text], top=8)[0]["images"]
-        gallery = [(open_image(Path(row["image"])), f"{row['probability']:.1%}") for row in found]
+            found = find_pictures_by_text(model, collection, [text], top=8)[0]["images"]
+        gallery = [(open_image(Path(row["image"]), upright=True), f"{row['probability']:.1%}") for row in found]
         left_out = f", {len(errors)} could not be read" if errors else ""
-        return f"searched {len(index.names)} pictures{left_out}", gallery
+        return f"searched {len(collection[0])} pictures{left_out}", gallery
 
-    def pictures(self, model: Any, files: Sequence[str] | None) -> tuple[Index, list[dict]]:
-        """Index uploaded pictures, or those of the page's folder, which are indexed once."""
+    def pictures(self, model: Any, files: Sequence[str] | None) -> tuple[tuple[list[str], Any], list[dict]]:
+        """Return names and features of uploaded pictures, or of those in the page's folder, which are indexed once."""
         if files:
-            return build_index(model, [Path(name) for name in files])
-        paths = find_pictures([self.folder]) if self.folder else []
-        self.index, errors = build_index(model, paths, self.index)
-        return self.index, errors
+            index, paths = Index(None, ""), [Path(name) for name in files]
+        else:
+            index, paths = self.index, find_pictures([self.folder]) if self.folder else []
+        errors = index.add(model, paths)
+        return (index.part(paths) if paths else ([], None)), errors
 
     def about(self) -> str:
         """Say in HTML which models answer, and on which device."""
@@ -123,18 +128,12 @@ class Page:
             "only a miniature world of coloured shapes, as in the examples. Give it <code>--caption</code>, "
             "<code>--vqa</code> and <code>--match</code> for your own photographs.</p>"
         )
-        device = self.device or ("cuda" if any(m.device.type == "cuda" for m in self.models.values()) else _device())
+        device = next(iter(self.models.values())).device.type
         return (
             (note if small else "")
             + table(("task", "model", ""), [(t, Path(s).name, n) for t, s, n in rows])
             + (f"<p>device: {escape(device)}</p>")
         )
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def read_picture(path: str | None) -> Image.Image:
@@ -153,7 +152,7 @@ def read_picture(path: str | None) -> Image.Image:
         raise UserError("this file is no picture that can be read; upload a JPEG or PNG") from None
     if megapixels > MAX_MEGAPIXELS:
         raise UserError(f"the picture has {megapixels:.0f} megapixels; upload one of at most {MAX_MEGAPIXELS}")
-    picture = open_image(Path(path))
+    picture = open_image(Path(path), upright=True)
     picture.thumbnail((1024, 1024))
     return picture
 
@@ -226,7 +225,7 @@ def build(page: Page, examples: Sequence[str]) -> Any:
             _task(gradio, "Match", told(page.match), [text], examples)
         with gradio.Tab("Search"):
             _search(gradio, page)
-    return blocks.queue(default_concurrency_limit=2, max_size=100)
+    return blocks.queue(max_size=100)
 
 
 def _textbox(gradio: Any, label: str, placeholder: str) -> Any:
@@ -279,10 +278,11 @@ def main() -> int:
     try:
         page = Page({task: getattr(args, task) for task in SHIPPED}, args.device, args.folder)
         with tempfile.TemporaryDirectory() as folder:
+            page.start()
             examples = example_pictures(Path(folder))
             build(page, examples).launch(
                 server_name=args.host, server_port=args.port, max_file_size=MAX_UPLOAD, allowed_paths=[folder],
-                css=STYLE, quiet=True,
+                css=STYLE,
             )  # fmt: skip
         return 0
     except UserError as error:

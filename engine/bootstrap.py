@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -9,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch.distributed as dist
 
 from data.pretrain import PairList
-from utils import ProgressLine, UserError, barrier, get_world_size, on_main_process
+from utils import ProgressLine, UserError, barrier, get_world_size
 
 Row = dict[str, Any]
 Pair = tuple[str, str]  # image path, web text
@@ -55,27 +57,43 @@ class Shards:
             return [json.loads(line) for line in file]
 
 
-def prepare(folder: Path, fingerprint: Row, overwrite: bool = False) -> None:
-    """Make a folder of shards, or accept one that the same settings began.
+def prepare(folder: Path, settings: Row, overwrite: bool = False) -> None:
+    """Make a folder of shards, or accept one whose shards were made with the same settings.
+
+    Args:
+        folder: of the shards.
+        settings: what the shards depend on.
+        overwrite: drop shards of other settings.
 
     Raises:
         UserError: it holds shards of other settings or lists, or cannot be written.
     """
-    path = folder / "settings.json"
+    path, settings = folder / "settings.json", json.loads(json.dumps(settings))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if overwrite:
-            for old in [path, *folder.glob("*.jsonl")]:
-                old.unlink(missing_ok=True)
-        if path.is_file() and (old := json.loads(path.read_text())) != fingerprint:
-            changed = sorted(key for key in fingerprint if old.get(key) != fingerprint[key])
+        old = _read_settings(path)
+        if old == settings:
+            return
+        if any(folder.glob("*.jsonl")) and not overwrite:
+            changed = sorted(key for key in settings if old.get(key) != settings[key])
             raise UserError(
-                f"{folder} was begun with other settings ({', '.join(changed)}); restore them to go on, or give "
-                "--overwrite to begin anew, or another --output_dir"
+                f"{folder} holds shards of other settings ({', '.join(changed)}); restore them, choose another "
+                "--output_dir, or drop these shards, and no others, with --overwrite"
             )
-        path.write_text(json.dumps(fingerprint))
+        for shard in folder.glob("*.jsonl"):
+            shard.unlink()
+        temporary = path.with_name("settings.json.part")
+        temporary.write_text(json.dumps(settings))
+        temporary.replace(path)
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output_dir") from None
+
+
+def _read_settings(path: Path) -> Row:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def fingerprint_of(path: str | Path) -> list:
@@ -101,11 +119,26 @@ def run_shards(shards: Shards, work: Callable[[int], list[Row]], title: str) -> 
     line = ProgressLine(shards.total, title)
     first, finished = min(done * shards.size, shards.total), 0
     for shard in next_shards(shards, title):
-        write_shard(shards.path(shard), work(shard))
+        rows = work(shard)
+        refuse_unreadable(shard, rows)
+        write_shard(shards.path(shard), rows)
         finished += len(shards.pairs(shard)) * get_world_size()
         line.update(min(first + finished, shards.total), f"{len(shards)} shards", first)
     barrier()
     line.close()
+
+
+def refuse_unreadable(shard: int, rows: Sequence[Row]) -> None:
+    """Stop where no picture of a shard can be read: a wrong folder, or a disk that went away.
+
+    Raises:
+        UserError: the shard's pictures all have errors, and there are several.
+    """
+    if len(rows) > 1 and all("error" in row for row in rows):
+        raise UserError(
+            f"none of the {len(rows)} pictures of shard {shard} can be read, the first because: {rows[0]['error']}; "
+            "correct image_root and start again: finished shards are kept"
+        )
 
 
 def next_shards(shards: Shards, title: str) -> Iterator[int]:
@@ -154,7 +187,7 @@ class Tally:
     unreadable: int = 0
     histograms: dict[str, list[int]] = field(default_factory=dict)
     words: dict[str, Counter] = field(default_factory=dict)
-    captions: dict[str, set[int]] = field(default_factory=dict)
+    texts: dict[str, "Distinct"] = field(default_factory=dict)
     same: int = 0
     shared_words: float = 0.0
     compared: int = 0
@@ -173,7 +206,7 @@ class Tally:
                 counts = self.histograms.setdefault(source, [0] * BINS)
                 counts[min(int(row["probability"] * BINS), BINS - 1)] += 1
             self.words.setdefault(source, Counter()).update(row["caption"].lower().split())
-            self.captions.setdefault(source, set()).add(hash_of(row["caption"]))
+            self.texts.setdefault(source, Distinct()).add(row["caption"])
             by_image.setdefault(row["image"], []).append(row)
         for group in by_image.values():
             self.compare(group)
@@ -200,7 +233,7 @@ class Tally:
                 "texts": total,
                 "kept": kept,
                 "kept (%)": 100 * kept / total,
-                "distinct texts": len(self.captions[source]),
+                "distinct texts": self.texts[source].count(),
                 "distinct words": len(words),
                 "words a text": sum(words.values()) / total,
             }
@@ -214,17 +247,29 @@ class Tally:
         return found
 
 
-def hash_of(text: str) -> int:
-    """Return 8 bytes that stand for a text."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+class Distinct:
+    """Counts distinct texts in 16 MB however many there are: exact for few, within a per cent up to ten millions."""
+
+    def __init__(self, size: int = 1 << 24):
+        self.seen = np.zeros(size, bool)
+
+    def add(self, text: str) -> None:
+        """Count a text."""
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        self.seen[int.from_bytes(digest, "big") % len(self.seen)] = True
+
+    def count(self) -> int:
+        """Return how many there were, by linear counting (Whang et al., 1990)."""
+        share = self.seen.mean()
+        return round(-len(self.seen) * math.log1p(-min(share, 1 - 1 / len(self.seen))))
 
 
 def merge(shards: Shards, folder: Path) -> Tally:
-    """Write bootstrapped.jsonl, dropped.jsonl and unreadable.jsonl from the finished shards, on the main process."""
-    return on_main_process(lambda: _merge(shards, folder))
+    """Write bootstrapped.jsonl, dropped.jsonl and unreadable.jsonl from the finished shards, and count them.
 
-
-def _merge(shards: Shards, folder: Path) -> Tally:
+    Raises:
+        UserError: they could not be written.
+    """
     tally, names = Tally(), ("bootstrapped", "dropped", "unreadable")
     temporary = {name: folder / f"{name}.jsonl.part" for name in names}
     try:

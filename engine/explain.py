@@ -212,11 +212,32 @@ def explain_rows(model: Predictor, rows: Iterable[Row], folder: Path, method: st
             continue
         paths = []
         for number, (text, answer, title) in enumerate(_explained(row)):
-            name = f"{Path(row['image']).stem}-{hashlib.sha256(row['image'].encode()).hexdigest()[:8]}-{number}.png"
+            if not text.strip():
+                continue
+            path = folder / f"{Path(row['image']).stem}-{short_hash(row['image'])}-{number}.png"
             maps = explain(model, row["image"], text, answer, method, layer)
-            sheet(as_rgb(row["image"]), title, maps).save(folder / name)
-            paths.append(str(folder / name))
+            save_picture(sheet(as_rgb(row["image"]), title, maps), path)
+            paths.append(str(path))
         yield {**row, "maps": paths}
+
+
+def short_hash(name: str) -> str:
+    """Return 8 letters that tell pictures of one file name in several folders apart."""
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG.
+
+    Raises:
+        UserError: it could not be written.
+    """
+    try:
+        picture.save(path)
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written ({error.strerror}); free space, or choose another --explain"
+        ) from None
 
 
 def _make(folder: Path) -> None:

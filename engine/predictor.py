@@ -1,12 +1,9 @@
 """Models for people: pictures in; captions, answers, matches and features out, a row for each picture."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,7 +16,7 @@ from models.architecture import settings_of
 from models.blip import blip_decoder, blip_feature_extractor, ids_and_mask
 from models.blip_itm import MAX_TEXT_TOKENS, blip_itm
 from models.blip_vqa import MAX_QUESTION_TOKENS, blip_vqa
-from models.generation import GenerationConfig
+from models.generation import GenerationConfig, seeded_uniforms
 from models.tokenizer import tokenize
 from utils import UserError
 
@@ -118,7 +115,7 @@ class Captioner(Predictor):
         )  # fmt: skip
 
         def predict(image: torch.Tensor, names: list[str]) -> list[Row]:
-            uniforms = image_uniforms(seed, names, num_captions, config.max_length, self.device) if sample else None
+            uniforms = seeded_uniforms(seed, names, num_captions, config.max_length, self.device) if sample else None
             texts, log_probs = self.model.caption(image, config, uniforms)
             rows = [{"caption": t, "log_prob": round(p, 4)} for t, p in zip(texts, log_probs.tolist(), strict=True)]
             groups = [rows[i : i + num_captions] for i in range(0, len(rows), num_captions)]
@@ -360,17 +357,23 @@ def load(
     else:
         arguments.pop("embed_dim", None)
     model = factory(pretrained=source, allow_pickle=allow_pickle, **arguments)
-    model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    model = model.to(choose_device(device)).eval()
     return kind(model, arguments["image_size"], amp, config)
 
 
-def image_uniforms(seed: int, names: Sequence[str], texts: int, length: int, device: torch.device) -> torch.Tensor:
-    """Random numbers in [0, 1) for sampling, (names * texts, length), of which a picture's depend on its name only."""
-    rows = []
-    for name in names:
-        digest = hashlib.sha256(json.dumps([seed, name]).encode()).digest()
-        rows.append(np.random.default_rng(np.frombuffer(digest, np.uint32)).random((texts, length)))
-    return torch.from_numpy(np.concatenate(rows)).to(device)
+def choose_device(name: str) -> torch.device:
+    """Return a device by its name; '' is a GPU where there is one.
+
+    Raises:
+        UserError: no such device here.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"device is {name!r}; expected cuda, cuda:0 or cpu") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device is {name!r} and PyTorch sees no GPU; use cpu")
+    return device
 
 
 def image_name(image: Picture) -> str:

@@ -1,7 +1,7 @@
 """Search one's own pictures: contrast over a saved index finds candidates, matching re-ranks them (section 5.1)."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,78 +10,92 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from data.pictures import picture_batches
+from engine.loop import autocast
 from engine.predictor import Matcher, Row
 from utils import ProgressLine, UserError
 
+SAVE_EVERY = 1000  # new pictures between two savings of an index
+
 
 class Index:
-    """Features of pictures: `names`, `stamps` (size and time of each file) and `feats` (pictures, embed_dim)."""
+    """Features of pictures, kept in a file.
 
-    def __init__(self, names: list[str], stamps: list[str], feats: torch.Tensor):
-        self.names, self.stamps, self.feats = names, stamps, feats
+    Args:
+        path: of the file; None keeps the index in memory only.
+        model: tells whose features they are.
 
-    def save(self, path: Path, model: str) -> None:
-        """Write the index, whole or not at all; `model` tells whose features it holds.
+    Raises:
+        UserError: the file is no index, or of another model.
+    """
+
+    def __init__(self, path: Path | None, model: str):
+        self.path, self.model = path, model
+        self.known: dict[str, tuple[str, torch.Tensor]] = {}  # absolute path -> stamp (size and time), feature
+        if path is not None and path.is_file():
+            self._read(path)
+
+    def _read(self, path: Path) -> None:
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                names, stamps = json.loads(metadata["names"]), json.loads(metadata["stamps"])
+                feats, model = file.get_tensor("image_feat"), metadata["model"]
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            raise UserError(f"{path} is no index of pictures ({error}); choose another --index") from None
+        if model != self.model:
+            raise UserError(f"index {path} was made with another checkpoint; delete it, or choose another --index")
+        self.known = {name: (mark, feat) for name, mark, feat in zip(names, stamps, feats, strict=True)}
+
+    def save(self) -> None:
+        """Write the index, whole or not at all.
 
         Raises:
             UserError: it could not be written.
         """
-        temporary = path.with_name(path.name + ".part")
-        metadata = {"names": json.dumps(self.names), "stamps": json.dumps(self.stamps), "model": model}
+        if self.path is None or not self.known:
+            return
+        stamps, feats = zip(*self.known.values(), strict=True)
+        metadata = {"names": json.dumps(list(self.known)), "stamps": json.dumps(stamps), "model": self.model}
+        temporary = self.path.with_name(self.path.name + ".part")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"image_feat": self.feats.contiguous()}, temporary, metadata)
-            temporary.replace(path)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"image_feat": torch.stack(feats)}, temporary, metadata)
+            temporary.replace(self.path)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
-            raise UserError(
-                f"index {path} could not be written ({error}); free space, or choose another --index"
-            ) from None
+            raise UserError(f"index {self.path} could not be written ({error}); free space or choose --index") from None
 
+    def add(self, matcher: Matcher, pictures: Sequence[Path], batch_size: int = 16, num_workers: int = 0) -> list[Row]:
+        """Add pictures, reading those that are new or have changed; what was read is saved whatever happens.
 
-def read_index(path: Path, model: str) -> Index:
-    """Read an index; an absent one, or one of another model, is empty.
+        Returns:
+            {"image", "error"} of the pictures that cannot be read.
+        """
+        stamped = {str(path.absolute()): stamp(path) for path in pictures}
+        fresh = [name for name, mark in stamped.items() if self.known.get(name, ("",))[0] != mark]
+        errors: list[Row] = []
+        line, saved = ProgressLine(len(fresh), "indexing pictures"), 0
+        try:
+            for batch in picture_batches(fresh, matcher.transform, batch_size, num_workers):
+                good = [fresh[i] for i in batch["index"] if i not in batch["errors"]]
+                feats = encode(matcher, batch["image"])[1].cpu() if good else ()
+                self.known |= {name: (stamped[name], feat) for name, feat in zip(good, feats, strict=True)}
+                errors += [{"image": fresh[i], "error": text} for i, text in batch["errors"].items()]
+                line.update(done := batch["index"][-1] + 1)
+                if done - saved >= SAVE_EVERY:
+                    self.save()
+                    saved = done
+        finally:
+            if fresh:
+                self.save()
+        line.close()
+        return errors
 
-    Raises:
-        UserError: it is no index.
-    """
-    if not path.is_file():
-        return Index([], [], torch.empty(0))
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("model") != model:
-                return Index([], [], torch.empty(0))
-            names, stamps = json.loads(metadata["names"]), json.loads(metadata["stamps"])
-            return Index(names, stamps, file.get_tensor("image_feat"))
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is no index of pictures ({error}); delete it, or choose another --index") from None
-
-
-def build_index(
-    matcher: Matcher, pictures: Sequence[Path], old: Index | None = None, batch_size: int = 16, num_workers: int = 0
-) -> tuple[Index, list[Row]]:
-    """Index pictures; those that an old index has unchanged are taken from it.
-
-    Returns:
-        The index, and {"image", "error"} of pictures that cannot be read.
-    """
-    known = {} if old is None else dict(zip(zip(old.names, old.stamps, strict=True), old.feats, strict=True))
-    stamped = [(str(path), stamp(path)) for path in pictures]
-    fresh = [key for key in stamped if key not in known]
-    errors = []
-    line = ProgressLine(len(fresh), "indexing pictures")
-    names = [name for name, _ in fresh]
-    for batch in picture_batches(names, matcher.transform, batch_size, num_workers):
-        good = [fresh[i] for i in batch["index"] if i not in batch["errors"]]
-        if good:
-            known |= dict(zip(good, encode(matcher, batch["image"])[1].cpu(), strict=True))
-        errors += [{"image": names[i], "error": text} for i, text in batch["errors"].items()]
-        line.update(batch["index"][-1] + 1)
-    line.close()
-    kept = [key for key in stamped if key in known]
-    feats = torch.stack([known[key] for key in kept]) if kept else torch.empty(0)
-    return Index([name for name, _ in kept], [mark for _, mark in kept], feats), errors
+    def part(self, pictures: Sequence[Path] = ()) -> tuple[list[str], torch.Tensor]:
+        """Return names and features (pictures, embed_dim) of some pictures, or of all."""
+        names = [str(path.absolute()) for path in pictures] if pictures else list(self.known)
+        names = [name for name in names if name in self.known]
+        return names, torch.stack([self.known[name][1] for name in names]) if names else torch.empty(0)
 
 
 def stamp(path: Path) -> str:
@@ -96,34 +110,43 @@ def stamp(path: Path) -> str:
 @torch.no_grad()
 def encode(matcher: Matcher, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return images' tokens (images, length, width) and unit features (images, embed_dim)."""
-    tokens = matcher.model.visual_encoder(image.to(matcher.device))
-    return tokens, matcher.image_feat(tokens).float()
+    with autocast(matcher, matcher.device):
+        tokens = matcher.model.visual_encoder(image.to(matcher.device))
+        return tokens, matcher.image_feat(tokens).float()
 
 
 @torch.no_grad()
 def find_pictures_by_text(
-    matcher: Matcher, index: Index, texts: Sequence[str], k_test: int = 16, top: int = 5, batch_size: int = 16
+    matcher: Matcher,
+    collection: tuple[list[str], torch.Tensor],
+    texts: Sequence[str],
+    k_test: int = 16,
+    top: int = 5,
+    batch_size: int = 16,
 ) -> list[Row]:
     """Find the pictures that texts describe best.
 
     Args:
         matcher: from `engine.predictor.load("match", ...)`.
-        index: of the pictures.
+        collection: names and features of the pictures, from `Index.part`.
         texts: what to look for.
-        k_test: most similar pictures that the matching head re-ranks.
+        k_test: most similar pictures that the matching head re-ranks; at least `top`.
         top: pictures to return.
         batch_size: pictures at once.
 
     Returns:
         For each text {"text", "images": [{"image", "probability", "cosine"}, ...]}, best first, ordered by the
-        matching logit plus cosine.
+        matching logit plus cosine; and {"image", "error"} for each candidate that cannot be read any more.
     """
-    similarity = matcher.text_feat(texts) @ index.feats.to(matcher.device).T
-    nearest = similarity.topk(min(k_test, len(index.names)), dim=1).indices.tolist()
+    all_names, feats = collection
+    similarity = matcher.text_feat(texts) @ feats.to(matcher.device).T
+    nearest = similarity.topk(min(max(k_test, top), len(all_names)), dim=1).indices.tolist()
     wanted = sorted({image for row in nearest for image in row})  # each read once, however many texts want it
     found: list[list[tuple[float, Row]]] = [[] for _ in texts]
-    names = [index.names[i] for i in wanted]
+    errors: list[Row] = []
+    names = [all_names[i] for i in wanted]
     for batch in picture_batches(names, matcher.transform, batch_size):
+        errors += [{"image": names[i], "error": text} for i, text in batch["errors"].items()]
         good = [wanted[i] for i in batch["index"] if i not in batch["errors"]]
         if not good:
             continue
@@ -131,13 +154,13 @@ def find_pictures_by_text(
         for number, (text, row) in enumerate(zip(texts, nearest, strict=True)):
             here = [i for i, image in enumerate(good) if image in set(row)]
             if here:
-                logits = matcher.match_logits(tokens[here], [text])[:, 0]
-                found[number] += scored(logits, similarity[number, [good[i] for i in here]],
-                                        [{"image": index.names[good[i]]} for i in here])  # fmt: skip
-    return [{"text": text, "images": best(rows, top)} for text, rows in zip(texts, found, strict=True)]
+                with autocast(matcher, matcher.device):
+                    logits = matcher.match_logits(tokens[here], [text])[:, 0]
+                rows = [{"image": all_names[good[i]]} for i in here]
+                found[number] += scored(logits, similarity[number, [good[i] for i in here]], rows)
+    return [{"text": text, "images": best(rows, top)} for text, rows in zip(texts, found, strict=True)] + errors
 
 
-@torch.no_grad()
 def find_texts_by_picture(
     matcher: Matcher,
     pictures: Sequence[Any],
@@ -145,29 +168,32 @@ def find_texts_by_picture(
     k_test: int = 32,
     top: int = 5,
     batch_size: int = 16,
-) -> list[Row]:
+    num_workers: int = 0,
+) -> Iterator[Row]:
     """Find the texts that describe pictures best.
 
     Args:
         matcher, k_test, top, batch_size: as `find_pictures_by_text`, with texts re-ranked.
         pictures: paths or open pictures.
         texts: all that may be found.
+        num_workers: processes that read pictures.
 
-    Returns:
+    Yields:
         For each picture {"image", "texts": [{"text", "probability", "cosine"}, ...]}, best first, or an "error".
     """
-    text_feat = matcher.text_feat(texts)
+    with torch.no_grad():
+        text_feat = matcher.text_feat(texts)
 
     def predict(image: torch.Tensor, names: list[str]) -> list[Row]:
         tokens, feats = encode(matcher, image)
         similarity = feats @ text_feat.T
         rows = []
-        for i, near in enumerate(similarity.topk(min(k_test, len(texts)), dim=1).indices.tolist()):
+        for i, near in enumerate(similarity.topk(min(max(k_test, top), len(texts)), dim=1).indices.tolist()):
             logits = matcher.match_logits(tokens[i : i + 1], [texts[t] for t in near])[0]
             rows.append({"texts": best(scored(logits, similarity[i, near], [{"text": texts[t]} for t in near]), top)})
         return rows
 
-    return list(matcher.rows(pictures, predict, batch_size))
+    yield from matcher.rows(pictures, predict, batch_size, num_workers)
 
 
 def scored(logits: torch.Tensor, cosine: torch.Tensor, rows: list[Row]) -> list[tuple[float, Row]]:

@@ -72,9 +72,12 @@ def _read_safetensors(path: Path) -> tuple[Shapes, dict[str, Any]]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}); download it again") from None
     beside = path.with_name("config.json")
-    if "config" in metadata:
-        return shapes, json.loads(metadata["config"])
-    return shapes, _from_hub(json.loads(beside.read_text()), path.parent) if beside.is_file() else {}
+    try:
+        if "config" in metadata:
+            return shapes, dict(json.loads(metadata["config"]))
+        return shapes, _from_hub(json.loads(beside.read_text()), path.parent) if beside.is_file() else {}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"the configuration of {path} cannot be read ({error}); download it again") from None
 
 
 def _from_hub(config: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -118,6 +121,8 @@ def med_config_of(shapes: Shapes, config: Mapping[str, Any], source: str) -> str
     if isinstance(saved, str) and saved:
         return saved
     prefix = "text_encoder." if any(key.startswith("text_encoder.") for key in shapes) else "text_decoder.bert."
+    if f"{prefix}embeddings.word_embeddings.weight" not in shapes:
+        raise UserError(f"{source} holds no text transformer; give another checkpoint")
     vocabulary, width = shapes[f"{prefix}embeddings.word_embeddings.weight"]
     layers = count_blocks(shapes, f"{prefix}encoder.layer.")
     inner = shapes[f"{prefix}encoder.layer.0.intermediate.dense.weight"][0]

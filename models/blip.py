@@ -178,7 +178,9 @@ class BLIP_Decoder(nn.Module):
         projection = self.text_decoder.bert.project(self.visual_encoder(image))
         prompts = prompt.expand(len(image), -1)
         found = generate(self.text_decoder, projection, prompts, self.tokenizer.sep_token_id, config, uniforms)
-        return [text[len(self.prompt) :] for text in decode(self.tokenizer, found[0])], log_probs(*found, config)
+        said = decode(self.tokenizer, prompt[:1])[0]
+        start = len(said) + 1 if said else 0  # the released code cuts by characters, and not by tokens
+        return [text[start:] for text in decode(self.tokenizer, found[0])], log_probs(*found, config)
 
 
 def next_token_loss(

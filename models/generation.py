@@ -5,8 +5,12 @@ Later versions of transformers normalise a hypothesis by its generated length in
 beam search, and on logits in greedy search and sampling.
 """
 
+import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from models.attention import Projection, TextCache
@@ -103,12 +107,16 @@ def generate(
         `num_return` texts a prompt, those of one prompt stand together.
 
     Raises:
-        UserError: more texts are asked for than the search keeps.
+        UserError: more texts are asked for than the search keeps, or no room is left after the prompt.
     """
     if config.num_return > 1 and not config.sample and config.num_return > config.num_beams:
         raise UserError(
             f"{config.num_return} texts of a beam search of width {config.num_beams} were asked for; "
             "widen the search (num_beams), or sample"
+        )
+    if config.max_length <= prompt.shape[1]:
+        raise UserError(
+            f"max_length is {config.max_length} and the prompt alone has {prompt.shape[1]} tokens; raise max_length"
         )
     stepper = Stepper(decoder, projection, eos_token_id, config)
     if config.sample:
@@ -138,6 +146,15 @@ def continue_singly(stepper: Stepper, texts: torch.Tensor) -> tuple[list[torch.T
     lengths = prompt_length + torch.where(ended.any(1), ended.int().argmax(1), ended.shape[1])
     scores = log_probs / lengths**stepper.config.length_penalty
     return [text[:length] for text, length in zip(texts, lengths, strict=True)], scores
+
+
+def seeded_uniforms(seed: int, names: Sequence[str], texts: int, length: int, device: torch.device) -> torch.Tensor:
+    """Return random numbers for sampling, (names * texts, length); a name's depend on it and the seed only."""
+    rows = []
+    for name in names:
+        digest = hashlib.sha256(json.dumps([seed, name]).encode()).digest()  # ASCII, whatever the name holds
+        rows.append(np.random.default_rng(np.frombuffer(digest, np.uint32)).random((texts, length)))
+    return torch.from_numpy(np.concatenate(rows)).to(device)
 
 
 def draw(logits: torch.Tensor, uniform: torch.Tensor, config: GenerationConfig) -> torch.Tensor:

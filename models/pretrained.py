@@ -39,6 +39,7 @@ KINDS = (  # how to recognise a checkpoint: its name, prefixes it has, prefixes 
 )
 MEANING = {
     ("caption", "pretraining"): "a pretraining checkpoint: a start for fine-tuning, but its captions imitate web texts",
+    ("vqa", "pretraining"): "a pretraining checkpoint: a start for fine-tuning, but it has not learned to answer",
     ("caption", "VQA"): "a VQA checkpoint: its decoder answers questions, so captions are gibberish until fine-tuned",
 }
 DEIT_URL = "https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth"
@@ -130,7 +131,7 @@ def resolve(source: str) -> list[Path]:
             raise UserError(f"{source} holds no .safetensors file; give one that does, or a path to weights")
         return paths
     if not Path(source).is_file():
-        raise UserError(f"pretrained weights {source} do not exist; correct the path, or set pretrained: ''")
+        raise UserError(f"pretrained weights {source} do not exist; correct the path")
     return [Path(source)]
 
 
@@ -149,7 +150,7 @@ def _hub_folder(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "vocab.txt"]))
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:150]
         raise UserError(f"hf:{name} is no local folder and could not be downloaded ({reason})") from None
@@ -184,7 +185,7 @@ def torch_load(path: Path, allow_pickle: bool = False) -> Any:
             raise UserError(f"{path} is damaged or no checkpoint; download it again") from None
         raise UserError(
             f"{path} holds {named[1]}, not only weights, and reading that may run code; if you trust where it comes "
-            "from, accept it with --set allow_pickle=true"
+            "from, accept it with allow_pickle (--set allow_pickle=true, or --allow_pickle)"
         ) from None
     except (AttributeError, ImportError) as error:
         raise UserError(f"{path} holds objects of code that is not here ({error}); install it") from None

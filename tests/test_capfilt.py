@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from scripts import ROOT, lines, run, run_and_signal, run_here, settings
 from data.miniature import write_miniature
 from data.pretrain import PairDataset, picture_of_url
 from data.transforms import test_transform as make_transform
-from engine.bootstrap import Shards, merge, run_shards
+from engine.bootstrap import Distinct, Shards, merge, run_shards
 
 MODEL = str(ROOT / "configs" / "miniature" / "model.safetensors")
 
@@ -109,11 +110,15 @@ def test_stages_alone_add_up_to_both(web, whole, tmp_path):
     unfiltered = read(tmp_path / "bootstrapped.jsonl")
     assert len(unfiltered) == 2 * 59 and lines(tmp_path / "dropped.jsonl") == 0
     code, told = run_here("capfilt.py", *arguments(web, tmp_path, stage="filter"))
-    assert code == 2 and "was begun with other settings (stage)" in told
-    for path in (tmp_path / "shards" / "texts").iterdir():
-        path.unlink()
-    assert run_here("capfilt.py", *arguments(web, tmp_path, stage="filter"))[0] == 0
+    assert code == 2 and "holds shards of other settings (filter, judged)" in told or "(judged)" in told
+    words = (*arguments(web, tmp_path, stage="filter"), "--overwrite")  # drops the unjudged texts, not the captions
+    before = sorted(path.stat().st_mtime_ns for path in (tmp_path / "shards" / "captions").glob("*.jsonl"))
+    assert run_here("capfilt.py", *words)[0] == 0
     assert results(tmp_path) == results(whole)
+    assert before == sorted(path.stat().st_mtime_ns for path in (tmp_path / "shards" / "captions").glob("*.jsonl"))
+    next((tmp_path / "shards" / "captions").glob("*.jsonl")).unlink()
+    code, told = run_here("capfilt.py", *arguments(web, tmp_path, stage="filter"))
+    assert code == 2 and "1 of 7 shards have no captions yet" in told
 
 
 def test_filter_alone_judges_web_texts(web, tmp_path):
@@ -151,11 +156,28 @@ def test_lists_of_urls(web, tmp_path):
         ({"filter": ""}, "filter names no checkpoint"),
         ({"pairs": "[absent.json]"}, "absent.json does not exist"),
         ({"captioner": "absent.pth"}, "absent.pth do"),
+        ({"image_root": "nowhere"}, "correct image_root"),
     ],
 )
 def test_mistakes_end_in_one_line(web, tmp_path, change, said):
     code, told = run_here("capfilt.py", *arguments(web, tmp_path, **change))
     assert code == 2 and said in told.splitlines()[-1] and told.splitlines()[-1].startswith("error: ")
+
+
+def test_settings_cut_by_a_full_disk_are_written_again(web, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "copy")
+    (tmp_path / "copy" / "shards" / "texts" / "settings.json").write_text("")
+    code, told = run_here("capfilt.py", *arguments(web, tmp_path / "copy"))
+    assert code == 2 and "holds shards of other settings" in told
+    assert run_here("capfilt.py", *arguments(web, tmp_path / "copy"), "--overwrite")[0] == 0
+    assert results(tmp_path / "copy") == results(whole)
+
+
+def test_distinct_texts_are_counted_in_little_memory():
+    counter = Distinct()
+    for number in range(300_000):
+        counter.add(f"text {number % 100_000}")
+    assert counter.count() == pytest.approx(100_000, rel=0.01)
 
 
 def test_a_million_pairs_in_flat_memory(tmp_path):

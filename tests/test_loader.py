@@ -99,7 +99,7 @@ def test_an_error_of_a_worker_is_one_line(tmp_path, num_workers, shuffle):
     state = random.getstate()
     with pytest.raises(UserError) as error:
         next(iter(loader(num_workers, shuffle, Missing(tmp_path / "absent.jpg"))))
-    expected = f"picture {tmp_path / 'absent.jpg'} does not exist; correct image_root or the annotation"
+    expected = f"picture {tmp_path / 'absent.jpg'} does not exist; correct its path, or image_root"
     assert user_message(error.value) == expected
     assert random.getstate() == state
 

@@ -220,6 +220,66 @@ def test_search_builds_an_index_and_uses_it_again(world, tmp_path, monkeypatch, 
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
     assert command(monkeypatch, "search", "--text", "a", "--checkpoint", MODEL, "--index", tmp_path / "none") == 2
     assert "nothing to search" in capsys.readouterr().err
+    assert command(monkeypatch, *words, picture(world)) == 0  # one picture only; the index keeps the others
+    assert len(json.loads(capsys.readouterr().out)["images"]) == 1
+    assert command(monkeypatch, *words, "--top", 9) == 0
+    assert len(json.loads(capsys.readouterr().out)["images"]) == 9
+
+
+def test_an_index_is_never_taken_for_another(world, tmp_path, monkeypatch, capsys):
+    features, index = tmp_path / "features.safetensors", tmp_path / "index.safetensors"
+    assert command(monkeypatch, "features", world[0], "--checkpoint", MODEL, "--output", features) == 0
+    words = ("search", world[0], "--text", "a circle", "--checkpoint")
+    assert command(monkeypatch, *words, MODEL, "--index", features) == 2
+    assert "is no index of pictures" in capsys.readouterr().err
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(Path(MODEL).read_bytes())
+    assert command(monkeypatch, *words, MODEL, "--index", index) == 0
+    assert command(monkeypatch, *words, other, "--index", index) == 2
+    assert "made with another checkpoint" in capsys.readouterr().err
+
+
+def test_results_are_not_written_over(world, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "captions.jsonl"
+    output.write_text("precious\n")
+    words = ("caption", picture(world), "--checkpoint", MODEL, "--output", output)
+    assert command(monkeypatch, *words) == 2
+    assert "replace it with --overwrite" in capsys.readouterr().err and output.read_text() == "precious\n"
+    assert command(monkeypatch, *words, "--overwrite") == 0 and len(lines(output)) == 1
+
+
+def test_pictures_are_read_upright_and_whole(tmp_path):
+    from data.pictures import as_rgb
+
+    exif = Image.Exif()
+    exif[274] = 6  # turned by a quarter
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "phone.jpg", exif=exif)
+    assert as_rgb(tmp_path / "phone.jpg").size == (20, 40)
+    Image.fromarray(np.full((8, 8), 30000, np.uint16)).save(tmp_path / "grey.png")
+    assert np.asarray(as_rgb(tmp_path / "grey.png")).mean() == 116
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-60])
+    with pytest.raises(UserError, match="open picture cannot be read"):
+        as_rgb(Image.open(tmp_path / "cut.png"))
+
+
+@pytest.mark.parametrize("content", ['[{"image": 5}]', '{"images": []}', "[", '[{"file": "a.jpg"}]'])
+def test_a_list_of_something_else_is_told(tmp_path, monkeypatch, capsys, content):
+    (tmp_path / "list.json").write_text(content)
+    assert command(monkeypatch, "caption", tmp_path / "list.json", "--checkpoint", MODEL) == 2
+    assert "list.json" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_prompt_is_never_part_of_a_caption(captioner, world):
+    from models.generation import GenerationConfig
+
+    captioner.model.prompt, old = "a picture of: ", captioner.model.prompt
+    try:
+        pixels = captioner.transform(Image.open(picture(world)).convert("RGB"))[None]
+        texts, _ = captioner.model.caption(pixels, GenerationConfig(max_length=20, min_length=1))
+        assert not texts[0].startswith(("f", ":", "of")) and texts[0] == texts[0].strip()
+    finally:
+        captioner.model.prompt = old
 
 
 def test_search_of_texts_for_a_picture(world, tmp_path, monkeypatch, capsys):
@@ -242,7 +302,7 @@ def test_features_with_names(world, tmp_path, monkeypatch, ending):
     rows = np.load(output) if ending == ".npy" else load_file(output)["features"]
     assert rows.shape == (10, 128) and rows.dtype == np.float32
     if ending == ".npy":
-        assert len(json.loads(output.with_suffix(".json").read_text())) == 10
+        assert len(json.loads(output.with_suffix(".names.json").read_text())) == 10
 
 
 # Maps.
@@ -312,11 +372,11 @@ def test_a_layer_that_is_not_there(matcher, world):
         (["caption", "tests", "--checkpoint", MODEL], "no picture"),
         (["caption", "{broken}", "--checkpoint", MODEL], "no picture could be used"),
         (["caption", "{good}", "--checkpoint", "absent.pth"], "absent.pth do"),
-        (["vqa", "{good}", "--question", "why?", "--checkpoint", MODEL], "lacks what the task"),
+        (["match", "{good}", "--text", "a", "--checkpoint", VQA], "lacks what the task"),
         (["match", "{good}", "--text", "", "--checkpoint", MODEL], "a text is empty"),
         (["search", "{good}", "--checkpoint", MODEL], "give either --text"),
         (["features", "{good}", "--checkpoint", MODEL], "expected a file ending in"),
-        (["search", "{good}", "--texts", "absent.txt", "--checkpoint", MODEL], "file of texts absent.txt"),
+        (["search", "{good}", "--texts", "absent.txt", "--checkpoint", MODEL], "list absent.txt cannot be read"),
     ],
 )
 def test_mistakes_end_in_one_line(world, monkeypatch, capsys, words, said):
@@ -325,6 +385,11 @@ def test_mistakes_end_in_one_line(world, monkeypatch, capsys, words, said):
     assert command(monkeypatch, *[names.get(word, word) for word in words]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: ") and (said in last)
+
+
+def test_a_pretraining_checkpoint_is_told_from_one_that_answers(world, monkeypatch, capsys):
+    assert command(monkeypatch, "vqa", picture(world), "--question", "why?", "--checkpoint", MODEL) == 0
+    assert "it has not learned to answer" in capsys.readouterr().err
 
 
 def test_results_have_standard_output_to_themselves(world):
