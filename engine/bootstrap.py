@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -187,7 +187,7 @@ class Tally:
     unreadable: int = 0
     histograms: dict[str, list[int]] = field(default_factory=dict)
     words: dict[str, Counter] = field(default_factory=dict)
-    texts: dict[str, "Distinct"] = field(default_factory=dict)
+    texts: dict[str, "Distinct"] = field(default_factory=lambda: defaultdict(Distinct))
     same: int = 0
     shared_words: float = 0.0
     compared: int = 0
@@ -206,7 +206,7 @@ class Tally:
                 counts = self.histograms.setdefault(source, [0] * BINS)
                 counts[min(int(row["probability"] * BINS), BINS - 1)] += 1
             self.words.setdefault(source, Counter()).update(row["caption"].lower().split())
-            self.texts.setdefault(source, Distinct()).add(row["caption"])
+            self.texts[source].add(row["caption"])
             by_image.setdefault(row["image"], []).append(row)
         for group in by_image.values():
             self.compare(group)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -81,8 +82,8 @@ def to_hub(source: str, folder: Path, task: str = "", allow_pickle: bool = False
             f"question's are {config.text_config.hidden_size}: it has no place for this model"
         )
     other = kinds[task](config)
-    missing, unexpected = other.load_state_dict(to_huggingface(model.state_dict()), strict=False)
-    assert not unexpected, unexpected
+    unexpected = other.load_state_dict(to_huggingface(model.state_dict()), strict=False).unexpected_keys
+    assert not unexpected, unexpected  # every parameter of ours has a place there
     other.tie_weights()
     other.save_pretrained(folder)
     size = {"height": settings["image_size"], "width": settings["image_size"]}
@@ -133,10 +134,17 @@ def save(source: str, output: Path, allow_pickle: bool = False, half: bool = Fal
         settings["prompt"] = ""  # no prompt in pretraining
     if half:
         state = {key: value.half() for key, value in state.items() if not any(part in key for part in LEFT_OUT)}
-    if output.suffix == ".pth":
-        torch.save({"model": state, "config": settings}, output)
-    else:
-        save_file({k: v.contiguous().clone() for k, v in state.items()}, output, {"config": json.dumps(settings)})
+    temporary = output.with_name(output.name + ".part")
+    try:
+        if output.suffix == ".pth":
+            torch.save({"model": state, "config": settings}, temporary)
+        else:
+            whole = {key: value.contiguous().clone() for key, value in state.items()}
+            save_file(whole, temporary, {"config": json.dumps(settings)})
+        temporary.replace(output)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{output} could not be written ({error}); free space, or choose --output") from None
 
 
 # ONNX and torch.export.

@@ -43,7 +43,7 @@ def test_entries_are_read_across_chunks(lists, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[{"image": "a.jpg"}]', "entry 0: has .*image.*; expected the keys 'image' and 'caption'"),
+        ('[{"image": "a.jpg"}]', "entry 0: has .*image.*; expected the keys 'image' .or 'url'. and 'caption'"),
         ('[{"image": "a", "caption": "b"}, {"image": ', "what follows entry 0 cannot be read"),
         ("[]", "holds no pairs"),
         ("no json", "cannot be read"),

@@ -55,7 +55,7 @@ def test_a_run_leaves_what_it_promises(whole):
     assert rows[1]["train_loss_lm"] < rows[0]["train_loss_lm"]
     for name in ("config.yaml", "checkpoint_best.pth", "model.pth", "report.html", "pictures.png", "curve.png"):
         assert (folder / name).stat().st_size > 0, name
-    assert set(torch.load(folder / "model.pth", weights_only=True)) == {"model"}
+    assert set(torch.load(folder / "model.pth", weights_only=True)) == {"model", "config"}
     assert len(json.loads((folder / "result/test_epoch1.json").read_text())) == 6
     assert "images/s" in done.stderr and "GiB" in done.stderr
     assert "SPICE is left out" in done.stdout and "report:" in done.stdout
