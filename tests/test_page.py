@@ -103,7 +103,7 @@ def by_id(browser, name):
 def test_upload_click_read(browser, address, pictures, tmp_path):
     browser.get(address)
     wait_for(browser, lambda b: b.find_elements("id", "caption-button"))
-    assert "comes with the project" in browser.page_source and "device: cpu" in browser.page_source
+    assert "that comes with the project" in browser.page_source and "device: cpu" in browser.page_source
     browser.find_element("css selector", "#caption-picture input[type=file]").send_keys(str(pictures[0] / "0.png"))
     wait_for(browser, lambda b: b.find_elements("css selector", "#caption-picture img"))
     by_id(browser, "caption-button").click()
