@@ -124,8 +124,8 @@ class Page:
                 self.sources.items()]  # fmt: skip
         small = any(row[2] for row in rows)
         note = (
-            "<p>Where no checkpoint was given, the small model answers that comes with the project. It knows "
-            "only a miniature world of coloured shapes, as in the examples. Start the page with <code>--caption</code>, "
+            "<p>Where no checkpoint was given, the small model answers that comes with the project. It "
+            "knows only a miniature world of coloured shapes, as in the examples. Start with <code>--caption</code>, "
             "<code>--vqa</code> and <code>--match</code> for your own photographs.</p>"
         )
         device = next(iter(self.models.values())).device.type
