@@ -8,10 +8,11 @@ DEMO := output/demo
 LEVEL ?= 4
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-fast lint world clean help
+.PHONY: demo bootstrap test test-fast lint world clean help
 
 help:
 	@echo "make demo    train a captioner from scratch on a small world, about 10 minutes on 2 cores"
+	@echo "make bootstrap  what captioning and filtering web texts is worth: the paper's first tables, about an hour"
 	@echo "make test    run the tests"
 	@echo "make lint    check the style"
 	@echo "make world   write the small world to $(WORLD); LEVEL=1 to 4, here $(LEVEL)"
@@ -30,6 +31,9 @@ world: $(WORLD)/scenes.json
 demo: $(VENV)/installed world
 	$(TORCHRUN) train_caption.py --config configs/miniature/caption.yaml --output_dir $(DEMO) --overwrite
 	$(RUN) -m demo.exact --results $(DEMO) --world $(WORLD)
+
+bootstrap: $(VENV)/installed
+	$(RUN) -m demo.bootstrap --output output/bootstrap
 
 test: $(VENV)/installed
 	$(RUN) -m pytest -q -n 2 --dist loadfile

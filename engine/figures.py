@@ -218,6 +218,24 @@ def draw_histograms(histograms: dict[str, Sequence[int]], path: Path) -> bool:
     return True
 
 
+def draw_means(values: dict[str, dict[str, Sequence[float]]], path: Path) -> None:
+    """Draw a panel for each score: a bar for the mean of each variant, and a point for each run.
+
+    Args:
+        values: score -> variant -> one value a run.
+        path: where the PNG goes.
+    """
+    with _figure(8.4, 0.4 + 1.75 * len(values), path) as figure:
+        for axes, (score, variants) in zip(figure.subplots(len(values), squeeze=False)[:, 0], values.items()):
+            for k, runs in enumerate(variants.values()):
+                axes.barh(k, np.mean(runs), 0.7, color=COLOURS[k % len(COLOURS)], alpha=0.55)
+                axes.plot(runs, [k] * len(runs), "o", color=INK, markersize=3.5)
+            axes.set_yticks(range(len(variants)), variants)
+            axes.invert_yaxis()
+            axes.set_title(score, loc="left", fontsize=10, fontweight="bold", color=INK)
+            _clean(axes, grid="x")
+
+
 def draw_cards(cards: Sequence[Card], path: Path) -> bool:
     """Draw the first 24 test examples as a grid, their lines below, and tell whether there was one."""
     cards = cards[:MAX_DRAWN]

@@ -1,0 +1,156 @@
+"""What `demo.bootstrap` found: tables in Markdown and JSON, and a plot."""
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+from data.miniature_text import caption_is_exact
+from demo.exact import exact_shares
+from demo.noise import count, scores
+from engine.figures import draw_means
+
+Values = dict[str, dict[str, list[float]]]  # set -> column -> one value a seed
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What a set of pairs takes beside the human ones: web and synthetic texts, all of them or those kept."""
+
+    title: str
+    synthetic: bool
+    filtered: bool
+    decoding: str = "nucleus"
+
+    def takes(self, source: str, kept: bool) -> bool:
+        """Tell whether a text belongs to the set."""
+        return (source == "web" or self.synthetic) and (kept or not self.filtered)
+
+
+SETS = {
+    "none": Pairs("none", synthetic=False, filtered=False),
+    "filter": Pairs("filter", synthetic=False, filtered=True),
+    "captioner": Pairs("captioner", synthetic=True, filtered=False),
+    "both": Pairs("captioner and filter", synthetic=True, filtered=True),
+    "beam": Pairs("captioner (beam) and filter", synthetic=True, filtered=True, decoding="beam"),
+}
+PAPERS_ORDER = ("none", "filter", "captioner", "both")
+COLUMNS = ("right pairs (%)", "CIDEr", "exact captions (%)", "text R@1", "image R@1")
+
+
+def write_tables(root: Path, seeds: int) -> str:
+    """Write bootstrap.md, bootstrap.json and bootstrap.png; returns the Markdown."""
+    values = {name: columns_of([model_scores(root, seed, name) for seed in range(seeds)]) for name in SETS}
+    tools = {name: columns_of([tool_scores(root, seed, name) for seed in range(seeds)]) for name in ("nucleus", "beam")}
+    text = "\n\n".join(
+        (
+            f"Pretrained on each set of pairs, not fine-tuned; mean and standard deviation of {seeds} seeds:",
+            table({SETS[name].title: columns for name, columns in values.items()}, "CapFilt"),
+            "\n".join(order_lines(values)),
+            "The bootstrapped texts by how captions are drawn, and how well the filter finds the web texts that do "
+            "not match:",
+            table(tools, "captions by"),
+        )
+    )
+    (root / "bootstrap.md").write_text(text + "\n")
+    (root / "bootstrap.json").write_text(json.dumps({"models": values, "tools": tools}, indent=1))
+    drawn = {column: {SETS[name].title: values[name][column] for name in SETS} for column in COLUMNS}
+    draw_means(drawn, root / "bootstrap.png")
+    return text
+
+
+def columns_of(rows: Sequence[dict[str, float]]) -> dict[str, list[float]]:
+    """Turn a list of rows into lists by column."""
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def model_scores(root: Path, seed: int, name: str) -> dict[str, float]:
+    """Return the scores of the model pretrained on one set, and how many of the set's texts are right."""
+    here, scenes = root / f"seed{seed}" / name, read_scenes(root)
+    captions = json.loads((here / "caption" / "result" / "test.json").read_text())
+    exact, total = exact_shares(captions, scenes)["all test pictures"]
+    retrieval = last_row(here / "retrieval" / "evaluate.txt")
+    pairs = [json.loads(line) for line in (here / "pairs.jsonl").read_text().splitlines()]
+    found = (
+        100 * mean(is_right(pair, scenes) for pair in pairs),
+        last_row(here / "caption" / "evaluate.txt")["test_CIDEr"],
+        100 * exact / total,
+        retrieval["test_txt_r1"],
+        retrieval["test_img_r1"],
+    )
+    return dict(zip(COLUMNS, found, strict=True))
+
+
+def tool_scores(root: Path, seed: int, decoding: str) -> dict[str, float]:
+    """Return how good captioner and filter are, which only a world with known scenes can tell."""
+    folder, scenes = root / f"seed{seed}" / f"capfilt_{decoding}", read_scenes(root)
+    kept = [json.loads(line) for line in (folder / "bootstrapped.jsonl").read_text().splitlines()]
+    dropped = [json.loads(line) for line in (folder / "dropped.jsonl").read_text().splitlines()]
+    truth = json.loads((root / "world" / "annotations" / "pretrain_web_truth.json").read_text())
+    judged = scores(count(folder, {row["image"]: row for row in truth})["all"])
+    written = [row for row in kept + dropped if row["source"] == "synthetic"]
+    passed = [row for row in kept if row["source"] == "synthetic"]
+    return {
+        "right captions (%)": share(written, lambda row: is_right(row, scenes)),
+        "kept (%)": 100 * len(passed) / max(len(written), 1),
+        "right of those kept (%)": share(passed, lambda row: is_right(row, scenes)),
+        "distinct captions": float(len({row["caption"] for row in written})),
+        "precision": judged["precision"],
+        "recall": judged["recall"],
+        "F1": judged["F1"],
+    }
+
+
+def share(rows: Sequence[dict], holds: Callable[[dict], bool]) -> float:
+    """Return in how many of a hundred rows something holds."""
+    return 100 * sum(map(holds, rows)) / max(len(rows), 1)
+
+
+def is_right(pair: dict, scenes: dict[str, dict]) -> bool:
+    """Tell whether a text names exactly the shapes and colours of its picture."""
+    items = scenes[pair["image"]]["items"]
+    return caption_is_exact(pair["caption"], [(item["color"], item["shape"]) for item in items])
+
+
+def read_scenes(root: Path) -> dict[str, dict]:
+    """Return what every picture of the world shows."""
+    return json.loads((root / "world" / "scenes.json").read_text())
+
+
+def last_row(path: Path) -> dict[str, float]:
+    """Return the last row of a log."""
+    return json.loads(path.read_text().splitlines()[-1])
+
+
+def table(rows: dict[str, dict[str, list[float]]], corner: str) -> str:
+    """Return a Markdown table of means and standard deviations."""
+    names = list(next(iter(rows.values())))
+    lines = [f"| {corner} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    lines += [f"| {title} | {' | '.join(spread(columns[name]) for name in names)} |" for title, columns in rows.items()]
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return "mean ± standard deviation", the latter of several values only."""
+    digits = 3 if max(map(abs, values)) < 10 else 1
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{deviation}"
+
+
+def order_lines(values: Values) -> list[str]:
+    """Return, for each score, the order that came out and in how many seeds each step of the paper's order holds."""
+    lines = []
+    for column in COLUMNS[1:]:
+        means = {name: mean(values[name][column]) for name in PAPERS_ORDER}
+        order = sorted(PAPERS_ORDER, key=means.__getitem__)
+        in_order = all(means[low] < means[high] for low, high in itertools.pairwise(PAPERS_ORDER))
+        steps = [
+            f"{low} < {high} in {sum(map(float.__lt__, values[low][column], values[high][column]))}"
+            for low, high in itertools.pairwise(PAPERS_ORDER)
+        ]
+        seeds = len(values["none"][column])
+        same = "the paper's order" if in_order else " <= ".join(order)
+        lines.append(f"- {column}: {same}; of {seeds} seeds {', '.join(steps)}")
+    return lines

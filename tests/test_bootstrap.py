@@ -1,0 +1,103 @@
+"""The bootstrapping experiment: its stages, what they choose, and how it goes on after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from demo.bootstrap import QUICK, Plan, Runner, Stage, all_stages, keep_plan, write_pairs
+from demo.bootstrap_table import SETS, order_lines, spread
+from utils import UserError
+
+COMMAND = [sys.executable, "-m", "demo.bootstrap", "--quick", "--jobs", "2"]
+
+
+def test_every_stage_needs_only_what_comes_before(tmp_path):
+    seen = set()
+    for stage in all_stages(tmp_path, Plan()):
+        assert seen.issuperset(stage.needs), stage.name
+        seen.add(stage.name)
+    assert len(seen) == 1 + 3 * (1 + 5 * 3 + 2 + 2)
+
+
+def test_a_set_takes_what_its_name_says():
+    taken = {
+        name: [(source, kept) for source in ("web", "synthetic") for kept in (True, False) if pairs.takes(source, kept)]
+        for name, pairs in SETS.items()
+    }
+    assert taken["none"] == [("web", True), ("web", False)]
+    assert taken["filter"] == [("web", True)]
+    assert taken["captioner"] == [("web", True), ("web", False), ("synthetic", True), ("synthetic", False)]
+    assert taken["both"] == taken["beam"] == [("web", True), ("synthetic", True)]
+
+
+def test_pairs_are_repeated_evenly_or_left_out(tmp_path):
+    pairs = [{"image": str(i), "caption": "a ring"} for i in range(10)]
+    write_pairs(tmp_path / "more.jsonl", pairs, 25, seed=0)
+    write_pairs(tmp_path / "fewer.jsonl", pairs, 4, seed=0)
+    more = [json.loads(line)["image"] for line in (tmp_path / "more.jsonl").read_text().splitlines()]
+    fewer = [json.loads(line)["image"] for line in (tmp_path / "fewer.jsonl").read_text().splitlines()]
+    assert sorted(more.count(str(i)) for i in range(10)) == [2] * 5 + [3] * 5
+    assert len(set(fewer)) == 4
+
+
+def test_stages_wait_for_what_they_need_and_finished_ones_stay_finished(tmp_path):
+    ran = []
+
+    def note(name):
+        return lambda: ran.append(name)
+
+    stages = [Stage("b", ("a",), note("b")), Stage("a", (), note("a")), Stage("c", ("b",), note("c"))]
+    Runner(tmp_path, 3).run(stages)
+    assert ran == ["a", "b", "c"]
+    Runner(tmp_path, 3).mark(stages[0]).unlink()
+    Runner(tmp_path, 1).run(stages)
+    assert ran == ["a", "b", "c", "b"]
+
+
+def test_a_stage_that_fails_says_why_and_is_not_done(tmp_path):
+    stage = Stage("bad", command=["-c", "raise SystemExit('no such colour')"])
+    with pytest.raises(UserError, match=r"stage bad ended with 1: no such colour; see .*bad\.log"):
+        Runner(tmp_path, 2).run([stage, Stage("next", ("bad",))])
+    assert not Runner(tmp_path, 2).mark(stage).exists()
+
+
+def test_a_folder_of_another_plan_is_refused(tmp_path):
+    keep_plan(tmp_path, QUICK)
+    keep_plan(tmp_path, QUICK)
+    with pytest.raises(UserError, match="stages of another plan"):
+        keep_plan(tmp_path, Plan())
+
+
+def test_the_order_is_told_with_the_seeds_in_which_it_holds():
+    rows = {"none": [1.0, 2.0], "filter": [3.0, 1.0], "captioner": [4.0, 4.0], "both": [5.0, 5.0]}
+    columns = ("CIDEr", "exact captions (%)", "text R@1", "image R@1")
+    line = order_lines({name: dict.fromkeys(columns, row) for name, row in rows.items()})[0]
+    assert "the paper's order; of 2 seeds none < filter in 1, filter < captioner in 2, captioner < both in 2" in line
+    rows["filter"] = [1.0, 2.0]
+    line = order_lines({name: dict.fromkeys(columns, row) for name, row in rows.items()})[0]
+    assert "none <= filter <= captioner <= both" in line
+    assert spread([90.0, 92.0]) == "91.0 ± 1.4"
+
+
+def test_the_quick_experiment_killed_goes_on_to_its_tables(tmp_path):
+    """From the first stage to the tables, killed on the way."""
+    command = [*COMMAND, "--output", str(tmp_path)]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    done = tmp_path / "done" / "seed0.start.json"
+    limit = time.monotonic() + 120
+    while not done.is_file() and time.monotonic() < limit:
+        time.sleep(0.2)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    first = done.read_text()
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    assert done.read_text() == first  # not done again
+    values = json.loads((Path(tmp_path) / "bootstrap.json").read_text())
+    assert set(values["models"]) == set(SETS) and set(values["tools"]) == {"nucleus", "beam"}
+    assert "| captioner and filter |" in finished.stdout and (tmp_path / "bootstrap.png").stat().st_size > 5000
