@@ -165,6 +165,22 @@ def draw_curves(log: Sequence[dict[str, Any]], prefixes: Sequence[str], path: Pa
     return True
 
 
+def draw_lines(panels: dict[str, dict[str, Sequence[tuple[float, float]]]], units: dict[str, str], path: Path) -> None:
+    """Draw a panel for each entry: lines of (x, y) by name, both from 0.
+
+    Args:
+        panels: title -> name of a line -> its points.
+        units: title -> what x counts.
+        path: where the PNG goes.
+    """
+    with _figure(8.4, 0.4 + 2.6 * len(panels), path) as figure:
+        for axes, (title, lines) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items()):
+            _panel(axes, title, {name: list(points) for name, points in lines.items()})
+            axes.set_xlabel(units[title], color=INK)
+            axes.set_xlim(left=0)
+            axes.set_ylim(bottom=0)
+
+
 def _places(log: Sequence[dict[str, Any]]) -> tuple[str, list[float | None]]:
     """Put rows on one axis: steps if any row has one (an epoch's row at its last step), else epochs."""
     last: dict[Any, float] = {}

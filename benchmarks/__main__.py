@@ -1,0 +1,79 @@
+"""Time ours beside the plain released algorithm and Hugging Face transformers, in turn and in one run.
+
+    python -m benchmarks                    every row; benchmarks/results.json and benchmarks/RESULTS.md
+    python -m benchmarks --rows reranking   one row, printed only
+"""
+
+import argparse
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import alternate, machine, summary
+from benchmarks.rows import ROWS, TOLERANCE, Row
+
+FOLDER = Path(__file__).parent
+
+
+def run_row(row: Row, device: str, rate: float) -> dict[str, Any]:
+    """Check that both ways agree, and time them."""
+    case = row.make(device)
+    apart = case.difference()
+    timing = alternate(case.ours, case.theirs, row.repeats)
+    found = {"title": row.title, "at least": row.at_least, "aim": row.aim, "difference": apart}
+    return found | summary(timing, rate, case.gflop)
+
+
+def line(found: dict[str, Any]) -> str:
+    """Return a row of the Markdown table."""
+    spread = f"{found['lowest ratio']:.2f} to {found['highest ratio']:.2f}"
+    cells = [
+        found["title"],
+        f"{found['theirs (s)']:.3f}",
+        f"{found['ours (s)']:.3f}",
+        f"**{found['ratio']:.2f}** ({spread})",
+        f"{found['at least']} / {found['aim']}",
+        f"{found['difference']:.1e}",
+        f"{found['floor (GFLOP)']:.0f}",
+        f"{found['times the floor']:.2f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+COLUMNS = ("", "theirs (s)", "ours (s)", "ratio", "at least / aim", "difference", "floor (GFLOP)", "ours / floor")
+HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
+
+
+def table(results: dict[str, dict[str, Any]], facts: dict[str, Any]) -> str:
+    """Return the Markdown table with what the machine is."""
+    about = ", ".join(f"{name} {value}" for name, value in facts.items())
+    return "\n".join((f"Machine: {about}.", "", HEAD, *(line(found) for found in results.values())))
+
+
+def main() -> int:
+    """Read the command line, run the rows, write the files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="rows to run (default: all)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    facts, results = machine(args.device), {}
+    for name in args.rows:
+        results[name] = run_row(ROWS[name], args.device, facts["matrix rate (GFLOP/s)"])
+        print(line(results[name]), flush=True)
+        if results[name]["difference"] > TOLERANCE:
+            print(f"error: {name} differs by more than {TOLERANCE}", file=sys.stderr)
+            return 1
+        gc.collect()
+    if args.rows == list(ROWS):
+        (FOLDER / "results.json").write_text(json.dumps({"machine": facts, "rows": results}, indent=1))
+    print(table(results, facts))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
