@@ -85,6 +85,7 @@ class TrainConfig(ModelConfig):
     eval_every: int = setting(1, "epochs between two evaluations; the last epoch is always evaluated")
     log_every: int = setting(50, "steps between two readings of the losses")
     save_every: int = setting(0, "steps between two checkpoints; 0 for one an epoch")
+    text_grad_ckpt: bool = setting(False, "recompute the text transformer's layers in the backward pass too")
     tensorboard: bool = setting(False, "also write TensorBoard's event files")
     augment: bool = setting(True, "random crop, flip and RandAugment in training; off: resize only")
 

@@ -19,6 +19,7 @@ from engine.config import TrainConfig
 from engine.optim import cosine_lr, create_optimizer, set_lr, warmup_lr
 from engine.progress import Clock, Progress
 from engine.run import Interrupted, Run
+from models.med import TextTransformer
 from utils import (
     Mean,
     UserError,
@@ -58,8 +59,11 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def prepare_model(model: nn.Module, config: Any, run: Run) -> nn.Module:
-    """Move a model to its device and compile its blocks if asked."""
+    """Move a model to its device; checkpoint its text layers and compile its blocks if asked."""
     model = model.to(run.device)
+    for part in model.modules():
+        if isinstance(part, TextTransformer):
+            part.grad_checkpointing = config.get("text_grad_ckpt", False)
     if config.compile:
         for name, part in model.named_modules():
             if name.split(".")[-2:-1] in (["blocks"], ["layer"]):

@@ -8,6 +8,7 @@ import torch
 from engine.ranking import two_stage_scores
 from models import blip_pretrain
 from models.blip import ids_and_mask
+from models.med import TextTransformer
 from models.tokenizer import tokenize
 from tests import plain
 from tests.formula import arr, build, img
@@ -89,3 +90,30 @@ def test_answer_ranking(smooth_padding):
     found, _ = model.rank_losses(states, mask, candidates.input_ids, 6)
     torch.testing.assert_close(found, losses, rtol=1e-4, atol=1e-4)
     assert torch.equal(model.rank_answer(states, mask, *ids_and_mask(candidates), 6), best)
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "decoder"])
+def test_checkpointing_changes_neither_losses_nor_gradients(kind):
+    """Of the ViT's blocks and of the text's layers, dropout included."""
+
+    def losses(model):
+        torch.manual_seed(3)
+        found = model(img("plain", 4), TEXTS, 0.4) if kind == "pretrain" else [model(img("plain", 4), TEXTS)]
+        return torch.stack(list(found))
+
+    whole = build(kind, vit_grad_ckpt=False).train()
+    again = build(kind, vit_grad_ckpt=True, vit_ckpt_layer=1).train()
+    again.load_state_dict(dict(zip(again.state_dict(), whole.state_dict().values(), strict=True)))
+    for part in again.modules():
+        if isinstance(part, TextTransformer):
+            part.grad_checkpointing = True
+    calls = []
+    text = again.text_encoder if kind == "pretrain" else again.text_decoder.bert
+    text.encoder.layer[0].register_forward_hook(lambda *_: calls.append(1))
+    found, expected = losses(again), losses(whole)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    before = len(calls)
+    ours, theirs = gradients(found, again), gradients(expected, whole)
+    assert len(calls) == 2 * before  # once more in the backward pass
+    for one, other in zip(ours.values(), theirs.values(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
