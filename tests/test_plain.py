@@ -109,7 +109,7 @@ def test_checkpointing_changes_neither_losses_nor_gradients(kind):
             part.grad_checkpointing = True
     calls = []
     text = again.text_encoder if kind == "pretrain" else again.text_decoder.bert
-    text.encoder.layer[0].register_forward_hook(lambda *_: calls.append(1))
+    text.encoder.layer[0].register_forward_pre_hook(lambda *_: calls.append(1))
     found, expected = losses(again), losses(whole)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     before = len(calls)
