@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 
 from data.annotations import as_list, check_images, read_annotation, shorten
 from data.text import pre_caption
-from data.transforms import Transform, open_image
+from data.transforms import Transform
 from utils import UserError
 
 MAX_WORDS = 30
@@ -40,7 +40,7 @@ class Pictures(Dataset):
 
     def load(self, index: int) -> Any:
         """Return an entry's picture as a tensor (3, H, W)."""
-        return self.transform(open_image(self.path(index)))
+        return self.transform.read(self.path(index))
 
 
 class CaptionTrain(Pictures):

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 
 from data.annotations import check_images, read_annotation, shorten
 from data.text import exchange_left_right, pre_caption
-from data.transforms import Transform, open_image
+from data.transforms import Transform
 from utils import UserError
 
 MAX_WORDS = 40
@@ -51,5 +51,5 @@ class NLVR(Dataset):
         # Differs from the released code: both words are exchanged where both occur.
         if self.swap and random.random() < 0.5:
             left, right, sentence = right, left, exchange_left_right(sentence)
-        images = [self.transform(open_image(path)) for path in (left, right)]
+        images = [self.transform.read(path) for path in (left, right)]
         return {"image0": images[0], "image1": images[1], "sentence": sentence, "label": LABELS[str(row["label"])]}

@@ -4,16 +4,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
 from data.text import pre_caption
+from data.transforms import Transform
 from download import cache_folder
 from utils import ProgressLine, UserError, barrier
 
@@ -163,7 +162,7 @@ class PairDataset(Dataset):
     Args:
         train_files: lists of pairs.
         image_root: what relative picture paths start from.
-        transform: PIL image -> float tensor (3, H, W).
+        transform: of every picture.
         turns: further lists, one per epoch.
     """
 
@@ -171,7 +170,7 @@ class PairDataset(Dataset):
         self,
         train_files: Sequence[str | Path],
         image_root: str,
-        transform: Callable[[Image.Image], torch.Tensor],
+        transform: Transform,
         turns: Sequence[str | Path] = (),
     ):
         self.lists, self.turns = open_lists(train_files), open_lists(turns)
@@ -196,10 +195,9 @@ class PairDataset(Dataset):
         for attempt in range(TRIES):
             image, caption = self.pair(epoch, (index + attempt * 7919) % len(self))
             try:
-                with Image.open(self.image_root / image) as picture:
-                    tensor = self.transform(picture.convert("RGB"))
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                bad.append(f"{image}: {error}")
+                tensor = self.transform.read(self.image_root / image)
+            except UserError as error:
+                bad.append(str(error))
                 continue
             return {"image": tensor, "caption": pre_caption(caption, MAX_WORDS), "bad": "\n".join(bad)}
         raise UserError(f"{TRIES} pictures in a row cannot be read, the first being {bad[0]}; correct image_root")

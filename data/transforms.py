@@ -1,6 +1,7 @@
 """From a picture file to a normalised tensor."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,40 +16,63 @@ from utils import UserError
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 BAD_PICTURE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-Transform = Callable[[Image.Image], torch.Tensor]
+NARROWEST = 3 / 4  # width over height of a crop, or height over width
 
 
-def train_transform(image_size: int, min_scale: float = 0.5, augment: bool = True) -> Transform:
+class Transform(T.Compose):
+    """RGB picture -> float tensor (3, H, W), normalised.
+
+    Args:
+        transforms: the steps.
+        smallest: pictures read from JPEG files are decoded at 1/2, 1/4 or 1/8 of their size if neither side is then
+            shorter; 0 decodes whole pictures.
+    """
+
+    def __init__(self, transforms: Sequence[Callable], smallest: int = 0):
+        super().__init__(transforms)
+        self.smallest = smallest
+
+    def read(self, path: Path) -> torch.Tensor:
+        """Open a picture and transform it; errors as `open_image`."""
+        return self(open_image(path, smallest=self.smallest))
+
+
+def train_transform(
+    image_size: int, min_scale: float = 0.5, augment: bool = True, reduced_jpeg: bool = False
+) -> Transform:
     """Random crop of `min_scale` to 1 of the area, flip, RandAugment; without `augment` as in evaluation.
 
-    Returns:
-        RGB picture -> float tensor (3, image_size, image_size), normalised.
+    With `reduced_jpeg` large JPEGs are decoded at a lower scale, at which no crop is smaller than the result.
     """
     if not augment:
-        return test_transform(image_size)
+        return Transform(test_transform(image_size).transforms, image_size if reduced_jpeg else 0)
     crop = T.RandomResizedCrop(image_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC)
-    return T.Compose([crop, T.RandomHorizontalFlip(), RandomAugment(), T.ToTensor(), T.Normalize(MEAN, STD)])
+    steps = [crop, T.RandomHorizontalFlip(), RandomAugment(), T.ToTensor(), T.Normalize(MEAN, STD)]
+    return Transform(steps, math.ceil(image_size / math.sqrt(min_scale * NARROWEST)) if reduced_jpeg else 0)
 
 
 def test_transform(image_size: int) -> Transform:
-    """Resize to the square, bicubically; returns as `train_transform`."""
+    """Resize to the square, bicubically."""
     resize = T.Resize((image_size, image_size), interpolation=InterpolationMode.BICUBIC)
-    return T.Compose([resize, T.ToTensor(), T.Normalize(MEAN, STD)])
+    return Transform([resize, T.ToTensor(), T.Normalize(MEAN, STD)])
 
 
-def open_image(path: Path, upright: bool = False) -> Image.Image:
+def open_image(path: Path, upright: bool = False, smallest: int = 0) -> Image.Image:
     """Read a picture as RGB.
 
     Args:
         path: of the picture.
         upright: turn it as its EXIF data say, and scale 16 bits to 8; without, both are as in the released code,
             which leaves EXIF aside and clips.
+        smallest: as `Transform`.
 
     Raises:
         UserError: it is missing, truncated or no picture.
     """
     try:
         with Image.open(path) as image:
+            if smallest:
+                image.draft(None, (smallest, smallest))
             return to_rgb(image, upright)
     except FileNotFoundError:
         raise UserError(f"picture {path} does not exist; correct its path, or image_root") from None

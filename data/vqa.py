@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from data.annotations import as_list, check_images, read_annotation, read_list, shorten
 from data.text import pre_question
-from data.transforms import Transform, open_image
+from data.transforms import Transform
 from utils import UserError
 
 VG_WEIGHT = 0.2  # of a Visual Genome answer, which one person gave
@@ -53,7 +53,7 @@ class Questions(Dataset):
     def item(self, index: int) -> dict[str, Any]:
         """Return {"image", "question"}."""
         question = pre_question(self.annotation[index]["question"])
-        return {"image": self.transform(open_image(self.path(index))), "question": question}
+        return {"image": self.transform.read(self.path(index)), "question": question}
 
 
 class VQATrain(Questions):

@@ -87,6 +87,7 @@ class TrainConfig(ModelConfig):
     save_every: int = setting(0, "steps between two checkpoints; 0 for one an epoch")
     text_grad_ckpt: bool = setting(False, "recompute the text transformer's layers in the backward pass too")
     tensorboard: bool = setting(False, "also write TensorBoard's event files")
+    reduced_jpeg: bool = setting(False, "in training decode large JPEGs at a lower scale that no crop misses: faster")
     augment: bool = setting(True, "random crop, flip and RandAugment in training; off: resize only")
 
 

@@ -328,3 +328,19 @@ def test_create_dataset_vqa(root):
 def test_unknown_dataset():
     with pytest.raises(UserError, match="dataset is 'coco'; expected one of pretrain, caption_coco"):
         create_dataset("coco", settings("."))
+
+
+def test_large_jpegs_are_decoded_at_a_lower_scale_that_no_crop_misses(tmp_path):
+    rows, columns = np.mgrid[0:640, 0:896] / 20.0
+    smooth = np.stack([np.sin(rows), np.cos(columns), np.sin(rows + columns)], axis=-1) * 100 + 128
+    path = tmp_path / "large.jpg"
+    Image.fromarray(smooth.astype(np.uint8)).save(path, quality=95)
+    assert open_image(path).size == (896, 640)
+    for smallest, size in ((1, (112, 80)), (320, (448, 320)), (321, (896, 640))):
+        assert open_image(path, smallest=smallest).size == size
+    for image_size, min_scale in ((64, 0.2), (64, 0.5), (96, 0.2)):
+        # the smallest crop is a side of sqrt(min_scale * 3 / 4) of the shorter side, and not below the result's
+        smallest = train_transform(image_size, min_scale, reduced_jpeg=True).smallest
+        assert image_size <= smallest * (min_scale * 0.75) ** 0.5 < image_size + 1
+    whole, reduced = (train_transform(64, augment=False, reduced_jpeg=on).read(path) for on in (False, True))
+    assert 0 < (whole - reduced).abs().mean() < 0.05
