@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
+from safetensors.numpy import save as to_bytes
 
 from data.pictures import find_pictures, read_list
 from engine.bootstrap import fingerprint_of
@@ -219,7 +219,7 @@ def save_features(output: Path, names: list[str], rows: np.ndarray) -> None:
             np.save(temporary, rows)
             output.with_suffix(".names.json").write_text(json.dumps(names))
         else:
-            save_file({"features": rows}, temporary, {"names": json.dumps(names)})
+            temporary.write_bytes(to_bytes({"features": rows}, {"names": json.dumps(names)}))
         temporary.replace(output)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)

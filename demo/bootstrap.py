@@ -50,13 +50,13 @@ class Plan:
     """
 
     seeds: int = 3
-    level: int = 4
-    train: int = 400
+    level: int = 2
+    train: int = 600
     web: int = 3000
     test: int = 300
     rows: int = 8000
-    passes: int = 2
-    tuning: int = 2
+    passes: int = 3
+    tuning: int = 4
     warmup: int = 50
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 
 from data.pictures import picture_batches
 from engine.loop import autocast
@@ -59,7 +59,7 @@ class Index:
         temporary = self.path.with_name(self.path.name + ".part")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"image_feat": torch.stack(feats)}, temporary, metadata)
+            temporary.write_bytes(to_bytes({"image_feat": torch.stack(feats)}, metadata))
             temporary.replace(self.path)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)

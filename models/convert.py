@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import nn
 
 from models.architecture import settings_of
@@ -140,7 +140,7 @@ def save(source: str, output: Path, allow_pickle: bool = False, half: bool = Fal
             torch.save({"model": state, "config": settings}, temporary)
         else:
             whole = {key: value.contiguous().clone() for key, value in state.items()}
-            save_file(whole, temporary, {"config": json.dumps(settings)})
+            temporary.write_bytes(to_bytes(whole, {"config": json.dumps(settings)}))
         temporary.replace(output)
     except (OSError, RuntimeError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
