@@ -94,11 +94,20 @@ def build_index(path: Path, folder: Path) -> None:
             raise UserError(f"{path} holds no pairs; expected a list of {{'image', 'caption'}}")
         np.save(temporary / "offsets.npy", np.memmap(temporary / "offsets.bin", dtype=np.int64, mode="r"))
         (temporary / "offsets.bin").unlink()
-        temporary.rename(folder)
+        _publish(temporary, folder)
     except OSError as error:
         raise UserError(f"index {folder} could not be written ({error.strerror}); free space beside {path}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    """Move a finished index to its place, unless another run has been faster."""
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
 
 
 def _encoded_batches(path: Path, size: int = 10_000) -> Iterator[list[bytes]]:

@@ -56,7 +56,7 @@ class Plan:
     test: int = 300
     rows: int = 8000
     passes: int = 3
-    tuning: int = 4
+    tuning: int = 6
     warmup: int = 50
 
 

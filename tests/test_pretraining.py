@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import pretrain
-from data.pretrain import PairDataset, index_folder, list_turns, open_lists
+from data.pretrain import PairDataset, build_index, index_folder, list_turns, open_lists
 from data.transforms import test_transform as plain_transform
 from engine.config import PretrainConfig
 from engine.progress import Progress
@@ -33,6 +33,14 @@ def test_lists_are_indexed_once_and_again_when_they_change(lists, capsys):
     first = index_folder(lists / "a.json")
     (lists / "a.json").write_text(json.dumps(ROWS[:3]))
     assert len(open_lists([lists / "a.json"])[0]) == 3 and index_folder(lists / "a.json") != first
+
+
+def test_an_index_that_another_run_finishes_first_is_used(lists):
+    path = lists / "a.json"
+    folder = index_folder(path)
+    for _ in range(2):
+        build_index(path, folder)
+    assert len(open_lists([path])[0]) == 30 and not list(lists.glob("*.part*"))
 
 
 def test_entries_are_read_across_chunks(lists, monkeypatch):
