@@ -17,6 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
 
+from benchmarks.results import write_section
 from data.transforms import MEAN, STD, train_transform
 from demo.photographs import CAPTIONS, bundled
 
@@ -114,6 +115,7 @@ def main() -> int:
         cells = " | ".join(f"{worker_rate(paths[name], 2):.0f}" for name in SIZES)
         lines.append(f"| ours, batches of 2 workers | {cells} |")
     print("\n".join(lines))
+    write_section("Reading pictures: `python -m benchmarks.loading`", "\n".join(lines))
     return 0
 
 

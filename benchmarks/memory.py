@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.results import write_section
 from benchmarks.rows import training_step, word_texts
 from models.blip_pretrain import BLIP_Pretrain
 from models.med import TextTransformer
@@ -63,9 +64,11 @@ def main() -> int:
     if args.case:
         print(peak(args.pairs, *CASES[args.case]))
         return 0
-    print("| checkpointing of | MiB a pair | MiB besides |\n|---|---|---|")
+    lines = ["| checkpointing of | MiB a pair | MiB besides |", "|---|---|---|"]
     for name, row in all_cases().items():
-        print(f"| {name} | {row['MiB a pair']:.0f} | {row['MiB besides']:.0f} |", flush=True)
+        lines.append(f"| {name} | {row['MiB a pair']:.0f} | {row['MiB besides']:.0f} |")
+    print("\n".join(lines))
+    write_section("Memory of a pretraining step, base: `python -m benchmarks.memory`", "\n".join(lines))
     return 0
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import seconds
+from benchmarks.results import write_section
 from benchmarks.rows import SMALL_TEXT, training_step, word_texts
 from engine.figures import draw_lines
 from engine.ranking import match_image, two_stage_scores
@@ -99,10 +100,12 @@ def main() -> int:
         FOLDER / "scaling.png",
     )
     (FOLDER / "scaling.json").write_text(json.dumps({title: lines for title, (lines, _) in panels.items()}, indent=1))
+    told = ["![Cost against size](scaling.png)", ""]
     for title, (lines, unit) in panels.items():
-        print(title)
         for name, points in lines.items():
-            print(f"  {name}: " + ", ".join(f"{y:.2f} at {x} {unit}" for x, y in points))
+            told.append(f"- {title}, {name}: " + ", ".join(f"{y:.2f} at {x}" for x, y in points) + f" {unit}")
+    print("\n".join(told))
+    write_section("Cost against size, `small` at 224 pixels: `python -m benchmarks.scaling`", "\n".join(told))
     return 0
 
 

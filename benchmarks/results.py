@@ -1,0 +1,20 @@
+"""RESULTS.md: each benchmark owns one section, which its last run has written."""
+
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "RESULTS.md"
+TITLE = "# Measured\n\nEach section is what its command printed last. Ratios hold within a run; seconds are the machine's."
+
+
+def write_section(title: str, body: str) -> None:
+    """Replace the section of that title, or add it at the end."""
+    text = RESULTS.read_text(encoding="utf-8") if RESULTS.is_file() else TITLE
+    head, *sections = text.split("\n## ")
+    kept = [section.strip("\n") for section in sections]
+    new = f"{title}\n\n{body.strip()}"
+    places = [n for n, section in enumerate(kept) if section.split("\n", 1)[0] == title]
+    if places:
+        kept[places[0]] = new
+    else:
+        kept.append(new)
+    RESULTS.write_text("\n\n## ".join([head.strip("\n"), *kept]) + "\n", encoding="utf-8")
