@@ -3,7 +3,7 @@
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
-TITLE = "# Measured\n\nEach section is what its command printed last. Ratios hold within a run; seconds are the machine's."
+TITLE = "# Measured\n\nEach section is what its command printed last. Ratios hold within a run; seconds do not."
 
 
 def write_section(title: str, body: str) -> None:
