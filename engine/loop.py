@@ -65,10 +65,16 @@ def prepare_model(model: nn.Module, config: Any, run: Run) -> nn.Module:
         if isinstance(part, TextTransformer):
             part.grad_checkpointing = config.get("text_grad_ckpt", False)
     if config.compile:
-        for name, part in model.named_modules():
-            if name.split(".")[-2:-1] in (["blocks"], ["layer"]):
-                part.compile()
+        compile_blocks(model)
     return model
+
+
+def compile_blocks(model: nn.Module, **options: Any) -> int:
+    """Compile the ViT's blocks and the text transformers' layers, each by itself; returns how many there are."""
+    parts = [part for name, part in model.named_modules() if name.split(".")[-2:-1] in (["blocks"], ["layer"])]
+    for part in parts:
+        part.compile(**options)
+    return len(parts)
 
 
 def fit(

@@ -31,6 +31,10 @@ class Projection:
     mask: torch.Tensor | None = None
     readers: int = 1
 
+    def at(self, layer: int) -> Reads:
+        """Return what one layer reads."""
+        return Reads(self.layers[layer], self.mask, self.readers)
+
     def read_by(self, readers: int) -> Projection:
         """Let each source be read by `readers` consecutive texts; nothing is copied."""
         return replace(self, readers=readers)
@@ -41,29 +45,55 @@ class Projection:
         return Projection(layers, None if self.mask is None else self.mask[index])
 
 
+@dataclass(frozen=True)
+class Reads:
+    """A projection's keys and values for one layer; attributes as `Projection`."""
+
+    sets: list[KeyValue]
+    mask: torch.Tensor | None
+    readers: int
+
+
+@dataclass
+class LayerCache:
+    """One layer's keys and values of the text so far, None before the first position."""
+
+    held: KeyValue | None = None
+
+    def extend(self, key: torch.Tensor, value: torch.Tensor) -> KeyValue:
+        """Append new positions (rows, heads, new, head width) and return all of them."""
+        if self.held is not None:
+            key, value = torch.cat((self.held[0], key), dim=2), torch.cat((self.held[1], value), dim=2)
+        self.held = key, value
+        return key, value
+
+
 @dataclass
 class TextCache:
     """Keys and values of the text so far, per layer: what incremental decoding reads instead of recomputing."""
 
-    layers: list[KeyValue] = field(default_factory=list)
+    layers: list[LayerCache] = field(default_factory=list)
+
+    def at(self, layer: int) -> LayerCache:
+        """Return one layer's, made when it is first asked for."""
+        if layer == len(self.layers):
+            self.layers.append(LayerCache())
+        return self.layers[layer]
+
+    @property
+    def shape(self) -> torch.Size:
+        """(rows, heads, positions held, head width), before the first position all 0."""
+        return self.layers[0].held[0].shape if self.layers else torch.Size((0, 0, 0, 0))
 
     @property
     def length(self) -> int:
         """Number of positions held."""
-        return self.layers[0][0].shape[2] if self.layers else 0
-
-    def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> KeyValue:
-        """Append new positions (rows, heads, new, head width) to a layer and return all of them."""
-        if layer == len(self.layers):
-            self.layers.append((key, value))
-        else:
-            past_key, past_value = self.layers[layer]
-            self.layers[layer] = (torch.cat((past_key, key), dim=2), torch.cat((past_value, value), dim=2))
-        return self.layers[layer]
+        return self.shape[2]
 
     def select(self, index: torch.Tensor) -> None:
         """Keep rows `index` (int64): reorders, drops and repeats texts."""
-        self.layers = [(key[index], value[index]) for key, value in self.layers]
+        for layer in self.layers:
+            layer.held = layer.held[0][index], layer.held[1][index]
 
 
 class Heads(nn.Module):
@@ -127,12 +157,12 @@ class SelfAttention(nn.Module):
         self.attention_dropout = attention_dropout
 
     def forward(
-        self, hidden: torch.Tensor, mask: torch.Tensor | None, cache: TextCache | None, layer: int
+        self, hidden: torch.Tensor, mask: torch.Tensor | None, cache: LayerCache | None
     ) -> torch.Tensor:
         """Attend within texts (rows, length, width), and to their cached past."""
         query, (key, value) = self.self.split(self.self.query(hidden)), self.self.key_value(hidden)
         if cache is not None:
-            key, value = cache.extend(layer, key, value)
+            key, value = cache.extend(key, value)
         dropout = self.attention_dropout if self.training else 0.0
         context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
         return self.output(merge_heads(context), hidden)
@@ -154,14 +184,14 @@ class CrossAttention(nn.Module):
         """Project the one set of states."""
         return [self.self.key_value(states[0])]
 
-    def forward(self, hidden: torch.Tensor, projection: Projection, layer: int) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, reads: Reads) -> torch.Tensor:
         """Let texts (sources * readers, length, width) read the projected states."""
         if self.recording is not None:
-            context, attention = read_visibly(self.self, hidden, projection, projection.layers[layer][0])
+            context, attention = read_visibly(self.self, hidden, reads, reads.sets[0])
             self.recording.append(attention)
             return self.output(context, hidden)
         dropout = self.attention_dropout if self.training else 0.0
-        context = read(self.self, hidden, projection, projection.layers[layer][0], dropout)
+        context = read(self.self, hidden, reads, reads.sets[0], dropout)
         return self.output(context, hidden)
 
 
@@ -188,32 +218,30 @@ class TwoImageCrossAttention(nn.Module):
         """Project the states of the left and of the right image."""
         return [self.self0.key_value(states[0]), self.self1.key_value(states[1])]
 
-    def forward(self, hidden: torch.Tensor, projection: Projection, layer: int) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, reads: Reads) -> torch.Tensor:
         """Let texts (pairs * readers, length, width) read both images."""
         dropout = self.attention_dropout if self.training else 0.0
-        left, right = projection.layers[layer]
-        context0 = read(self.self0, hidden, projection, left, dropout)
-        context1 = read(self.self1, hidden, projection, right, dropout)
+        left, right = reads.sets
+        context0 = read(self.self0, hidden, reads, left, dropout)
+        context1 = read(self.self1, hidden, reads, right, dropout)
         return self.output(context0, context1, hidden)
 
 
-def read(
-    heads: Heads, hidden: torch.Tensor, projection: Projection, key_value: KeyValue, dropout: float
-) -> torch.Tensor:
+def read(heads: Heads, hidden: torch.Tensor, reads: Reads, key_value: KeyValue, dropout: float) -> torch.Tensor:
     """Attend from texts to projected states; the readers of one source are folded into one query sequence."""
-    query = heads.split(fold(heads.query(hidden), projection.readers))
-    context = F.scaled_dot_product_attention(query, *key_value, attn_mask=projection.mask, dropout_p=dropout)
+    query = heads.split(fold(heads.query(hidden), reads.readers))
+    context = F.scaled_dot_product_attention(query, *key_value, attn_mask=reads.mask, dropout_p=dropout)
     return merge_heads(context).reshape(hidden.shape)
 
 
 def read_visibly(
-    heads: Heads, hidden: torch.Tensor, projection: Projection, key_value: KeyValue
+    heads: Heads, hidden: torch.Tensor, reads: Reads, key_value: KeyValue
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `read` without dropout, and also the attention (sources, heads, readers * length, source length)."""
-    query, (key, value) = heads.split(fold(heads.query(hidden), projection.readers)), key_value
+    query, (key, value) = heads.split(fold(heads.query(hidden), reads.readers)), key_value
     scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
-    if projection.mask is not None:
-        scores = scores.masked_fill(~projection.mask, -torch.inf)
+    if reads.mask is not None:
+        scores = scores.masked_fill(~reads.mask, -torch.inf)
     attention = scores.softmax(dim=-1)
     return merge_heads(attention @ value).reshape(hidden.shape), attention
 

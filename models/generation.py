@@ -65,9 +65,8 @@ class Stepper:
 
     def branch(self, num_beams: int) -> None:
         """Repeat every row `num_beams` times, after the shared prompt."""
-        rows = self.cache.layers[0][0].shape[0]
-        device = self.cache.layers[0][0].device
-        self.cache.select(torch.arange(rows, device=device).repeat_interleave(num_beams))
+        rows = torch.arange(self.cache.shape[0], device=self.projection.layers[0][0][0].device)
+        self.cache.select(rows.repeat_interleave(num_beams))
         self.projection = self.projection.read_by(self.projection.readers * num_beams)
 
     def constrain(self, texts: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

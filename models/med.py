@@ -13,7 +13,16 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.attention import CrossAttention, Output, Projection, SelfAttention, TextCache, TwoImageCrossAttention
+from models.attention import (
+    CrossAttention,
+    LayerCache,
+    Output,
+    Projection,
+    Reads,
+    SelfAttention,
+    TextCache,
+    TwoImageCrossAttention,
+)
 from utils import UserError
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
@@ -119,7 +128,6 @@ class Layer(nn.Module):
 
     def __init__(self, config: MedConfig, index: int, two_images: bool):
         super().__init__()
-        self.index = index
         width, num_heads, eps = config.hidden_size, config.num_attention_heads, config.layer_norm_eps
         dropout, attention_dropout = config.hidden_dropout_prob, config.attention_probs_dropout_prob
         self.attention = SelfAttention(width, num_heads, eps, dropout, attention_dropout)
@@ -134,13 +142,13 @@ class Layer(nn.Module):
         self,
         hidden: torch.Tensor,
         mask: torch.Tensor | None,
-        projection: Projection | None,
-        cache: TextCache | None,
+        reads: Reads | None,
+        cache: LayerCache | None,
     ) -> torch.Tensor:
         """Transform texts (rows, length, width)."""
-        hidden = self.attention(hidden, mask, cache, self.index)
-        if projection is not None:
-            hidden = self.crossattention(hidden, projection, self.index)
+        hidden = self.attention(hidden, mask, cache)
+        if reads is not None:
+            hidden = self.crossattention(hidden, reads)
         return self.output(self.intermediate(hidden), hidden)
 
 
@@ -205,11 +213,13 @@ class TextTransformer(nn.Module):
             positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
         hidden = self.embeddings(input_ids, positions)
         mask = attention_bias(attention_mask, input_ids.shape[1], past, causal, input_ids.device)
-        for layer in self.encoder.layer:
+        for index, layer in enumerate(self.encoder.layer):
+            # no layer knows its number, so that one compiled graph serves all
+            reads, held = (None if whole is None else whole.at(index) for whole in (projection, cache))
             if self.grad_checkpointing and self.training:
-                hidden = checkpoint(layer, hidden, mask, projection, cache, use_reentrant=False)
+                hidden = checkpoint(layer, hidden, mask, reads, held, use_reentrant=False)
             else:
-                hidden = layer(hidden, mask, projection, cache)
+                hidden = layer(hidden, mask, reads, held)
         return hidden
 
 
