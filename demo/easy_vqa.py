@@ -18,15 +18,16 @@ def convert(questions: tuple[list[str], list[str], list[int]], images: dict[int,
 
 
 def main() -> int:
-    """Write train.json, what of it asks for the shape, test.json, answers.json, and a link to the pictures."""
+    """Write train.json, what of it asks for a shape or names one, test.json, answers.json, and link the pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", default="output/easy_vqa")
     folder, root = Path(parser.parse_args().output), Path(easy_vqa.__file__).parent / "data"
     folder.mkdir(parents=True, exist_ok=True)
     train = convert(easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths(), root, 0)
     test = convert(easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths(), root, 1_000_000)
-    shapes = [row for row in train if row["question"].startswith("what shape")]
-    files = {"train": train, "shapes": shapes, "test": test, "answers": easy_vqa.get_answers()}
+    what = [row for row in train if row["question"].startswith("what shape")]
+    named = [row for row in train if any(s in row["question"] for s in ("circle", "rectangle", "triangle"))]
+    files = {"train": train, "what_shape": what, "named_shape": named, "test": test, "answers": easy_vqa.get_answers()}
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     if not (folder / "pictures").exists():
