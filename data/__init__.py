@@ -11,6 +11,7 @@ from data.coco_flickr import MAX_WORDS, CaptionEval, CaptionTrain, RetrievalEval
 from data.nlvr import NLVR
 from data.pretrain import PairDataset, list_turns
 from data.sampler import EpochSampler, SeededDataset, ShardSampler
+from data.shards import TarPairs, is_shard
 from data.transforms import Transform, test_transform, train_transform
 from data.video import VideoDataset
 from data.vqa import VQATest, VQATrain, vqa_collate_fn
@@ -107,6 +108,11 @@ def _nocaps(config: Any, train: Transform, test: Transform) -> tuple[Dataset, Da
 
 
 def _pretrain(config: Any, train: Transform, test: Transform) -> Dataset:
+    files = config["train_file"]
+    if any(is_shard(name) for name in files):
+        if config["laion_path"] or not all(is_shard(name) for name in files):
+            raise UserError("train_file names both shards and lists, or laion_path is set; give shards alone")
+        return TarPairs(files, train, config["batch_size"], config.get("shard_pairs", 0), config["shuffle_buffer"])
     return PairDataset(config["train_file"], config["image_root"], train, list_turns(config["laion_path"]))
 
 
@@ -140,7 +146,7 @@ def create_sampler(
         seed: of the order.
     """
     return [
-        EpochSampler(len(data), num_tasks, global_rank, seed=seed)
+        EpochSampler(len(data), num_tasks, global_rank, not isinstance(data, TarPairs), seed)
         if shuffle
         else ShardSampler(len(data), num_tasks, global_rank)
         for data, shuffle in zip(datasets, shuffles, strict=True)

@@ -58,11 +58,13 @@ class ShardSampler(Sampler):
 class SeededDataset(Dataset):
     """A dataset read by (epoch, index), with random numbers of that sample's own.
 
-    A dataset with a method `at(epoch, index)` is told the epoch as well.
+    A dataset with a method `at(epoch, index)` is told the epoch as well, one with a `seed` is given it.
     """
 
     def __init__(self, dataset: Any, seed: int):
         self.dataset, self.seed = dataset, seed
+        if hasattr(dataset, "seed"):
+            dataset.seed = seed
 
     def __len__(self) -> int:
         return len(self.dataset)

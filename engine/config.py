@@ -187,7 +187,9 @@ class VideoConfig(ModelConfig):
 class PretrainConfig(TrainConfig):
     """Pretraining (paper section 4.1)."""
 
-    train_file: list = setting([], "lists of pairs, JSON or JSON lines")
+    train_file: list = setting([], "lists of pairs, JSON or JSON lines; or tar shards, as a/{000..131}.tar or pipe:...")
+    shard_pairs: int = setting(0, "pairs in all tar shards; 0 counts them")
+    shuffle_buffer: int = setting(2000, "pairs of shards among which each worker draws the next; 1 keeps their order")
     laion_path: str = setting("", "folder of further lists, one per epoch in turn; '' for none")
     init: str = setting("released", "starting weights: 'released' (DeiT or ViT-in21k, and BERT) or 'random'")
     batch_size: int = setting(75, "pairs per process and step")

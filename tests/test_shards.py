@@ -1,0 +1,154 @@
+"""Tar shards: what is read, in which order, by whom, and again after an interruption."""
+
+import io
+import json
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+
+from data import create_dataset, create_loader, create_sampler
+from data.shards import count_pairs, expand, is_shard, read_shard
+from utils import UserError
+
+COUNTS = (5, 7, 4, 6)
+
+
+def add(tar, name, content):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def picture(number):
+    """A picture whose grey tells its number."""
+    data = io.BytesIO()
+    Image.new("RGB", (8, 8), (number * 5,) * 3).save(data, "PNG")
+    return data.getvalue()
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Four shards as img2dataset writes them: picture, caption, and facts; and a list of the same pairs."""
+    number, rows = 0, []
+    for shard, count in enumerate(COUNTS):
+        with tarfile.open(tmp_path / f"{shard:05d}.tar", "w") as tar:
+            for _ in range(count):
+                key = f"{number:09d}"
+                add(tar, f"{key}.png", picture(number))
+                if number % 2:
+                    add(tar, f"{key}.txt", f"text {number}".encode())
+                add(tar, f"{key}.json", json.dumps({"caption": f"text {number}", "width": 8}).encode())
+                (tmp_path / f"{key}.png").write_bytes(picture(number))
+                rows.append({"image": f"{key}.png", "caption": f"text {number}"})
+                number += 1
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def config(folder, files, **more):
+    found = dict(train_file=files, image_root=str(folder), laion_path="", image_size=16, augment=False)
+    return found | dict(batch_size=2, shuffle_buffer=1) | more
+
+
+def batches(settings, num_workers=0, rank=0, world_size=1, epoch=0, consumed=0, seed=0):
+    """The captions and the pictures' mean values of an epoch, batch by batch."""
+    dataset = create_dataset("pretrain", settings)
+    if hasattr(dataset, "shards"):
+        dataset.rank, dataset.world_size = rank, world_size
+    samplers = create_sampler([dataset], [True], world_size, rank, seed)
+    (loader,) = create_loader([dataset], samplers, [settings["batch_size"]], [num_workers], [True], [None])
+    loader.sampler.set_position(epoch, consumed)
+    return [(batch["caption"], batch["image"].mean(dim=(1, 2, 3)).tolist(), batch["bad"]) for batch in loader]
+
+
+def numbers(found):
+    return [int(text.split()[1]) for captions, _, _ in found for text in captions]
+
+
+def test_shards_are_found_and_counted(shards):
+    everything = [str(shards / f"{n:05d}.tar") for n in range(4)]
+    assert expand([str(shards / "{00000..00003}.tar")]) == expand([str(shards / "*.tar")]) == everything
+    assert expand(["pipe:cat a{1..2}.tar"]) == ["pipe:cat a1.tar", "pipe:cat a2.tar"]
+    assert is_shard("pipe:x") and is_shard("a/{0..3}.tar") and not is_shard("a.json")
+    assert count_pairs(everything) == sum(COUNTS)
+    assert json.loads((shards / "00001_stats.json").read_text()) == {"successes": 7}
+    (shards / "00001_stats.json").write_text(json.dumps({"count": 9, "successes": 100}))
+    assert count_pairs(everything) == sum(COUNTS) - 7 + 100
+    with pytest.raises(UserError, match="does not exist; correct train_file"):
+        expand([str(shards / "absent.tar")])
+    with pytest.raises(UserError, match="set shard_pairs"):
+        count_pairs(["pipe:cat x.tar"])
+
+
+def test_shards_and_lists_give_the_same_batches_in_the_same_order(shards):
+    from_shards = batches(config(shards, [str(shards / "*.tar")]))
+    assert numbers(from_shards) == list(range(22))
+    dataset = create_dataset("pretrain", config(shards, [str(shards / "list.json")]))
+    for n, (captions, means, bad) in enumerate(from_shards):
+        rows = [dataset.at(0, 2 * n + i) for i in range(2)]
+        assert captions == [row["caption"] for row in rows] and bad == ["", ""]
+        assert means == pytest.approx([row["image"].mean().item() for row in rows])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_readers_share_no_pair_and_take_equal_steps(shards, num_workers, world_size):
+    settings = config(shards, [str(shards / "*.tar")], shuffle_buffer=3)
+    shares = [numbers(batches(settings, num_workers, rank, world_size, epoch=1)) for rank in range(world_size)]
+    assert {len(share) for share in shares} == {22 // world_size // 2 * 2}
+    assert world_size == 1 or not set(shares[0]) & set(shares[1])
+    assert numbers(batches(settings, num_workers, epoch=2)) != numbers(batches(settings, num_workers, epoch=1))
+    assert numbers(batches(settings, num_workers, seed=1)) != numbers(batches(settings, num_workers, seed=0))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2, 3])
+@pytest.mark.parametrize("consumed", [2, 6, 14])
+def test_a_run_goes_on_in_the_middle_of_a_shard(shards, num_workers, consumed):
+    settings = config(shards, [str(shards / "*.tar")], shuffle_buffer=3, augment=True)
+    whole = batches(settings, num_workers, epoch=3)
+    rest = batches(settings, num_workers, epoch=3, consumed=consumed)
+    assert rest == whole[consumed // 2 :]
+
+
+def test_pipes(shards):
+    names = [f"pipe:cat {shards}/{{00000..00003}}.tar"]
+    found = batches(config(shards, names, shard_pairs=22))
+    assert numbers(found) == list(range(22))
+
+
+def test_what_cannot_be_read_is_named_and_replaced(shards):
+    with tarfile.open(shards / "00000.tar", "w") as tar:
+        for number, content in enumerate((picture(1), b"no picture", picture(3))):
+            add(tar, f"{number}.png", content)
+            add(tar, f"{number}.txt", f"text {number}".encode())
+    whole = (shards / "00001.tar").read_bytes()
+    (shards / "00001.tar").write_bytes(whole[: 512 * 13 + 30])
+    names = [*(str(shards / f"0000{n}.tar") for n in (0, 1)), "pipe:false"]
+    found = batches(config(shards, names, shard_pairs=12))
+    assert numbers(found)[:4] == [0, 0, 2, 5]  # the pair before stands in for the unreadable one
+    told = " ".join(text for _, _, bad in found for text in bad)
+    assert "00000.tar: 1: cannot identify image" in told and "00001.tar cannot be read to its end" in told
+    assert "pipe:false cannot be read to its end" in told
+
+
+def test_mistakes(shards):
+    with pytest.raises(UserError, match="4 shards for 5 readers"):
+        batches(config(shards, [str(shards / "*.tar")]), num_workers=5)
+    with pytest.raises(UserError, match="both shards and lists"):
+        create_dataset("pretrain", config(shards, [str(shards / "*.tar"), "list.json"]))
+    with pytest.raises(UserError, match="no pair can be read from 1 shards"):
+        batches(config(shards, ["pipe:true"], shard_pairs=4))
+
+
+def test_samples_without_picture_or_text_are_left_out(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in (("a/1.txt", b"alone"), ("a/2.jpg", picture(2)), ("a/3.jpg", b"x"), ("a/3.txt", b"three")):
+            add(tar, name, content)
+        add(tar, "b/3.jpg", b"y")
+        add(tar, "b/3.seg.txt", b"no caption")
+    assert [(r.name, r.picture, r.caption) for r in read_shard(str(tmp_path / "a.tar"))] == [
+        (f"{tmp_path}/a.tar: a/3", b"x", "three")
+    ]
+    assert torch.utils.data.get_worker_info() is None
