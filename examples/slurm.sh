@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# A training under SLURM that ends itself before its time is up and goes on in the next turn, as often as it takes.
+# Command:  sbatch examples/slurm.sh pretrain.py --config configs/pretrain.yaml --output_dir output/pretrain
+#SBATCH --job-name=blip
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=12:00:00
+#SBATCH --signal=TERM@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+
+# Five minutes before the end SLURM sends SIGTERM to every process: the run saves itself and ends with code 143.
+set -u
+arguments=("$@")
+output=""
+for ((i = 0; i < $#; i++)); do
+  [ "${arguments[i]}" = --output_dir ] && output="${arguments[i + 1]}"
+done
+if [ -z "$output" ]; then
+  echo "error: no --output_dir among the arguments; name the folder that the run is to go on in" >&2
+  exit 2
+fi
+if [ -f "$output/checkpoint_last.pth" ]; then
+  arguments+=(--resume)
+fi
+srun --kill-on-bad-exit=0 python "${arguments[@]}"
+code=$?
+if [ "$code" -eq 143 ]; then
+  echo "time is nearly up; requeueing job $SLURM_JOB_ID"
+  scontrol requeue "$SLURM_JOB_ID"
+  exit 0
+fi
+exit "$code"
