@@ -55,8 +55,8 @@ def run_here(script, *args):
     raise AssertionError(f"{script} ended without an exit code")
 
 
-def run_and_signal(script, *args, when, number=signal.SIGKILL, processes=1):
-    """Start a script, send its whole process group a signal as soon as `when()` is true, and wait for its end."""
+def run_and_signal(script, *args, when, number=signal.SIGKILL, processes=1, limit=120):
+    """Start a script, send its process group a signal as soon as `when()` is true, by `limit` seconds, and wait."""
     process = subprocess.Popen(
         command(script, *args, processes=processes),
         cwd=ROOT,
@@ -66,11 +66,16 @@ def run_and_signal(script, *args, when, number=signal.SIGKILL, processes=1):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    deadline = time.monotonic() + 120
-    while not when():
-        assert process.poll() is None, process.communicate()[0][-3000:]
-        assert time.monotonic() < deadline, "the moment to send the signal never came"
-        time.sleep(0.01)
+    deadline = time.monotonic() + limit
+    try:
+        while not when():
+            assert process.poll() is None, process.communicate()[0][-3000:]
+            assert time.monotonic() < deadline, "the moment to send the signal never came"
+            time.sleep(0.01)
+    except AssertionError:
+        if process.poll() is None:  # or it would go on beside the other tests
+            os.killpg(process.pid, signal.SIGKILL)
+        raise
     os.killpg(process.pid, number)
     output = process.communicate(timeout=120)[0]
     return process.returncode, output

@@ -66,7 +66,7 @@ def test_every_config_is_here():
 def test_training_reaches_its_second_step(world, tmp_path, name):
     curve = tmp_path / "out" / "curve.jsonl"
     words = arguments(world, name, tmp_path / "out")
-    run_and_signal(TRAINED[name], *words, when=lambda: lines(curve) >= 2, processes=2)
+    run_and_signal(TRAINED[name], *words, when=lambda: lines(curve) >= 2, processes=2, limit=600)
     print(curve.read_text())
     shutil.rmtree(tmp_path / "out")
 
