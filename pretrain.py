@@ -16,7 +16,7 @@ from engine.run import Run, launch
 from models.blip_pretrain import BLIP_Pretrain, blip_pretrain
 from models.momentum import copy_params
 from models.pretrained import load_bert, load_deit, load_vit_in21k
-from utils import UserError, get_rank, get_world_size
+from utils import UserError, all_gather_object, get_rank, get_world_size
 
 EXAMPLES = (
     "python pretrain.py --config configs/miniature/pretrain.yaml --output_dir output/pretrain",
@@ -36,11 +36,15 @@ def schedule(config: PretrainConfig, progress: Progress) -> float:
 
 
 class BadImages:
-    """Counts and lists the unreadable pictures this process has met, up to a limit."""
+    """Counts and lists the unreadable pictures this process has met, up to a limit, over all parts of a run."""
 
     def __init__(self, limit: int, run: Run):
         self.limit, self.found = limit, set[str]()
         self.path = run.output_dir / f"bad_images_rank{run.rank}.txt"
+        if run.resume and self.path.is_file():
+            self.found = set(self.path.read_text(encoding="utf-8").splitlines())
+        else:
+            self.path.unlink(missing_ok=True)  # an earlier run's
 
     def add(self, named: list[str]) -> None:
         """Note pictures ("path: reason", '' for none).
@@ -59,6 +63,10 @@ class BadImages:
                 f"rank {get_rank()}: {len(self.found)} pictures cannot be read, more than max_bad_images "
                 f"{self.limit}; they are listed in {self.path}"
             )
+
+    def count(self, _: nn.Module) -> dict[str, float]:
+        """Return the number of all processes together, as a row of the log has it."""
+        return {"bad_images": sum(all_gather_object(len(self.found)))}
 
 
 def make_train_step(config: PretrainConfig, bad_images: BadImages) -> Callable[..., Losses]:
@@ -139,7 +147,7 @@ def main(config: PretrainConfig, run: Run) -> None:
     model = build_model(config)
     bad_images = BadImages(config.max_bad_images, run)
     train_step = make_train_step(config, bad_images)
-    scores = fit(run, config, model, loader, train_step, schedule=schedule, watch=Watch(model))
+    scores = fit(run, config, model, loader, train_step, bad_images.count, schedule=schedule, watch=Watch(model))
     if bad_images.found:
         run.note(f"{len(bad_images.found)} unreadable pictures were replaced; they are listed in {bad_images.path}")
     finish(run, "Pretraining", scores, list)

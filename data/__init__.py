@@ -38,9 +38,9 @@ def create_dataset(dataset: str, config: Any, min_scale: float = 0.5) -> Any:
     """
     if dataset not in BUILDERS:
         raise UserError(f"dataset is {dataset!r}; expected one of {', '.join(BUILDERS)}")
-    reduced = config.get("reduced_jpeg", False)
-    train = train_transform(config["image_size"], min_scale, config.get("augment", True), reduced)
-    return BUILDERS[dataset](config, train, test_transform(config["image_size"]))
+    reduced, upright = config.get("reduced_jpeg", False), config.get("exif_orientation", False)
+    train = train_transform(config["image_size"], min_scale, config.get("augment", True), reduced, upright)
+    return BUILDERS[dataset](config, train, test_transform(config["image_size"], upright))
 
 
 def _files(config: Any, **names: str) -> list[str]:

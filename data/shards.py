@@ -233,7 +233,7 @@ class TarPairs(Dataset):
         for record in self.recent:
             try:
                 with Image.open(io.BytesIO(record.picture)) as picture:
-                    tensor = self.transform(to_rgb(picture))
+                    tensor = self.transform(to_rgb(picture, self.transform.upright))
             except BAD_PICTURE as error:
                 bad.append(f"{record.name}: {error}")
                 continue

@@ -1,6 +1,8 @@
 """From a picture file to a normalised tensor."""
 
 import math
+import struct
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,7 +17,11 @@ from utils import UserError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-BAD_PICTURE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+# What Pillow's decoders raise, besides OSError, at damaged files of one format or another.
+BAD_PICTURE = (
+    OSError, ValueError, SyntaxError, EOFError, LookupError, ArithmeticError, TypeError, AttributeError, RuntimeError,
+    AssertionError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
 NARROWEST = 3 / 4  # width over height of a crop, or height over width
 
 
@@ -26,39 +32,46 @@ class Transform(T.Compose):
         transforms: the steps.
         smallest: pictures read from JPEG files are decoded at 1/2, 1/4 or 1/8 of their size if neither side is then
             shorter; 0 decodes whole pictures.
+        upright: read pictures upright, as `open_image`.
     """
 
-    def __init__(self, transforms: Sequence[Callable], smallest: int = 0):
+    def __init__(self, transforms: Sequence[Callable], smallest: int = 0, upright: bool = False):
         super().__init__(transforms)
-        self.smallest = smallest
+        self.smallest, self.upright = smallest, upright
 
     def read(self, path: Path) -> torch.Tensor:
         """Open a picture and transform it; errors as `open_image`."""
-        return self(open_image(path, smallest=self.smallest))
+        return self(open_image(path, self.upright, self.smallest))
 
 
 def train_transform(
-    image_size: int, min_scale: float = 0.5, augment: bool = True, reduced_jpeg: bool = False
+    image_size: int,
+    min_scale: float = 0.5,
+    augment: bool = True,
+    reduced_jpeg: bool = False,
+    upright: bool = False,
 ) -> Transform:
     """Random crop of `min_scale` to 1 of the area, flip, RandAugment; without `augment` as in evaluation.
 
-    With `reduced_jpeg` large JPEGs are decoded at a lower scale, at which no crop is smaller than the result.
+    With `reduced_jpeg` large JPEGs are decoded at a lower scale, at which no crop is smaller than the result; `upright`
+    as `open_image`.
     """
     if not augment:
-        return Transform(test_transform(image_size).transforms, image_size if reduced_jpeg else 0)
+        return Transform(test_transform(image_size).transforms, image_size if reduced_jpeg else 0, upright)
     crop = T.RandomResizedCrop(image_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC)
     steps = [crop, T.RandomHorizontalFlip(), RandomAugment(), T.ToTensor(), T.Normalize(MEAN, STD)]
-    return Transform(steps, math.ceil(image_size / math.sqrt(min_scale * NARROWEST)) if reduced_jpeg else 0)
+    smallest = math.ceil(image_size / math.sqrt(min_scale * NARROWEST)) if reduced_jpeg else 0
+    return Transform(steps, smallest, upright)
 
 
-def test_transform(image_size: int) -> Transform:
-    """Resize to the square, bicubically."""
+def test_transform(image_size: int, upright: bool = False) -> Transform:
+    """Resize to the square, bicubically; `upright` as `open_image`."""
     resize = T.Resize((image_size, image_size), interpolation=InterpolationMode.BICUBIC)
-    return Transform([resize, T.ToTensor(), T.Normalize(MEAN, STD)])
+    return Transform([resize, T.ToTensor(), T.Normalize(MEAN, STD)], upright=upright)
 
 
 def open_image(path: Path, upright: bool = False, smallest: int = 0) -> Image.Image:
-    """Read a picture as RGB.
+    """Read a picture as RGB: its first frame, whatever its name ends in, without its transparency.
 
     Args:
         path: of the picture.
@@ -67,7 +80,7 @@ def open_image(path: Path, upright: bool = False, smallest: int = 0) -> Image.Im
         smallest: as `Transform`.
 
     Raises:
-        UserError: it is missing, truncated or no picture.
+        UserError: it is missing, truncated, no picture, or of more than 179 megapixels, Pillow's limit.
     """
     try:
         with Image.open(path) as image:

@@ -60,6 +60,7 @@ class ModelConfig(Settings):
     vit_grad_ckpt: bool = setting(False, "recompute the ViT's last blocks in the backward pass, to save memory")
     vit_ckpt_layer: int = setting(0, "how many of the ViT's last blocks that concerns")
     image_size: int = setting(384, "side of the square input in pixels")
+    exif_orientation: bool = setting(False, "turn pictures as EXIF says, and scale 16 bits to 8, as predict.py does")
     num_workers: int = setting(4, "processes that load data, per process that trains")
     amp: str = setting("", "'bf16' for mixed precision in bfloat16; '' for float32")
     compile: bool = setting(False, "compile the transformer blocks")
