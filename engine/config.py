@@ -86,6 +86,7 @@ class TrainConfig(ModelConfig):
     eval_every: int = setting(1, "epochs between two evaluations; the last epoch is always evaluated")
     log_every: int = setting(50, "steps between two readings of the losses")
     save_every: int = setting(0, "steps between two checkpoints; 0 for one an epoch")
+    hang_minutes: float = setting(15.0, "longest a step, or waiting for its data, may take; 0 for no limit")
     text_grad_ckpt: bool = setting(False, "recompute the text transformer's layers in the backward pass too")
     tensorboard: bool = setting(False, "also write TensorBoard's event files")
     reduced_jpeg: bool = setting(False, "in training decode large JPEGs at a lower scale that no crop misses: faster")

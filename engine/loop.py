@@ -167,6 +167,7 @@ class Loop:
             signal.signal(signal.SIGTERM, previous)
         if self.writer is not None:
             self.writer.close()
+        self.run.watchdog.enter("the report", self.progress.step)
         return self.best
 
     def _ask_to_stop(self, *_: Any) -> None:
@@ -184,7 +185,10 @@ class Loop:
         while progress.step_in_epoch < progress.steps_per_epoch:
             lr = self.schedule(self.config, progress)
             set_lr(self.optimizer, lr)
-            self.step([next(batches) for _ in range(accum)])
+            self.run.watchdog.enter("data loading", progress.step)
+            read = [next(batches) for _ in range(accum)]
+            self.run.watchdog.enter("a step", progress.step)
+            self.step(read)
             progress.step += 1
             progress.step_in_epoch += 1
             self._meter("lr", lr)
@@ -297,6 +301,7 @@ class Loop:
             return {}
         self.model.eval()
         self.run.epoch = self.progress.epoch
+        self.run.watchdog.enter("evaluation", self.progress.step)
         with torch.random.fork_rng(), torch.no_grad(), autocast(self.config, self.run.device):
             return self.evaluate(self.model)
 
@@ -315,6 +320,7 @@ class Loop:
 
     def save(self) -> None:
         """Save all that continuing bit for bit needs."""
+        self.run.watchdog.enter("saving", self.progress.step)
         content = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -18,9 +19,10 @@ import torch.distributed as dist
 
 from engine.checkpoint import LAST
 from engine.config import ModelConfig, describe, load_config, save_config
-from utils import UserError, get_rank, has_group, is_main_process, on_main_process, user_message
+from engine.watchdog import BUSY_MINUTES, Watchdog, first_to_speak
+from utils import UserError, get_rank, get_world_size, has_group, is_main_process, on_main_process, user_message
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # evaluation may keep one rank busy that long
+HANG_MINUTES = 15.0  # where the task's config does not say
 
 
 class Interrupted(Exception):
@@ -40,6 +42,7 @@ class Run:
     command: str = ""
     notes: list[str] = field(default_factory=list)
     epoch: int | None = None
+    watchdog: Watchdog = field(default_factory=Watchdog)
 
     @property
     def rank(self) -> int:
@@ -102,10 +105,14 @@ def launch(
         The exit code: 0; 2 after something the user can mend; 130 after Ctrl-C; 143 after SIGTERM.
     """
     args = _parser(config_class, default_config, default_output, description, examples).parse_args()
+    watchdog = Watchdog()
     try:
         config = load_config(config_class, args.config, args.set)
-        device = _start_processes(args.device)
+        minutes = config.get("hang_minutes", HANG_MINUTES)
+        device = _start_processes(args.device, minutes)
+        watchdog = Watchdog(minutes, get_rank(), get_world_size(), _store()).start()
         run = _prepare(args, config, device)
+        run.watchdog = watchdog
         main(config, run)
         return 0
     except KeyboardInterrupt:
@@ -115,13 +122,14 @@ def launch(
     except Exception as error:
         message = user_message(error)
         if message is None and _lost_peer(error):
-            message = f"rank {get_rank()} lost another process, which ended or was killed; continue with --resume"
+            return _end_without_peer(watchdog)
         if message is None:
             raise
         return _end(f"error: {message}", 2)
     finally:
         if has_group():
             dist.destroy_process_group()
+        watchdog.close()
 
 
 def _end(message: str, code: int) -> int:
@@ -131,13 +139,22 @@ def _end(message: str, code: int) -> int:
     return code
 
 
+def _end_without_peer(watchdog: Watchdog) -> int:
+    """Say which process is gone, unless that one has said why."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it now; it takes a moment to see who is silent
+    if _first_to_speak():
+        gone = watchdog.gone() or f"rank {get_rank()} lost another process, which ended or was killed"
+        print(f"error: {gone}; continue with --resume", file=sys.stderr, flush=True)
+    return 2
+
+
+def _store() -> Any:
+    """Return the process group's store, None for one process."""
+    return dist.distributed_c10d._get_default_store() if has_group() else None
+
+
 def _first_to_speak() -> bool:
-    if not has_group():
-        return int(os.environ.get("RANK", 0)) == 0
-    try:
-        return dist.distributed_c10d._get_default_store().add("blip_last_words", 1) == 1
-    except RuntimeError:  # the store went away with the process that held it, which has spoken
-        return False
+    return first_to_speak(_store(), get_rank() if has_group() else int(os.environ.get("RANK", 0)))
 
 
 def _lost_peer(error: Exception) -> bool:
@@ -170,7 +187,7 @@ def _parser(
     return parser
 
 
-def _start_processes(device: str) -> torch.device:
+def _start_processes(device: str, minutes: float) -> torch.device:
     """Join the process group that torchrun or SLURM describes, if there is one, and choose the device."""
     _slurm_to_torchrun()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -185,7 +202,8 @@ def _start_processes(device: str) -> torch.device:
         chosen = torch.device("cuda", local_rank if chosen.index is None else chosen.index)
         torch.cuda.set_device(chosen)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        wait = timedelta(minutes=max(minutes, BUSY_MINUTES) + 10)  # the watchdog, which names the rank, speaks first
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=wait)
     return chosen
 
 

@@ -132,3 +132,14 @@ def test_wrong_settings(tmp_path):
         trained(tmp_path / "a", 8, schedule="weekly")
     with pytest.raises(UserError, match="amp is 'fp16'; expected 'bf16'"):
         trained(tmp_path / "b", 8, amp="fp16")
+
+
+def test_the_watchdog_is_told_of_every_phase(tmp_path):
+    run, told = Run(tmp_path, CPU), []
+    run.watchdog.enter = lambda phase, step: told.append((phase, step))
+    config = TrainConfig(init_lr=0.1, max_epoch=1, num_workers=0)
+    fit(run, config, Toy(), loader(8), train_step, lambda model: {"val_a": 1.0})
+    assert told == [
+        ("data loading", 0), ("a step", 0), ("data loading", 1), ("a step", 1),
+        ("saving", 2), ("evaluation", 2), ("saving", 2), ("the report", 2),
+    ]  # fmt: skip
