@@ -1,7 +1,7 @@
 """Time ours beside the plain released algorithm and Hugging Face transformers, in turn and in one run.
 
-    python -m benchmarks                    every row; benchmarks/results.json and benchmarks/RESULTS.md
-    python -m benchmarks --rows reranking   one row, printed only
+python -m benchmarks                    every row; benchmarks/results.json and benchmarks/RESULTS.md
+python -m benchmarks --rows reranking   one row, printed only
 """
 
 import argparse
@@ -13,20 +13,28 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import alternate, machine, summary
+from benchmarks.measure import BANDWIDTH, RATE, RATE_BF16, alternate, machine, summary
 from benchmarks.results import write_section
-from benchmarks.rows import ROWS, TOLERANCE, Row
+from benchmarks.rows import ROWS, Row
+from utils import UserError
 
 FOLDER = Path(__file__).parent
 
 
-def run_row(row: Row, device: str, rate: float) -> dict[str, Any]:
-    """Check that both ways agree, and time them."""
+def run_row(row: Row, device: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """Check that both ways agree, and time them.
+
+    Raises:
+        UserError: they do not.
+    """
     case = row.make(device)
     apart = case.difference()
+    if apart > row.tolerance:
+        raise UserError(f"{row.title}: the two ways differ by {apart:.1e}, more than {row.tolerance}")
     timing = alternate(case.ours, case.theirs, row.repeats)
     found = {"title": row.title, "at least": row.at_least, "aim": row.aim, "difference": apart}
-    return found | summary(timing, rate, case.gflop)
+    rate, width = (facts[RATE_BF16], 2) if row.amp else (facts[RATE], 4)
+    return found | summary(timing, case.floor, rate, facts[BANDWIDTH], width)
 
 
 def line(found: dict[str, Any]) -> str:
@@ -39,13 +47,15 @@ def line(found: dict[str, Any]) -> str:
         f"**{found['ratio']:.2f}** ({spread})",
         f"{found['at least']} / {found['aim']}",
         f"{found['difference']:.1e}",
-        f"{found['floor (GFLOP)']:.0f}",
+        f"{found['floor (GFLOP)']:.0f}, {found['floor (GB)']:.1f}",
+        f"{found['floor (s)']:.3f}",
         f"{found['times the floor']:.2f}",
     ]
     return "| " + " | ".join(cells) + " |"
 
 
-COLUMNS = ("", "theirs (s)", "ours (s)", "ratio", "at least / aim", "difference", "floor (GFLOP)", "ours / floor")
+MEASURED = ("theirs (s)", "ours (s)", "ratio", "at least / aim", "difference")
+COLUMNS = ("", *MEASURED, "floor: GFLOP, GB", "floor (s)", "ours / floor")
 HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 
@@ -64,11 +74,12 @@ def main() -> int:
     torch.backends.cuda.matmul.allow_tf32 = False
     facts, results = machine(args.device), {}
     for name in args.rows:
-        results[name] = run_row(ROWS[name], args.device, facts["matrix rate (GFLOP/s)"])
-        print(line(results[name]), flush=True)
-        if results[name]["difference"] > TOLERANCE:
-            print(f"error: {name} differs by more than {TOLERANCE}", file=sys.stderr)
+        try:
+            results[name] = run_row(ROWS[name], args.device, facts)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
             return 1
+        print(line(results[name]), flush=True)
         gc.collect()
     text = table(results, facts)
     print(text)

@@ -4,12 +4,16 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from benchmarks.floor import Part
+
+RATE, RATE_BF16 = "matrix rate (GFLOP/s)", "matrix rate in bfloat16 (GFLOP/s)"
+BANDWIDTH = "memory rate (GB/s)"
 MATRIX = 2048  # side of the matrices by which the machine is known
 
 
@@ -68,6 +72,13 @@ def matrix_rate(device: str, dtype: torch.dtype = torch.float32, repeats: int = 
     return 2 * MATRIX**3 / statistics.median(times) / 1e9
 
 
+def memory_rate(device: str, megabytes: int = 256, repeats: int = 5) -> float:
+    """Return the rate at which large tensors are read, in GB/s."""
+    block = torch.ones(megabytes * 2**18, device=device)
+    block.sum()
+    return block.numel() * 4 / statistics.median(seconds(block.sum) for _ in range(repeats)) / 1e9
+
+
 def machine(device: str) -> dict[str, Any]:
     """Return what a reader needs to compare these figures with others."""
     import transformers
@@ -78,21 +89,32 @@ def machine(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "matrix rate (GFLOP/s)": round(matrix_rate(device)),
+        RATE: round(matrix_rate(device)),
+        RATE_BF16: round(matrix_rate(device, torch.bfloat16)),
+        BANDWIDTH: round(memory_rate(device), 1),
     }
 
 
-def summary(timing: Timing, rate: float, gflop: float) -> dict[str, Any]:
+def summary(timing: Timing, floor: Sequence[Part], rate: float, bandwidth: float, width: int = 4) -> dict[str, Any]:
     """Return a row's figures.
 
     Args:
         timing: the runs.
+        floor: stages of the least that must be done.
         rate: of matrix products, GFLOP/s.
-        gflop: the least that must be computed; 0 where that is not counted.
+        bandwidth: of memory, GB/s.
+        width: bytes of a parameter.
     """
-    ours = statistics.median(timing.ours)
-    found = {"ours (s)": ours, "theirs (s)": statistics.median(timing.theirs), "ratio": timing.ratio}
-    found |= {"lowest ratio": min(timing.ratios), "highest ratio": max(timing.ratios)}
-    if gflop:
-        found |= {"floor (GFLOP)": gflop, "floor (s)": gflop / rate, "times the floor": ours * rate / gflop}
-    return found | asdict(timing)
+    ours, least = statistics.median(timing.ours), sum(part.seconds(rate, bandwidth, width) for part in floor)
+    return {
+        "ours (s)": ours,
+        "theirs (s)": statistics.median(timing.theirs),
+        "ratio": timing.ratio,
+        "lowest ratio": min(timing.ratios),
+        "highest ratio": max(timing.ratios),
+        "floor (GFLOP)": sum(part.gflop for part in floor),
+        "floor (GB)": sum(part.gigabytes(width) for part in floor),
+        "floor (s)": least,
+        "times the floor": ours / least,
+        **asdict(timing),
+    }

@@ -13,12 +13,12 @@ from engine.optim import create_optimizer
 from engine.ranking import match_image, wanted_pairs
 from models.blip import BLIP_Decoder
 from models.blip_itm import BLIP_ITM
-from models.blip_pretrain import BLIP_Pretrain
+from models.blip_pretrain import MAX_TEXT_TOKENS, BLIP_Pretrain
 from models.blip_vqa import BLIP_VQA
 from models.huggingface import from_huggingface
 from tests import plain
 
-TOLERANCE = 1e-4  # of scores, in float32
+TOLERANCE, TOLERANCE_BF16 = 1e-4, 1e-2  # of scores; of those above 1 in bfloat16, which has 8 bits, the share
 SMALL_TEXT = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "num_hidden_layers": 12}
 
 
@@ -29,24 +29,30 @@ class Case:
     Attributes:
         ours, theirs: the two ways.
         difference: largest difference of their scores; raises where strings or ranks differ.
-        gflop: what must be computed at least.
+        floor: what must be done at least, by stages.
     """
 
     ours: Callable[[], Any]
     theirs: Callable[[], Any]
     difference: Callable[[], float]
-    gflop: float
+    floor: list[floor.Part]
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a row is called, asked to reach, and made by."""
+    """What a row is called, asked to reach, and made by; `amp` tells that ours runs in bfloat16, theirs in float32."""
 
     title: str
     at_least: float
     aim: float
     make: Callable[[str], Case]
     repeats: int = 5
+    amp: bool = False
+
+    @property
+    def tolerance(self) -> float:
+        """How far apart scores may be."""
+        return TOLERANCE_BF16 if self.amp else TOLERANCE
 
 
 def word_texts(count: int, seed: int = 0) -> list[str]:
@@ -61,11 +67,26 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return (found.float().cpu() - expected.float().cpu()).abs().max().item()
 
 
+def mixed(device: str, amp: bool) -> torch.autocast:
+    """Return bfloat16 for matrix products, or nothing."""
+    return torch.autocast(device, torch.bfloat16, enabled=amp)
+
+
+def largest_difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """Return the largest difference of several numbers."""
+    return max(difference(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def shares_apart(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """Return the largest difference of numbers, relative to those above 1."""
+    return max(difference(a, b) / max(1.0, abs(float(b))) for a, b in zip(found, expected, strict=True))
+
+
 # Inference.
 
 
-def captioning(device: str) -> Case:
-    """Two images, beams of 3, 20 tokens, against Hugging Face."""
+def captioning(device: str, amp: bool = False) -> Case:
+    """Two images, beams of 3, 20 tokens, against Hugging Face in float32."""
     from transformers import BlipConfig, BlipForConditionalGeneration
 
     torch.manual_seed(0)
@@ -84,17 +105,31 @@ def captioning(device: str) -> Case:
         found = theirs.generate(pixel_values=image, input_ids=prompt, do_sample=False, **settings)
         return [ours.tokenizer.decode(row, skip_special_tokens=True) for row in found]
 
+    def answer() -> list[str]:
+        with mixed(device, amp):
+            return ours.generate(image, **settings)
+
+    @torch.no_grad()
     def same() -> float:
-        own, other = ours.generate(image, **settings), ask()
+        theirs = ask()
+        if amp:  # beams of random weights lie too close for equal strings: the scores of one text are compared
+            with mixed(device, True):
+                fast = ours(image, theirs)
+            return shares_apart([fast], [ours(image, theirs)])
         said = ours.tokenizer.decode(prompt[0], skip_special_tokens=True)
-        other = [text[len(said) :].strip() for text in other]
-        assert [text.strip() for text in own] == other, (own, other)
+        own, theirs = [text.strip() for text in answer()], [text[len(said) :].strip() for text in theirs]
+        assert own == theirs, (own, theirs)
         return 0.0
 
     text, new = ours.text_decoder.config, 20 - 5
-    steps = floor.text(5, text, 577) + new * 3 * (floor.text(1, text, 577, 12) + floor.head(1, text))
-    gflop = 2 * (floor.vit(577) + floor.projection(577, text) + steps)
-    return Case(lambda: ours.generate(image, **settings), ask, same, gflop)
+    step = 2 * 3 * (floor.text(1, text, 577, 12) + floor.head(1, text))
+    parts = [
+        floor.Part(2 * floor.vit(577), floor.vit_weights()),
+        floor.Part(2 * floor.projection(577, text), floor.projection_weights(text)),
+        floor.Part(2 * floor.text(5, text, 577), floor.text_weights(text, True)),
+        *[floor.Part(step, floor.text_weights(text, True) + floor.head_weights(text))] * new,
+    ]
+    return Case(answer, ask, same, parts)
 
 
 def reranking(device: str) -> Case:
@@ -114,8 +149,11 @@ def reranking(device: str) -> Case:
         return plain.match_logits(model, states.expand(32, -1, -1), ids, mask)
 
     text = model.text_encoder.config
-    gflop = floor.projection(577, text) + sum(floor.text(len(row), text, 577) for row in rows)
-    return Case(ours, theirs, lambda: difference(ours(), theirs()), gflop)
+    parts = [
+        floor.Part(floor.projection(577, text), floor.projection_weights(text)),
+        floor.Part(sum(floor.text(len(row), text, 577) for row in rows), floor.text_weights(text, True)),
+    ]
+    return Case(ours, theirs, lambda: difference(ours(), theirs()), parts)
 
 
 def retrieval_evaluation(device: str, share: int = 100) -> Case:
@@ -155,9 +193,12 @@ def retrieval_evaluation(device: str, share: int = 100) -> Case:
 
     text = model.text_encoder.config
     asked = wanted_pairs(to_texts, to_images, own)
-    gflop = len(own) * floor.projection(577, text)
-    gflop += sum(floor.text(len(rows[t]), text, 577) for wanted in asked for t in wanted)
-    return Case(ours, theirs, same, gflop)
+    parts = [floor.Part(len(own) * floor.projection(577, text), floor.projection_weights(text))]
+    parts += [
+        floor.Part(sum(floor.text(len(rows[t]), text, 577) for t in wanted), floor.text_weights(text, True))
+        for wanted in asked
+    ]
+    return Case(ours, theirs, same, parts)
 
 
 def answer_tokens(model: BLIP_VQA, count: int = 3128, longest: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,8 +239,9 @@ def answer_ranking(device: str, smooth_padding: bool) -> Case:
     text = model.text_decoder.config
     _, chosen = model.rank_losses(states, seen, ids, k)
     tokens = sum(needed_tokens(ids[row], mask[row], smooth_padding) for row in chosen)
-    gflop = 2 * floor.projection(12, text) + floor.text(tokens, text, 12, 6) + floor.head(tokens, text)
-    return Case(ours, theirs, same, gflop)
+    work = 2 * floor.projection(12, text) + floor.text(tokens, text, 12, 6) + floor.head(tokens, text)
+    weights = floor.projection_weights(text) + 2 * (floor.text_weights(text, True) + floor.head_weights(text))
+    return Case(ours, theirs, same, [floor.Part(work, weights)])
 
 
 def needed_tokens(ids: torch.Tensor, mask: torch.Tensor, padding: bool) -> int:
@@ -216,9 +258,7 @@ def needed_tokens(ids: torch.Tensor, mask: torch.Tensor, padding: bool) -> int:
 def training_step(model: torch.nn.Module, losses: Callable[[torch.nn.Module], Sequence[torch.Tensor]], plainly: bool):
     """Return a whole step: losses, gradients, AdamW."""
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = (
-        torch.optim.AdamW(params, lr=1e-6, foreach=False) if plainly else create_optimizer(model, 1e-6, 0.05)
-    )
+    optimizer = torch.optim.AdamW(params, lr=1e-6, foreach=False) if plainly else create_optimizer(model, 1e-6, 0.05)
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=not plainly)
@@ -231,20 +271,27 @@ def training_step(model: torch.nn.Module, losses: Callable[[torch.nn.Module], Se
 
 
 def loss_difference(
-    model: torch.nn.Module, ours: Callable[[torch.nn.Module], Any], theirs: Callable[[torch.nn.Module], Any]
+    model: torch.nn.Module,
+    ours: Callable[[torch.nn.Module], Any],
+    theirs: Callable[[torch.nn.Module], Any],
+    apart: Callable[..., float] | None = None,
 ) -> float:
     """Return how far the losses of two ways are apart, without dropout; the model is not changed."""
     with torch.no_grad():
         one, other = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
-        return max(abs(float(a) - float(b)) for a, b in zip(ours(one), theirs(other), strict=True))
+        return (apart or largest_difference)(ours(one), theirs(other))
 
 
-def pretraining_step(device: str) -> Case:
-    """Eight pairs at 224 px with texts of about 10 words."""
+def pretraining_step(device: str, amp: bool = False) -> Case:
+    """Eight pairs at 224 px with texts of about 10 words; theirs in float32."""
     torch.manual_seed(0)
     model = BLIP_Pretrain().train().to(device)
     image, texts = torch.randn(8, 3, 224, 224, device=device), word_texts(8)
     other = copy.deepcopy(model)
+
+    def ours(model: BLIP_Pretrain) -> tuple[torch.Tensor, ...]:
+        with mixed(device, amp):
+            return model(image, texts, 0.4)
 
     def contrast_and_language(losses: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [losses[0], losses[2]]  # matching draws its negatives at random; its equality is tested apart
@@ -252,20 +299,38 @@ def pretraining_step(device: str) -> Case:
     def same() -> float:
         return loss_difference(
             model,
-            lambda m: contrast_and_language(m(image, texts, 0.4)),
+            lambda m: contrast_and_language(ours(m)),
             lambda m: contrast_and_language(plain.pretraining_losses(m, image, texts, 0.4)),
+            shares_apart if amp else None,
         )
 
-    text, length = model.text_config, max(len(model.tokenizer(t).input_ids) for t in texts)
-    forward = 8 * (floor.vit(197) + floor.projection(197, text) + floor.text(length, text))
-    forward += 24 * floor.text(length, text, 197) + 8 * (floor.text(30, text, 197) + floor.head(29, text))
-    momentum = 8 * (floor.vit(197) + floor.text(length, text))
     return Case(
-        training_step(model, lambda m: m(image, texts, 0.4), plainly=False),
+        training_step(model, ours, plainly=False),
         training_step(other, lambda m: plain.pretraining_losses(m, image, texts, 0.4), plainly=True),
         same,
-        floor.TRAINING * forward + momentum,
+        pretraining_floor(model, texts),
     )
+
+
+def pretraining_floor(model: BLIP_Pretrain, texts: Sequence[str]) -> list[floor.Part]:
+    """Return the least that a step must do, with texts padded to the longest and, for the LM, to its limit."""
+    vit, text, pairs = model.visual_encoder, model.text_config, len(texts)
+    length, tokens = max(len(model.tokenizer(t).input_ids) for t in texts), vit.pos_embed.shape[1]
+    shape = (vit.embed_dim, len(vit.blocks), vit.patch_embed.patch_size[0])
+    image = floor.vit(tokens, *shape)
+    matching = 3 * floor.text(length, text, tokens)
+    language = floor.text(MAX_TEXT_TOKENS, text, tokens) + floor.head(MAX_TEXT_TOKENS - 1, text)
+    forward = image + floor.projection(tokens, text) + floor.text(length, text) + matching + language
+    twin = floor.vit_weights(*shape) + floor.text_weights(text, False)
+    return [
+        floor.Part(floor.TRAINING * pairs * forward, trained_weights(model)),
+        floor.Part(pairs * (image + floor.text(length, text)), floor.TWIN_PASSES * twin),
+    ]
+
+
+def trained_weights(model: torch.nn.Module) -> float:
+    """Return the parameters that a step must fetch and write, in thousand millions."""
+    return floor.TRAINING_PASSES * sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e9
 
 
 def captioning_step(device: str) -> Case:
@@ -280,7 +345,7 @@ def captioning_step(device: str) -> Case:
         training_step(model, lambda m: [m(image, texts)], plainly=False),
         training_step(other, lambda m: [plain.caption_loss(m, image, texts)], plainly=True),
         lambda: loss_difference(model, lambda m: [m(image, texts)], lambda m: [plain.caption_loss(m, image, texts)]),
-        floor.TRAINING * 4 * forward,
+        [floor.Part(floor.TRAINING * 4 * forward, trained_weights(model))],
     )
 
 
@@ -292,4 +357,10 @@ ROWS = {
     "vqa_padding": Row("the same, smooth_padding", 1.2, 1.4, lambda device: answer_ranking(device, True), 3),
     "pretraining": Row("pretraining step, 8 pairs", 1.5, 1.8, pretraining_step, 3),
     "captioning_step": Row("captioning step, 4 images", 1.1, 1.2, captioning_step, 3),
+    "captioning_bf16": Row(
+        "captioning in bfloat16, against Hugging Face in float32", 3, 3, lambda d: captioning(d, True), 5, True
+    ),
+    "pretraining_bf16": Row(
+        "pretraining step in bfloat16, theirs in float32", 2.5, 3.5, lambda d: pretraining_step(d, True), 3, True
+    ),
 }

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import floor, results
+from benchmarks import floor, results, throughput
 from benchmarks.measure import Timing, summary
-from benchmarks.rows import ROWS, needed_tokens, word_texts
+from benchmarks.rows import ROWS, needed_tokens, pretraining_floor, word_texts
+from models.blip_pretrain import BLIP_Pretrain
 from models.med import MedConfig, TextDecoder, TextTransformer
 from models.vit import create_vit
 from tests import plain
@@ -48,10 +49,51 @@ def test_tokens_that_must_be_computed():
     assert needed_tokens(ids, mask, padding=True) == 5 + 2 + 0 + 2
 
 
+def matrices(module):
+    return sum(p.numel() for p in module.parameters() if p.dim() > 1) / 1e9
+
+
+def test_the_weights_of_the_floor_are_the_models():
+    vit, width = create_vit({"embed_dim": 48, "depth": 2, "num_heads": 3, "patch_size": 8}, 32)
+    tables = vit.pos_embed.numel() + vit.cls_token.numel()
+    assert matrices(vit) == pytest.approx(floor.vit_weights(width, 2, 8) + tables / 1e9)
+    decoder = TextDecoder(CONFIG)
+    layers = floor.text_weights(CONFIG, True) + floor.projection_weights(CONFIG)
+    assert matrices(decoder.bert.encoder) == pytest.approx(layers)
+    assert matrices(decoder.cls) == pytest.approx(floor.head_weights(CONFIG))
+    reading = floor.text_weights(CONFIG, True) - floor.text_weights(CONFIG, False)
+    assert reading == pytest.approx(3 * 2 * 32 * 32 / 1e9)  # a layer's query and output
+
+
+def test_the_floor_of_a_pretraining_step_is_below_what_is_counted():
+    """Ours computes what the floor counts, and little more."""
+    settings = dict(med_config=vars(CONFIG) | {"vocab_size": 0}, image_size=32, queue_size=8, embed_dim=8)
+    model = BLIP_Pretrain(vit={"embed_dim": 48, "depth": 2, "num_heads": 3, "patch_size": 8}, **settings).eval()
+    texts = ["a red ring"] * 4
+    with FlopCounterMode(display=False) as counter, plain.plain_attention(model.visual_encoder):
+        sum(model(torch.randn(4, 3, 32, 32), texts, 0.4)).backward()
+    least = sum(part.gflop for part in pretraining_floor(model, texts))
+    assert 0.7 * least < counter.get_total_flops() / 1e9 < 1.3 * least
+
+
+def test_a_stage_waits_for_what_is_slower():
+    part = floor.Part(gflop=50.0, weights=1.0)
+    assert part.seconds(rate=100.0, bandwidth=20.0) == 0.5 and part.seconds(rate=100.0, bandwidth=4.0) == 1.0
+    assert part.seconds(rate=1000.0, bandwidth=4.0, width=2) == 0.5
+
+
 def test_a_row_is_summed_up_by_medians():
-    found = summary(Timing(ours=[1.0, 2.0, 1.5], theirs=[3.0, 3.0, 6.0]), rate=100.0, gflop=75.0)
+    parts = [floor.Part(50.0, 0.1), floor.Part(25.0, 10.0)]
+    found = summary(Timing(ours=[1.0, 2.0, 1.5], theirs=[3.0, 3.0, 6.0]), parts, rate=100.0, bandwidth=160.0)
     assert found["ratio"] == 2.0 and (found["lowest ratio"], found["highest ratio"]) == (1.5, 4.0)
-    assert found["times the floor"] == 2.0
+    assert (found["floor (GFLOP)"], found["floor (GB)"]) == (75.0, pytest.approx(40.4))
+    assert found["times the floor"] == 2.0  # half a second of products, a quarter of fetching
+
+
+def test_throughput_of_a_step():
+    small = dict(med_config=vars(CONFIG) | {"vocab_size": 0, "encoder_width": 192}, queue_size=8)
+    row = throughput.measure("tiny", 2, "cpu", 100.0, True, **small)
+    assert row["pairs/s"] == pytest.approx(2 / row["s a step"]) and row["MFU"] > 0 and row["GiB"] > 0
 
 
 def test_sections_are_replaced_and_others_stay(tmp_path, monkeypatch):
@@ -64,4 +106,4 @@ def test_sections_are_replaced_and_others_stay(tmp_path, monkeypatch):
 
 def test_texts_are_as_long_as_captions():
     lengths = [len(text.split()) for text in word_texts(500)]
-    assert 10 < sum(lengths) / 500 < 11 and min(lengths) >= 7 and len(ROWS) == 7
+    assert 10 < sum(lengths) / 500 < 11 and min(lengths) >= 7 and len(ROWS) == 9
