@@ -1,20 +1,22 @@
 """Bootstrap web pairs: caption every picture, and keep of web and synthetic texts those that match (section 3.3)."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data.pretrain import MAX_WORDS, open_lists
-from data.text import pre_caption
+from data.pictures import as_rgb
+from data.pretrain import open_lists
+from data.shards import expand, only_shards
 from engine.bootstrap import Row, Shards, Tally, fingerprint_of, merge, prepare, run_shards
 from engine.config import CapFiltConfig
 from engine.predictor import Captioner, Matcher, load
 from engine.report import write_report
 from engine.run import Run, launch
+from engine.tar_bootstrap import Sample, Source, TarOutput, list_source, no_output, pictures_of, tar_source
 from models.architecture import settings_of
 from utils import UserError, is_main_process, on_main_process
 
@@ -24,19 +26,23 @@ EXAMPLES = (
     "python -m torch.distributed.run --nproc_per_node=8 capfilt.py --config configs/capfilt.yaml",
 )
 STAGES = ("caption", "filter", "both")
+Judge = Callable[[Sequence[Sample], dict[str, Row]], list[Row]]  # samples, caption rows by name -> rows of texts
 FREE = ("batch_size", "num_workers", "amp", "allow_pickle", "image_root", "stage")  # what a continued run may change
 
 
-def make_captions(config: CapFiltConfig, model: Captioner, shards: Shards, seed: int) -> Callable[[int], list[Row]]:
+def make_captions(config: CapFiltConfig, model: Captioner, source: Source, seed: int) -> Callable[[int], list[Row]]:
     """Return the work of the captioning stage: a shard's pictures, each once, with their captions."""
     names = ("sample", "top_p", "num_beams", "num_captions", "max_length", "min_length", "repetition_penalty")
     settings = {name: config[name] for name in (*names, "batch_size", "num_workers")}
 
     def work(shard: int) -> list[Row]:
-        images = list(dict.fromkeys(image for image, _ in shards.pairs(shard)))
-        paths = [Path(config.image_root) / image for image in images]
-        rows = model.captions(paths, names=images, seed=seed, **settings)
-        return [row if "error" in row else caption_row(row) for row in rows]
+        rows = []
+        for samples, errors in source(shard):
+            images = [sample.picture for sample in samples]
+            found = model.captions(images, names=[sample.name for sample in samples], seed=seed, **settings)
+            rows += [row if "error" in row else caption_row(row) for row in found]
+            rows += errors
+        return rows
 
     return work
 
@@ -46,23 +52,38 @@ def caption_row(row: Row) -> Row:
     return {"image": row["image"], "captions": list(dict.fromkeys(found["caption"] for found in row["captions"]))}
 
 
-def judge_texts(
-    config: CapFiltConfig, model: Matcher, shards: Shards, captions: Shards | None
+def make_texts(
+    source: Source, captions: Shards | None, judge: Judge, output: Callable[[int], Any]
 ) -> Callable[[int], list[Row]]:
-    """Return the work of the filtering stage: every text of a shard with its probability, and whether it is kept."""
+    """Return the work of the filtering stage: every text of a shard, and whether it is kept."""
 
     def work(shard: int) -> list[Row]:
-        texts = texts_of(shards, captions, shard)
-        images = list(texts)
+        written = {row["image"]: row for row in captions.rows(shard)} if captions else {}
+        rows = []
+        with output(shard) as write:
+            for samples, errors in source(shard):
+                found = judge(samples, written)
+                write(samples, found)
+                rows += found + errors
+        return rows
+
+    return work
+
+
+def by_model(config: CapFiltConfig, model: Matcher) -> Judge:
+    """Return a judge that keeps the texts a model finds to match, each with its probability."""
+
+    def judge(samples: Sequence[Sample], written: dict[str, Row]) -> list[Row]:
+        texts = {sample.name: texts_of(sample, written) for sample in samples}
 
         def predict(image: torch.Tensor, names: list[str]) -> list[Row]:
             tokens = model.model.visual_encoder(image)
             found = model.own_probabilities(tokens, [[text for _, text in texts[name]] for name in names])
             return [{"probabilities": row} for row in found]
 
-        paths = [Path(config.image_root) / image for image in images]
+        images = [sample.picture for sample in samples]
         rows = []
-        for row in model.rows(paths, predict, config.batch_size, config.num_workers, images):
+        for row in model.rows(images, predict, config.batch_size, config.num_workers, list(texts)):
             if "error" in row:
                 rows.append(row)
                 continue
@@ -71,31 +92,25 @@ def judge_texts(
                 rows.append(text_row(row["image"], text, source, kept, probability=round(probability, 4)))
         return rows
 
-    return work
+    return judge
 
 
-def join_texts(shards: Shards, captions: Shards) -> Callable[[int], list[Row]]:
-    """Return the work of a run that only captions: all texts of a shard, all kept."""
-
-    def work(shard: int) -> list[Row]:
-        errors = [row for row in captions.rows(shard) if "error" in row]
-        bad = {row["image"] for row in errors}
-        texts = texts_of(shards, captions, shard)
-        return errors + [
-            text_row(image, text, source, True) for image in texts if image not in bad for source, text in texts[image]
-        ]
-
-    return work
+def keep_all(samples: Sequence[Sample], written: dict[str, Row]) -> list[Row]:
+    """Keep every text of the pictures that could be captioned: the judge of a run that only captions."""
+    rows = []
+    for sample in samples:
+        if "error" in written[sample.name]:
+            rows.append(written[sample.name])
+        else:
+            rows += [text_row(sample.name, text, source, True) for source, text in texts_of(sample, written)]
+    return rows
 
 
-def texts_of(shards: Shards, captions: Shards | None, shard: int) -> dict[str, list[tuple[str, str]]]:
-    """Return the (source, text) pairs of each picture of a shard, its web texts first."""
-    texts: dict[str, list[tuple[str, str]]] = {}
-    for image, text in shards.pairs(shard):
-        texts.setdefault(image, []).append(("web", pre_caption(text, MAX_WORDS)))
-    for row in captions.rows(shard) if captions else ():
-        texts[row["image"]] += [("synthetic", text) for text in row.get("captions", ())]
-    return {image: [(source, text) for source, text in found if text.strip()] for image, found in texts.items()}
+def texts_of(sample: Sample, written: dict[str, Row]) -> list[tuple[str, str]]:
+    """Return the (source, text) pairs of a picture, its web texts first."""
+    captions = written.get(sample.name, {}).get("captions", ())
+    found = [("web", text) for text in sample.texts] + [("synthetic", text) for text in captions]
+    return [(source, text) for source, text in found if text.strip()]
 
 
 def text_row(image: str, text: str, source: str, kept: bool, **more: Any) -> Row:
@@ -107,18 +122,22 @@ def main(config: CapFiltConfig, run: Run) -> None:
     """Caption, filter, merge and report."""
     check(config)
     captions, texts = make_shards(config, run)
+    source = tar_source(texts, config.shard_size) if texts.tars else list_source(texts, config.image_root)
+    output = TarOutput(run.output_dir / "bootstrapped") if texts.tars else no_output
+    unit = "tar files" if texts.tars else "pairs"
     if config.stage != "filter":
         model = load("caption", config.captioner, str(run.device), config.amp, config.allow_pickle)
-        run_shards(captions, make_captions(config, model, captions, run.seed), "captioning, pairs")
-    if config.stage == "caption":
-        work = join_texts(texts, captions)
-    else:
-        model = load("match", config.filter, str(run.device), config.amp, config.allow_pickle)
-        work = judge_texts(config, model, texts, captions)
-    run_shards(texts, work, "filtering, pairs")
+        run_shards(captions, make_captions(config, model, source, run.seed), f"captioning, {unit}")
+    judge = keep_all
+    if config.stage != "caption":
+        judge = by_model(config, load("match", config.filter, str(run.device), config.amp, config.allow_pickle))
+    run_shards(texts, make_texts(source, captions, judge, output), f"filtering, {unit}")
     if is_main_process():  # the others are done: merging may take longer than they would wait
-        page = report(config, run, merge(texts, run.output_dir))
-        run.print(f"bootstrapped set: {run.output_dir / 'bootstrapped.jsonl'}\nreport: {page}")
+        page = report(config, run, texts, merge(texts, run.output_dir))
+        if texts.tars:
+            output.tidy(len(texts))
+        made = f"{output.folder}/*.tar" if texts.tars else run.output_dir / "bootstrapped.jsonl"
+        run.print(f"bootstrapped set: {made}\nreport: {page}")
 
 
 def make_shards(config: CapFiltConfig, run: Run) -> tuple[Shards | None, Shards]:
@@ -127,12 +146,14 @@ def make_shards(config: CapFiltConfig, run: Run) -> tuple[Shards | None, Shards]
     Raises:
         UserError: the folder holds shards of other settings, or captions that are not finished.
     """
-    lists, folder = open_lists(config.pairs), run.output_dir / "shards"
-    captions = Shards(lists, config.shard_size, folder / "captions")
+    tars, folder = only_shards(config.pairs, "pairs"), run.output_dir / "shards"
+    files = expand(config.pairs, "pairs") if tars else config.pairs
+    lists, size = ([files], 1) if tars else (open_lists(files), config.shard_size)
+    captions = Shards(lists, size, folder / "captions", tars)
     if config.stage == "filter" and not any(captions.folder.glob("*.jsonl")):
         captions = None
     mark = {key: value for key, value in asdict(config).items() if key not in FREE} | {"seed": run.seed}
-    mark |= {"pairs": [fingerprint_of(path) for path in config.pairs], "captioner": fingerprint_of(config.captioner)}
+    mark |= {"pairs": [fingerprint_of(path) for path in files], "captioner": fingerprint_of(config.captioner)}
     of_texts = {
         "filter": fingerprint_of(config.filter),
         "threshold": config.threshold,
@@ -150,7 +171,7 @@ def make_shards(config: CapFiltConfig, run: Run) -> tuple[Shards | None, Shards]
             f"{missing} of {len(captions)} shards have no captions yet; finish them with stage=caption first"
         )
     of_texts["judged"] = config.stage != "caption"
-    texts = Shards(lists, config.shard_size, folder / "texts")
+    texts = Shards(lists, size, folder / "texts", tars)
     on_main_process(lambda: prepare(texts.folder, of_captions | of_texts, run.overwrite))
     return captions, texts
 
@@ -174,7 +195,7 @@ def check(config: CapFiltConfig) -> None:
             settings_of(config[name], config.allow_pickle)
 
 
-def report(config: CapFiltConfig, run: Run, tally: Tally) -> str:
+def report(config: CapFiltConfig, run: Run, shards: Shards, tally: Tally) -> str:
     """Print what was kept and write the report page."""
     scores = tally.scores()
     for source, row in scores.items():
@@ -184,18 +205,23 @@ def report(config: CapFiltConfig, run: Run, tally: Tally) -> str:
     how = f"nucleus sampling, top_p {config.top_p}" if config.sample else f"beam search of width {config.num_beams}"
     if config.stage != "filter":
         run.note(f"synthetic captions by {how}")
-    cards = [card(config, rows) for rows in tally.shown]
+    names = [rows[0]["image"] for rows in tally.shown]
+    if shards.tars:
+        pictures = {name: as_rgb(data) for name, data in pictures_of(shards.lists[0], names).items()}
+    else:
+        pictures = {name: Path(config.image_root) / name for name in names}
+    cards = [card(pictures[name], rows) for name, rows in zip(names, tally.shown, strict=True) if name in pictures]
     page = write_report(run.output_dir, "CapFilt", scores, (), cards, run.notes, histograms=tally.histograms)
     return str(page)
 
 
-def card(config: CapFiltConfig, rows: list[Row]) -> dict[str, Any]:
+def card(picture: Any, rows: list[Row]) -> dict[str, Any]:
     """Show a picture with its texts, kept ones green, dropped ones red."""
     lines = [
         (f"{row['source']} {row.get('probability', '')}", row["caption"], "good" if row["kept"] else "bad")
         for row in rows
     ]
-    return {"image": Path(config.image_root) / rows[0]["image"], "lines": lines}
+    return {"image": picture, "lines": lines}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from data.coco_flickr import MAX_WORDS, CaptionEval, CaptionTrain, RetrievalEval
 from data.nlvr import NLVR
 from data.pretrain import PairDataset, list_turns
 from data.sampler import EpochSampler, SeededDataset, ShardSampler
-from data.shards import TarPairs, is_shard
+from data.shards import TarPairs, only_shards
 from data.transforms import Transform, test_transform, train_transform
 from data.video import VideoDataset
 from data.vqa import VQATest, VQATrain, vqa_collate_fn
@@ -109,9 +109,9 @@ def _nocaps(config: Any, train: Transform, test: Transform) -> tuple[Dataset, Da
 
 def _pretrain(config: Any, train: Transform, test: Transform) -> Dataset:
     files = config["train_file"]
-    if any(is_shard(name) for name in files):
-        if config["laion_path"] or not all(is_shard(name) for name in files):
-            raise UserError("train_file names both shards and lists, or laion_path is set; give shards alone")
+    if only_shards(files, "train_file"):
+        if config["laion_path"]:
+            raise UserError("train_file names shards and laion_path a folder of lists; give shards alone")
         return TarPairs(files, train, config["batch_size"], config.get("shard_pairs", 0), config["shuffle_buffer"])
     return PairDataset(config["train_file"], config["image_root"], train, list_turns(config["laion_path"]))
 

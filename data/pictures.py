@@ -1,5 +1,6 @@
 """Pictures of one's own: files, folders and lists, read one by one, with no bad one fatal."""
 
+import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from utils import UserError, user_message
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 LISTS = {".txt", ".json", ".jsonl"}
-Picture = str | Path | Image.Image
+Picture = str | Path | bytes | Image.Image
 
 
 def find_pictures(names: Iterable[str | Path]) -> list[Path]:
@@ -83,7 +84,7 @@ class PictureDataset(Dataset):
     """Pictures as tensors: {"index", "image" (3, H, W), "error"}; a bad one has an error and no tensor.
 
     Args:
-        pictures: paths, or pictures already open.
+        pictures: paths, encoded pictures, or pictures already open.
         transform: RGB picture -> tensor.
     """
 
@@ -101,17 +102,22 @@ class PictureDataset(Dataset):
 
 
 def as_rgb(picture: Picture) -> Image.Image:
-    """Return a picture given as a path or open, as RGB, upright.
+    """Return a picture given as a path, encoded or open, as RGB, upright.
 
     Raises:
         UserError: it cannot be read.
     """
-    if not isinstance(picture, Image.Image):
+    if isinstance(picture, str | Path):
         return open_image(Path(picture), upright=True)
     try:
+        if isinstance(picture, bytes):
+            with Image.open(io.BytesIO(picture)) as opened:
+                return to_rgb(opened, upright=True)
         return to_rgb(picture, upright=True)
     except BAD_PICTURE as error:
-        raise UserError(f"an open picture cannot be read ({error}); open it again") from None
+        reason = str(error).split(" <_io", 1)[0]  # without an address, which is another one each time
+        kind = "a picture" if isinstance(picture, bytes) else "an open picture"
+        raise UserError(f"{kind} cannot be read ({reason}); replace it or take it out") from None
 
 
 def picture_batches(

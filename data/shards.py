@@ -29,24 +29,65 @@ from utils import UserError, get_rank, get_world_size, on_main_process, track
 
 PIPE = "pipe:"
 PICTURES = ("jpg", "jpeg", "png", "webp")
+READ = (*PICTURES, "txt", "json")
+LARGEST = 1 << 28  # bytes of a file in a shard
 
 
 @dataclass
 class Record:
-    """One sample as the shard holds it: where it is from, the encoded picture, and the caption."""
+    """One sample as the shard holds it.
+
+    Attributes:
+        name: where it is from: shard and key, for messages.
+        picture: encoded.
+        caption: its text.
+        key: its files' common name.
+        ending: the picture's.
+        facts: what its .json says.
+    """
 
     name: str
     picture: bytes
     caption: str
+    key: str
+    ending: str
+    facts: dict[str, Any]
+
+
+class _Header(tarfile.TarInfo):
+    """A header of which a damaged one is an error, not the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.InvalidHeaderError as error:
+            raise tarfile.ReadError(f"{error}, or the file before it lies about its size") from None
 
 
 def is_shard(name: str) -> bool:
-    """Tell whether an entry of `train_file` names shards rather than a list."""
+    """Tell whether an entry of `train_file` or `pairs` names shards rather than a list."""
     return name.startswith(PIPE) or name.split("?")[0].endswith(".tar")
 
 
-def expand(names: Sequence[str]) -> list[str]:
+def only_shards(names: Sequence[str], setting: str) -> bool:
+    """Tell whether the entries of a setting name shards or, all of them, lists.
+
+    Raises:
+        UserError: both.
+    """
+    found = [is_shard(name) for name in map(str, names)]
+    if any(found) and not all(found):
+        raise UserError(f"{setting} names both shards and lists; give one kind alone")
+    return any(found)
+
+
+def expand(names: Sequence[str], setting: str = "train_file") -> list[str]:
     """Return the shards that names stand for: `{00000..00131}` counts, `*` matches files; a pipe is a command each.
+
+    Args:
+        names: as a setting gives them.
+        setting: which, for messages.
 
     Raises:
         UserError: nothing matches, or a file does not exist.
@@ -57,16 +98,16 @@ def expand(names: Sequence[str]) -> list[str]:
         if counted:
             first, last = counted.groups()
             numbers = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
-            found += expand([name[: counted.start()] + number + name[counted.end() :] for number in numbers])
+            found += expand([name[: counted.start()] + number + name[counted.end() :] for number in numbers], setting)
         elif name.startswith(PIPE):
             found.append(name)
         else:
-            found += sorted(glob.glob(name)) or _missing(name)
+            found += sorted(glob.glob(name)) or _missing(name, setting)
     return found
 
 
-def _missing(name: str) -> list[str]:
-    raise UserError(f"shard {name} does not exist; correct train_file")
+def _missing(name: str, setting: str) -> list[str]:
+    raise UserError(f"shard {name} does not exist; correct {setting}")
 
 
 @contextmanager
@@ -84,7 +125,13 @@ def open_shard(shard: str) -> Iterator[BinaryIO]:
         try:
             yield process.stdout
             process.stdout.read()  # the padding after the archive
-        except GeneratorExit:  # the reader has had enough
+        except tarfile.TarError:
+            if process.stdout.read(1):  # there is more, so the archive is damaged; else the command may have failed
+                process.kill()
+                raise
+            if not process.wait():
+                raise
+        except BaseException:  # the reader has had enough
             process.kill()
             raise
     if process.returncode:
@@ -95,30 +142,47 @@ def read_shard(shard: str) -> Iterator[Record]:
     """Yield a shard's samples: files that follow each other and share their name up to the first dot.
 
     Raises:
-        OSError, tarfile.TarError: the shard is not there, damaged, or ends early.
+        OSError: the shard is not there, or its command fails.
+        tarfile.TarError: it is damaged, or ends early.
     """
     key, parts = "", {}
-    with open_shard(shard) as file, tarfile.open(fileobj=file, mode="r|") as tar:
+    with open_shard(shard) as file, tarfile.open(fileobj=file, mode="r|", tarinfo=_Header) as tar:
         for member in tar:
             if not member.isfile():
                 continue
             folder, _, base = member.name.rpartition("/")
             stem, _, ending = base.partition(".")
-            if (name := f"{folder}/{stem}") != key:
+            if (name := f"{folder}/{stem}".strip("/")) != key:
                 yield from _record(shard, key, parts)
                 key, parts = name, {}
-            parts[ending.lower()] = tar.extractfile(member).read()
+            if (ending := ending.lower()) in READ:
+                parts[ending] = _content(tar, member)
         yield from _record(shard, key, parts)
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """Return a file's bytes, if they are no more than a picture may have."""
+    if not 0 <= member.size <= LARGEST:
+        raise tarfile.ReadError(f"{member.name} says it has {member.size} bytes; expected at most {LARGEST}")
+    return tar.extractfile(member).read()
 
 
 def _record(shard: str, key: str, parts: dict[str, bytes]) -> Iterator[Record]:
     """Yield the sample that its files make, if they hold a picture and a text."""
-    picture = next((parts[ending] for ending in PICTURES if ending in parts), None)
-    text = parts.get("txt", b"").decode("utf-8", "replace")
-    if not text and "json" in parts:
-        text = json.loads(parts["json"]).get("caption") or ""
-    if picture is not None and text:
-        yield Record(f"{shard}: {key.strip('/')}", picture, text)
+    ending = next((ending for ending in PICTURES if ending in parts), "")
+    facts = _facts(parts.get("json", b""))
+    text = parts.get("txt", b"").decode("utf-8", "replace") or facts.get("caption")
+    if ending and text and isinstance(text, str):
+        yield Record(f"{shard}: {key}", parts[ending], text, key, ending, facts)
+
+
+def _facts(text: bytes) -> dict[str, Any]:
+    """Return what a .json says; nothing where it is not what it should be."""
+    try:
+        facts = json.loads(text) if text else {}
+    except (ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def count_pairs(shards: Sequence[str]) -> int:

@@ -26,20 +26,23 @@ class Shards:
     """Pairs of several lists, cut into shards, and a folder with a file for each finished one.
 
     Args:
-        lists: sequences of (image path, text).
-        size: pairs of a shard.
+        lists: sequences of (image path, text); or one of tar files' names, each of which is a shard.
+        size: pairs of a shard; 1 for tar files.
         folder: of the finished shards.
+        tars: whether they are tar files.
     """
 
-    def __init__(self, lists: Sequence[PairList | Sequence[Pair]], size: int, folder: Path):
-        self.lists, self.size, self.folder = lists, size, folder
+    def __init__(
+        self, lists: Sequence[PairList | Sequence[Pair] | Sequence[str]], size: int, folder: Path, tars: bool = False
+    ):
+        self.lists, self.size, self.folder, self.tars = lists, size, folder, tars
         self.total = sum(len(pairs) for pairs in lists)
 
     def __len__(self) -> int:
         return -(-self.total // self.size)
 
-    def pairs(self, shard: int) -> list[Pair]:
-        """Return the pairs of a shard."""
+    def pairs(self, shard: int) -> list[Pair] | list[str]:
+        """Return the pairs of a shard, or the name of its tar file."""
         found, start = [], 0
         first, last = shard * self.size, min((shard + 1) * self.size, self.total)
         for pairs in self.lists:
@@ -71,6 +74,8 @@ def prepare(folder: Path, settings: Row, overwrite: bool = False) -> None:
     path, settings = folder / "settings.json", json.loads(json.dumps(settings))
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for part in folder.glob("*.part*"):  # of a start that was killed
+            part.unlink(missing_ok=True)
         old = _read_settings(path)
         if old == settings:
             return
@@ -120,7 +125,8 @@ def run_shards(shards: Shards, work: Callable[[int], list[Row]], title: str) -> 
     first, finished = min(done * shards.size, shards.total), 0
     for shard in next_shards(shards, title):
         rows = work(shard)
-        refuse_unreadable(shard, rows)
+        if not shards.tars:
+            refuse_unreadable(shard, rows)
         write_shard(shards.path(shard), rows)
         finished += len(shards.pairs(shard)) * get_world_size()
         line.update(min(first + finished, shards.total), f"{len(shards)} shards", first)
@@ -267,10 +273,12 @@ class Distinct:
 def merge(shards: Shards, folder: Path) -> Tally:
     """Write bootstrapped.jsonl, dropped.jsonl and unreadable.jsonl from the finished shards, and count them.
 
+    Of tar files there is no bootstrapped.jsonl: the bootstrapped tar files say as much.
+
     Raises:
         UserError: they could not be written.
     """
-    tally, names = Tally(), ("bootstrapped", "dropped", "unreadable")
+    tally, names = Tally(), ("dropped", "unreadable") if shards.tars else ("bootstrapped", "dropped", "unreadable")
     temporary = {name: folder / f"{name}.jsonl.part" for name in names}
     try:
         files = {name: open(path, "w", encoding="utf-8") for name, path in temporary.items()}  # noqa: SIM115
@@ -279,7 +287,8 @@ def merge(shards: Shards, folder: Path) -> Tally:
             tally.add(rows)
             for row in rows:
                 name = "unreadable" if "error" in row else "bootstrapped" if row["kept"] else "dropped"
-                write_rows(files[name], [{key: value for key, value in row.items() if key != "kept"}])
+                if name in files:
+                    write_rows(files[name], [{key: value for key, value in row.items() if key != "kept"}])
         for name, file in files.items():
             file.close()
             temporary[name].replace(folder / f"{name}.jsonl")

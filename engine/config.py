@@ -209,7 +209,7 @@ class PretrainConfig(TrainConfig):
 class CapFiltConfig(Settings):
     """Captioning and filtering of web pairs (paper section 3.3)."""
 
-    pairs: list = setting([], "lists of web pairs, JSON or JSON lines")
+    pairs: list = setting([], "lists of web pairs, JSON or JSON lines; or tar shards, as a/{000..131}.tar or pipe:...")
     image_root: str = setting("", "folder that the pairs' picture paths start from")
     captioner: str = setting("", "checkpoint that writes captions: a path, a URL or hf:owner/name")
     filter: str = setting("", "checkpoint that judges texts: a path, a URL or hf:owner/name")
@@ -223,7 +223,7 @@ class CapFiltConfig(Settings):
     min_length: int = setting(5, "shortest caption in tokens, prompt included")
     repetition_penalty: float = setting(1.0, "above 1 discourages words already said")
     threshold: float = setting(0.5, "least probability of a match of texts that are kept")
-    shard_size: int = setting(1000, "pairs of one shard, the unit of work and of continuing")
+    shard_size: int = setting(1000, "pairs of one shard, the unit of work; of tar shards, how many are held at once")
     batch_size: int = setting(64, "pictures at once")
     num_workers: int = setting(0, "processes that read pictures, per process")
     amp: str = setting("", "'bf16' for mixed precision in bfloat16; '' for float32")

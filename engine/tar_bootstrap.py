@@ -1,0 +1,202 @@
+"""CapFilt's pictures: from lists, or from tar shards, for which it writes tar shards of the bootstrapped pairs."""
+
+import io
+import json
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.pretrain import MAX_WORDS
+from data.shards import Record, read_shard
+from data.text import pre_caption
+from engine.bootstrap import SHOWN, Row, Shards
+from utils import UserError
+
+
+@dataclass
+class Sample:
+    """A picture and its web texts.
+
+    Attributes:
+        name: its path, or its key in a tar shard; within a shard no other has it.
+        picture: path, or encoded.
+        texts: web texts, cleaned.
+        record: as the tar shard holds it.
+    """
+
+    name: str
+    picture: Path | bytes
+    texts: list[str]
+    record: Record | None = None
+
+
+# A shard's samples, some at a time, and rows for what could not be read.
+Source = Callable[[int], Iterator[tuple[list[Sample], list[Row]]]]
+
+
+def list_source(shards: Shards, image_root: str) -> Source:
+    """Return what gives a shard's pictures, each once, all at a time, from lists."""
+
+    def source(shard: int) -> Iterator[tuple[list[Sample], list[Row]]]:
+        samples: dict[str, Sample] = {}
+        for image, text in shards.pairs(shard):
+            sample = samples.setdefault(image, Sample(image, Path(image_root) / image, []))
+            sample.texts.append(pre_caption(text, MAX_WORDS))
+        yield list(samples.values()), []
+
+    return source
+
+
+def tar_source(shards: Shards, size: int) -> Source:
+    """Return what gives the samples of a shard that is a tar file, `size` at a time.
+
+    An archive that is damaged counts as one unreadable picture, after those before the damage. A command that fails
+    ends the run, since the next start may have better luck.
+    """
+
+    def source(shard: int) -> Iterator[tuple[list[Sample], list[Row]]]:
+        (tar,) = shards.pairs(shard)
+        held: list[Sample] = []
+        errors: list[Row] = []
+        try:
+            for sample in _samples(tar):
+                held.append(sample)
+                if len(held) == size:
+                    yield held, []
+                    held = []
+        except tarfile.TarError as error:
+            errors = [{"image": tar, "error": f"the archive cannot be read to its end ({error})"}]
+        except OSError as error:
+            raise UserError(
+                f"shard {tar} cannot be read ({error}); mend that and start again: finished shards are kept"
+            ) from None
+        yield held, errors
+
+    return source
+
+
+def _samples(tar: str) -> Iterator[Sample]:
+    """Yield a tar file's samples under names of their own: a key that comes again has a number."""
+    seen: Counter[str] = Counter()
+    for record in read_shard(tar):
+        seen[record.key] += 1
+        name = record.key if seen[record.key] == 1 else f"{record.key}#{seen[record.key]}"
+        yield Sample(name, record.picture, [pre_caption(record.caption, MAX_WORDS)], record)
+
+
+# What is written.
+
+Write = Callable[[Sequence[Sample], Sequence[Row]], None]
+
+
+class TarOutput:
+    """The bootstrapped set as tar shards, one for each shard of the input.
+
+    Args:
+        folder: of the tar files; its earlier ones that no shard will write are removed by `tidy`.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def path(self, shard: int) -> Path:
+        """Return the tar file of a shard."""
+        return self.folder / f"{shard:05d}.tar"
+
+    @contextmanager
+    def __call__(self, shard: int) -> Iterator[Write]:
+        """Write a shard, whole or not at all.
+
+        Raises:
+            UserError: the disk is full, or the folder may not be written.
+        """
+        temporary = self.path(shard).with_suffix(f".tar.part{os.getpid()}")
+        number = 0
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                with tarfile.open(fileobj=file, mode="w") as tar:
+
+                    def write(samples: Sequence[Sample], rows: Sequence[Row]) -> None:
+                        nonlocal number
+                        number += add_pairs(tar, samples, rows)
+
+                    yield write
+                file.flush()
+                os.fsync(file.fileno())
+            stats = self.path(shard).with_name(f"{shard:05d}_stats.json")  # what `data.shards.count_pairs` looks for
+            stats.write_text(json.dumps({"successes": number}))
+            temporary.replace(self.path(shard))
+        except OSError as error:
+            raise UserError(
+                f"{self.path(shard)} could not be written ({error.strerror}); free space and start again: finished "
+                "shards are kept"
+            ) from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def tidy(self, num_shards: int) -> None:
+        """Remove what an earlier run of other settings, or a killed one, has left."""
+        own = {path for i in range(num_shards) for path in (f"{i:05d}.tar", f"{i:05d}_stats.json")}
+        for path in self.folder.glob("[0-9]*"):
+            if path.name not in own:
+                path.unlink()
+
+
+@contextmanager
+def no_output(shard: int) -> Iterator[Write]:
+    """Write no tar file; what `TarOutput` is for lists."""
+    yield lambda samples, rows: None
+
+
+def add_pairs(tar: tarfile.TarFile, samples: Sequence[Sample], rows: Sequence[Row]) -> int:
+    """Add a sample for each kept row: the picture as it was, the caption, and where both are from.
+
+    Returns:
+        How many were added.
+    """
+    by_name = {sample.name: sample for sample in samples}
+    numbers: Counter[str] = Counter()
+    for row in rows:
+        if not row.get("kept"):
+            continue
+        sample = by_name[row["image"]]
+        key = f"{sample.name}-{numbers[sample.name]}"
+        numbers[sample.name] += 1
+        _add(tar, f"{key}.{sample.record.ending}", sample.picture)
+        _add(tar, f"{key}.txt", row["caption"].encode())
+        _add(tar, f"{key}.json", json.dumps(facts_of(sample, row), ensure_ascii=False).encode())
+    return sum(numbers.values())
+
+
+def facts_of(sample: Sample, row: Row) -> dict[str, Any]:
+    """Return what the .json of a bootstrapped pair says: its text, source and probability, and the picture's origin."""
+    facts = {key: row[key] for key in ("caption", "source", "probability") if key in row} | {"key": sample.record.key}
+    return facts | {"url": sample.record.facts["url"]} if "url" in sample.record.facts else facts
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Add a file, with no time and no owner, so that the same content makes the same archive."""
+    header = tarfile.TarInfo(name)
+    header.size = len(content)
+    tar.addfile(header, io.BytesIO(content))
+
+
+def pictures_of(tars: Sequence[str], names: Sequence[str]) -> dict[str, bytes]:
+    """Return the encoded pictures of names that a report shows, as far as the first tar files have them."""
+    found: dict[str, bytes] = {}
+    for tar in tars[:SHOWN]:
+        try:
+            for sample in _samples(tar):
+                if sample.name in names:
+                    found.setdefault(sample.name, sample.picture)
+                if len(found) == len(set(names)):
+                    return found
+        except (OSError, tarfile.TarError):
+            continue
+    return found
