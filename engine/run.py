@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from engine.checkpoint import LAST
 from engine.config import ModelConfig, describe, load_config, save_config
+from engine.rendezvous import join_group, was_restarted
 from engine.watchdog import BUSY_MINUTES, Watchdog, first_to_speak
 from utils import UserError, get_rank, get_world_size, has_group, is_main_process, on_main_process, user_message
 
@@ -203,7 +204,7 @@ def _start_processes(device: str, minutes: float) -> torch.device:
         torch.cuda.set_device(chosen)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         wait = timedelta(minutes=max(minutes, BUSY_MINUTES) + 10)  # the watchdog, which names the rank, speaks first
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=wait)
+        join_group("nccl" if chosen.type == "cuda" else "gloo", wait)
     return chosen
 
 
@@ -224,13 +225,13 @@ def _prepare(args: argparse.Namespace, config: ModelConfig, device: torch.device
     seed_everything(args.seed + get_rank())
     run = Run(Path(args.output_dir), device, args.seed, args.evaluate, command=f"python {' '.join(sys.argv)}")
     run.overwrite = args.overwrite
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     last = run.output_dir / LAST
+    restarted, holds_run = was_restarted(), on_main_process(last.is_file)  # decided once, for all processes
     if args.checkpoint:
         run.resume = Path(args.checkpoint)
-    elif args.resume or (restarted and last.is_file()):
+    elif args.resume or (restarted and holds_run):
         run.resume = last
-    elif last.is_file() and not args.evaluate and not args.overwrite:
+    elif holds_run and not args.evaluate and not args.overwrite:
         raise UserError(f"{run.output_dir} holds a run; continue it with --resume, or begin anew with --overwrite")
     on_main_process(lambda: _write_folder(run, config, begin=not run.resume and not args.evaluate))
     return run

@@ -90,7 +90,7 @@ class Watchdog:
         if minutes:
             self.interval = min(self.interval, self.limit / 10)
         self.store = store.clone() if hasattr(store, "clone") else store  # a copy can be used beside the original
-        self.keys = [f"blip_watch/{attempt()}/{rank}" for rank in range(world_size)]
+        self.keys = [f"blip_watch/{rank}" for rank in range(world_size)]
         self.heard = {rank: Heard() for rank in range(world_size)}
         self.state, self.complete = State(), False
         self.answered = time.monotonic()
@@ -235,14 +235,9 @@ def first_to_speak(store: Any, rank: int) -> bool:
     if store is None:
         return rank == 0
     try:
-        return store.add(f"blip_last_words/{attempt()}", 1) == 1
+        return store.add("blip_last_words", 1) == 1
     except RuntimeError:  # rank 0, which held the store, is gone
         return rank == 1
-
-
-def attempt() -> str:
-    """Return how often torchrun has started the run again."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def name(ranks: list[int]) -> str:

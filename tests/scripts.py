@@ -55,8 +55,24 @@ def run_here(script, *args):
     raise AssertionError(f"{script} ended without an exit code")
 
 
+def family(pid):
+    """A process and all that descend from it; torchrun's workers have sessions of their own."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid] + [found for child in children for found in family(child)]
+
+
+def kill_family(pid):
+    """SIGKILL a process with all that descend from it."""
+    for found in family(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(found), signal.SIGKILL)
+
+
 def run_and_signal(script, *args, when, number=signal.SIGKILL, processes=1, limit=120):
-    """Start a script, send its process group a signal as soon as `when()` is true, by `limit` seconds, and wait."""
+    """Start a script, send it a signal as soon as `when()` is true, by `limit` seconds, and wait.
+
+    SIGKILL goes to all its processes; any other to its group, whose torchrun passes it on.
+    """
     process = subprocess.Popen(
         command(script, *args, processes=processes),
         cwd=ROOT,
@@ -74,9 +90,9 @@ def run_and_signal(script, *args, when, number=signal.SIGKILL, processes=1, limi
             time.sleep(0.01)
     except AssertionError:
         if process.poll() is None:  # or it would go on beside the other tests
-            os.killpg(process.pid, signal.SIGKILL)
+            kill_family(process.pid)
         raise
-    os.killpg(process.pid, number)
+    kill_family(process.pid) if number == signal.SIGKILL else os.killpg(process.pid, number)
     output = process.communicate(timeout=120)[0]
     return process.returncode, output
 

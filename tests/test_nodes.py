@@ -1,0 +1,100 @@
+"""Two machines, as two torchrun agents with a common rendezvous: one is lost with its process, and comes back."""
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+import torch
+from scripts import ROOT, TINY, environment, kill_family, lines, settings
+
+from data.miniature import write_miniature
+from engine.rendezvous import agree
+from utils import UserError
+
+LAUNCH = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max_restarts=3", "--rdzv_backend=c10d",
+          "--rdzv_id=one-run", "--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=2"]  # fmt: skip
+
+# Else torchrun tells an agent that joins a second start nothing of the store, and it gives up after a minute.
+ENVIRONMENT = environment() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+@pytest.fixture
+def node(tmp_path):
+    """Start an agent of a run, with its process."""
+    world = write_miniature(tmp_path / "world", 1, num_train=8, num_val=2, num_test=2, num_web=0)
+    pairs = f"[{world / 'annotations' / 'pretrain_human.json'}]"
+    more = settings(image_root=world, train_file=pairs, batch_size=2, queue_size=16, save_every=1, log_every=1)
+    sizes = [part for value in TINY for part in ("--set", value)]
+    started = []
+
+    def start(port, folder):
+        args = ["--config", "configs/miniature/pretrain.yaml", "--output_dir", folder, *sizes, *more]
+        command = [sys.executable, *LAUNCH, f"--rdzv_endpoint=127.0.0.1:{port}", ROOT / "pretrain.py", *args]
+        output = open(tmp_path / f"{len(started)}.log", "w")  # noqa: SIM115
+        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=ENVIRONMENT,
+                                   stdout=output, stderr=subprocess.STDOUT)  # fmt: skip
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            kill_family(process.pid)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def wait_for(condition, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.01)
+
+
+def test_a_node_is_lost_and_comes_back(node, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    port = free_port()
+    agents = [node(port, whole), node(port, whole)]
+    assert [agent.wait(120) for agent in agents] == [0, 0]
+    port = free_port()
+    first = node(port, broken)
+    time.sleep(0.5)
+    lost = node(port, broken)
+    wait_for(lambda: lines(broken / "curve.jsonl") >= 3)
+    kill_family(lost.pid)
+    lost.wait()
+    back = node(port, broken)
+    assert [agent.wait(120) for agent in (first, back)] == [0, 0]
+    assert "continuing from" in (tmp_path / "2.log").read_text() + (tmp_path / "4.log").read_text()
+    one, other = (torch.load(f / "checkpoint_last.pth", weights_only=True)["model"] for f in (whole, broken))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert (whole / "curve.jsonl").read_text() == (broken / "curve.jsonl").read_text()
+
+
+def test_processes_agree_on_a_name_of_each_start():
+    """Two starts of three processes on one store, which keeps the keys of the first, and of one that never began."""
+    store, barrier, limit = torch.distributed.HashStore(), threading.Barrier(3), timedelta(seconds=20)
+
+    def start(rank):
+        found = []
+        for _ in range(2):
+            found.append(agree(store, rank, 3, limit))
+            barrier.wait()
+        return found
+
+    store.set("asks/1", "stale")
+    store.set("answer/2", "stale start-0")
+    with ThreadPoolExecutor(3) as pool:
+        one, other, third = pool.map(start, range(3))
+    assert one == other == third and one[0] != one[1] and "start-0" not in one
+    with pytest.raises(UserError, match="rank 2 of 3 waited 0:00:00.050000 for the other processes"):
+        agree(store, 2, 3, timedelta(milliseconds=50))
