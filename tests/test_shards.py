@@ -142,6 +142,50 @@ def test_mistakes(shards):
         batches(config(shards, ["pipe:true"], shard_pairs=4))
 
 
+def lie(shard, place, size):
+    """Give a file of a shard, by the place of its header, another size, in a header that is whole."""
+    data = bytearray(shard.read_bytes())
+    header = tarfile.TarInfo.frombuf(data[place : place + 512], "utf-8", "strict")
+    header.size = size
+    data[place : place + 512] = header.tobuf(tarfile.GNU_FORMAT)
+    shard.write_bytes(data)
+
+
+@pytest.mark.parametrize(("size", "said"), [(0, "lies about its size"), (10**6, "unexpected end"), (1 << 40, "bytes")])
+def test_a_file_that_lies_about_its_size_is_an_error(shards, size, said):
+    with tarfile.open(shards / "00000.tar") as tar:
+        place = [member.offset for member in tar if member.name.endswith(".png")][2]
+    lie(shards / "00000.tar", place, size)
+    with pytest.raises(tarfile.TarError, match=said):
+        list(read_shard(str(shards / "00000.tar")))
+    found = batches(config(shards, [str(shards / "*.tar")], shard_pairs=12))
+    assert numbers(found)[:4] == [0, 1, 5, 6]
+    (problem,) = {text for _, _, bad in found for text in bad} - {""}
+    assert "00000.tar cannot be read to its end" in problem and said in problem
+
+
+def test_a_command_that_fails_is_told_from_a_damaged_archive(shards):
+    """It may fail before, in the middle of, or after the archive, or be cut off by a reader that has had enough."""
+    tar = shards / "00003.tar"
+    for command in ("false", f"head -c 3000 {tar}; exit 1", f"cat {tar}; exit 1"):
+        with pytest.raises(OSError, match="the command ended with 1"):
+            list(read_shard(f"pipe:{command}"))
+    (shards / "bad.tar").write_bytes(tar.read_bytes()[:512] + b"x" * 10**6)
+    for command in (f"head -c 3000 {tar}", f"cat {shards}/bad.tar", f"cat {shards}/bad.tar /dev/zero"):
+        with pytest.raises(tarfile.TarError):
+            list(read_shard(f"pipe:{command}"))
+    assert next(read_shard(f"pipe:cat {tar} /dev/zero")).caption == "text 16"
+
+
+def test_facts_that_are_none_leave_a_sample_without_caption(tmp_path):
+    facts = (b"{", b"[1]", b"\xff", b"[" * 10**5, json.dumps({"caption": 3}).encode(), b'{"caption": "good"}')
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number, text in enumerate(facts):
+            add(tar, f"{number}.jpg", b"x")
+            add(tar, f"{number}.json", text)
+    assert [(r.key, r.caption) for r in read_shard(str(tmp_path / "a.tar"))] == [("5", "good")]
+
+
 def test_samples_without_picture_or_text_are_left_out(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, content in (("a/1.txt", b"alone"), ("a/2.jpg", picture(2)), ("a/3.jpg", b"x"), ("a/3.txt", b"three")):
