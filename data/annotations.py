@@ -81,6 +81,8 @@ def _parse(text: str, path: Path, lines_before: int = 0) -> Any:
     except json.JSONDecodeError as error:
         line = lines_before + error.lineno
         raise UserError(f"annotation file {path} is not JSON: line {line}: {error.msg}; correct it") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
+        raise UserError(f"annotation file {path} cannot be read ({error}); correct it") from None
 
 
 def _problem(entry: Any, keys: Sequence[str]) -> str:
@@ -133,7 +135,7 @@ def _names(folder: str) -> set[str]:
     try:
         with os.scandir(folder or os.curdir) as entries:
             return {entry.name for entry in entries}
-    except OSError:
+    except (OSError, ValueError):  # no such folder, or a name that no folder can have
         return set()
 
 

@@ -55,8 +55,9 @@ class CaptionTrain(Pictures):
             {**row, "caption": caption} for row in self.annotation for caption in as_list(row["caption"])
         ]
         self.prompt, self.max_words = prompt, max_words
-        numbers: dict[Any, int] = {}
-        self.numbers = [numbers.setdefault(row.get("image_id", row["image"]), len(numbers)) for row in self.annotation]
+        numbers: dict[str, int] = {}
+        names = (str(row.get("image_id", row["image"])) for row in self.annotation)
+        self.numbers = [numbers.setdefault(name, len(numbers)) for name in names]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         caption = self.prompt + pre_caption(self.annotation[index]["caption"], self.max_words)

@@ -72,7 +72,7 @@ def read_list(path: Path, key: str) -> list[str]:
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
             rows = [line.strip() for line in text.split("\n") if line.strip()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"list {path} cannot be read ({error}); {expected}") from None
     found = [row.get(key) if isinstance(row, dict) else row for row in rows] if isinstance(rows, list) else [None]
     if not all(isinstance(item, str) and item for item in found):

@@ -113,11 +113,7 @@ def _publish(temporary: Path, folder: Path) -> None:
 def _encoded_batches(path: Path, size: int = 10_000) -> Iterator[list[bytes]]:
     batch = []
     for number, row in enumerate(read_rows(path)):
-        if not isinstance(row, dict) or "caption" not in row or not {"image", "url"} & row.keys():
-            keys = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise UserError(f"{path}, entry {number}: has {keys}; expected the keys 'image' (or 'url') and 'caption'")
-        image = row["image"] if "image" in row else picture_of_url(row["url"])
-        batch.append(f"{image}\0{row['caption']}".encode("utf-8", "replace"))
+        batch.append("\0".join(_pair_of(row, f"{path}, entry {number}")).encode("utf-8", "replace"))
         if len(batch) == size:
             yield batch
             batch = []
@@ -125,14 +121,34 @@ def _encoded_batches(path: Path, size: int = 10_000) -> Iterator[list[bytes]]:
         yield batch
 
 
+def _pair_of(row: Any, place: str) -> tuple[str, str]:
+    """Return an entry's picture path and caption."""
+    if not isinstance(row, dict) or "caption" not in row or not {"image", "url"} & row.keys():
+        keys = sorted(row) if isinstance(row, dict) else type(row).__name__
+        raise UserError(f"{place}: has {keys}; expected the keys 'image' (or 'url') and 'caption'")
+    key = "image" if "image" in row else "url"
+    if not isinstance(row[key], str) or not isinstance(row["caption"], str) or "\0" in row[key]:
+        raise UserError(f"{place}: {key} {row[key]!r:.40}, caption {row['caption']!r:.40}; expected texts")
+    return row["image"] if key == "image" else picture_of_url(row["url"]), row["caption"]
+
+
 def picture_of_url(url: str) -> str:
     """Return where a downloaded picture is expected under image_root: ab/abcdef....jpg, the URL's SHA-256."""
-    name = hashlib.sha256(url.encode()).hexdigest()[:32]
+    name = hashlib.sha256(url.encode("utf-8", "replace")).hexdigest()[:32]
     return f"{name[:2]}/{name}.jpg"
 
 
 def read_rows(path: Path) -> Iterator[Any]:
     """Yield the entries of a JSON list, or of JSON lines, reading a few megabytes at a time, with progress."""
+    try:
+        yield from _rows(path)
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text in UTF-8; expected a JSON list of pairs") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
+        raise UserError(f"{path} is not a JSON list of pairs ({error}); correct it") from None
+
+
+def _rows(path: Path) -> Iterator[Any]:
     line = ProgressLine(path.stat().st_size, f"indexing {path.name} (once), bytes")
     decoder, text, number = json.JSONDecoder(), "", 0
     with open(path, encoding="utf-8") as file:

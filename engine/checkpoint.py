@@ -85,13 +85,16 @@ def load_last(path: Path, device: torch.device) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
         raise UserError(f"{path} cannot be read ({type(error).__name__}); start from another checkpoint") from None
-    if not isinstance(content, dict) or "rng" not in content:
+    if not isinstance(content, dict) or not isinstance(content.get("rng"), list):
         raise UserError(f"{path} holds weights but no state of a run; give it as --set pretrained={path} instead")
     if len(content["rng"]) != get_world_size():
         raise UserError(
             f"{path} was written by {len(content['rng'])} processes and this run has {get_world_size()}; "
             f"start as many, or begin a new run with --set pretrained={path}"
         )
-    set_rng_state(content["rng"][get_rank()], device)
+    try:
+        set_rng_state(content["rng"][get_rank()], device)
+    except (RuntimeError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}); start from another checkpoint") from None
     barrier()
     return content

@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml import tokens as marks
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from utils import UserError
 
 CODE_FOLDER = Path(__file__).resolve().parent.parent
+# What ruamel raises at odd texts, besides its own errors, where a value is no number or refers to itself.
+BAD_YAML = (YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError)
+STARTS = (marks.BlockSequenceStartToken, marks.BlockMappingStartToken, marks.FlowSequenceStartToken,
+          marks.FlowMappingStartToken)  # fmt: skip
+ENDS = (marks.BlockEndToken, marks.FlowSequenceEndToken, marks.FlowMappingEndToken)
+MOST_NESTING, MOST_ALIASES = 8, 20  # beyond which a short text can take hours and any memory
 WORDS = {
     int: "a whole number",
     float: "a number",
@@ -261,18 +268,43 @@ def _find(path: Path) -> Path:
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the values of a file and where each stands."""
     try:
-        tree = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
+        tree = _parse(path.read_text(encoding="utf-8"))
+        values = _plain(tree)
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         problem = " ".join(str(error.problem).split()).split(" To suppress")[0]
         raise UserError(f"{path}, line {line}: not YAML ({problem}); correct that line") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text file; expected YAML in UTF-8") from None
-    if tree is None:
+    except BAD_YAML as error:
+        raise UserError(f"{path} is not YAML that can be read ({_first_words(error)}); correct it") from None
+    if values is None:
         return {}, {}
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} holds {_kind(tree)}; expected lines of 'key: value'")
-    return _plain(tree), {str(key): f"{path}, line {tree.lc.key(key)[0] + 1}" for key in tree}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds {_kind(values)}; expected lines of 'key: value'")
+    return values, {str(key): f"{path}{_line_of(tree, key)}" for key in tree}
+
+
+def _line_of(tree: Any, key: Any) -> str:
+    try:
+        return f", line {tree.lc.key(key)[0] + 1}"
+    except (KeyError, TypeError):  # of a key merged in from elsewhere
+        return ""
+
+
+def _first_words(error: BaseException) -> str:
+    return " ".join(str(error).split())[:100]
+
+
+def _parse(text: str) -> Any:
+    """Parse YAML, if its nesting and its aliases are few; raises one of BAD_YAML."""
+    depth = aliases = 0
+    for token in YAML(typ="rt").scan(text):
+        depth += isinstance(token, STARTS) - isinstance(token, ENDS)
+        aliases += isinstance(token, marks.AliasToken)
+        if depth > MOST_NESTING or aliases > MOST_ALIASES:
+            raise YAMLError(f"more than {MOST_NESTING} levels, or more than {MOST_ALIASES} aliases")
+    return YAML(typ="rt").load(text)
 
 
 def _plain(value: Any) -> Any:
@@ -290,18 +322,19 @@ def _plain(value: Any) -> Any:
 def _override(values: dict[str, Any], places: dict[str, str], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"--set got {override!r}; expected key=value, for instance --set batch_size=8")
+        raise UserError(f"--set got {_short(override)}; expected key=value, for instance --set batch_size=8")
     try:
-        value = _plain(YAML(typ="rt").load(text)) if text else ""
-    except MarkedYAMLError:
-        raise UserError(f"--set {override!r}: the value is not YAML; put it in quotes") from None
+        value = _plain(_parse(text)) if text else ""
+    except BAD_YAML:
+        raise UserError(f"--set {_short(override)}: the value is not YAML; put it in quotes") from None
     *parents, last = key.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
-            raise UserError(f"--set {override!r}: {parent} is {_kind(values)}, not a mapping; set {parent} as a whole")
+            problem = f"{parent} is {_kind(values)}, not a mapping; set {parent} as a whole"
+            raise UserError(f"--set {_short(override)}: {problem}")
     values[last] = value
-    places[key.split(".")[0]] = f"--set {override}"
+    places[key.split(".")[0]] = f"--set {override}"[:80]
 
 
 def _build(config_class: type[Config], values: dict[str, Any], places: dict[str, str]) -> Config:
@@ -311,7 +344,7 @@ def _build(config_class: type[Config], values: dict[str, Any], places: dict[str,
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             meant = f"did you mean {close[0]!r}?" if close else f"this task has {', '.join(sorted(known))}"
-            raise UserError(f"{places[key]}: unknown key {key!r}; {meant}")
+            raise UserError(f"{places[key]}: unknown key {_short(key)}; {meant}")
         values[key] = _checked(value, hints[key], f"{places[key]}: {key}")
     return config_class(**values)
 
@@ -331,10 +364,16 @@ def _checked(value: Any, hint: Any, place: str) -> Any:
     raise UserError(f"{place} is {_kind(value)}; expected {wanted}")
 
 
+def _short(value: Any) -> str:
+    """Write a value in the few characters that an error message has for it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def _kind(value: Any) -> str:
     value = _plain(value)
     name = WORDS.get(type(value), "nothing" if value is None else type(value).__name__)
-    return f"{name} ({value!r})" if isinstance(value, str | int | float) else name
+    return f"{name} ({_short(value)})" if isinstance(value, str | int | float) else name
 
 
 def save_config(config: ModelConfig, path: Path) -> None:

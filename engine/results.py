@@ -23,10 +23,16 @@ def write_json(path: Path, content: Any) -> Path:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        text = json.dumps(content, ensure_ascii=False)
+        # halves of characters, which annotations may hold, cannot be written as they are
+        path.write_text(text if _is_whole(text) else json.dumps(content), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path} could not be written ({error.strerror}); free space or choose --output_dir") from None
     return path
+
+
+def _is_whole(text: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def read_json(path: Path) -> Any:

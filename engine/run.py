@@ -7,7 +7,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -78,18 +78,28 @@ class Run:
     def read_log(self, name: str = "log.txt") -> list[dict[str, Any]]:
         """Return the rows of a log."""
         path = self.output_dir / name
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        return [row for _, row in _rows(path)] if path.is_file() else []
 
     def trim_log(self, keep: Callable[[dict[str, Any]], bool], name: str = "log.txt") -> None:
         """Drop the rows that a continued run is going to write again; a last row cut by a kill goes too."""
         path = self.output_dir / name
         if not is_main_process() or not path.is_file():
             return
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in lines if keep(json.loads(line))]
+        kept = [line for line, row in _rows(path) if keep(row)]
         temporary = path.with_name(name + ".part")
         temporary.write_text("".join(line + "\n" for line in kept))
         os.replace(temporary, path)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield a log's lines and what they hold, without those that a kill or a full disk has cut."""
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            yield line, row
 
 
 def launch(

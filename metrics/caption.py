@@ -66,7 +66,9 @@ def domain_scores(
     truth = _read_ground_truth(gt_file)
     references, predictions, keys = _pair(results, truth, gt_file)
     references, predictions, left_out = _tokenize_both(references, predictions, java)
-    domain_of = {str(image["id"]): image.get("domain") for image in truth.get("images", []) if "id" in image}
+    images = truth.get("images")
+    images = [row for row in images if isinstance(row, dict) and "id" in row] if isinstance(images, list) else []
+    domain_of = {str(image["id"]): image.get("domain") for image in images}
     places: dict[str, list[int]] = {}
     for place, key in enumerate(keys):
         if domain_of.get(key) is not None:
@@ -94,9 +96,10 @@ def _read_ground_truth(gt_file: str | Path) -> dict[str, Any]:
         raise UserError(
             f"cannot read the ground truth {gt_file}: {error.strerror}; give a COCO caption file"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{gt_file} is not JSON ({error}); expected a COCO caption file") from error
     rows = truth.get("annotations") if isinstance(truth, dict) else None
+    rows = rows if isinstance(rows, list) else []
     if not rows or not all(isinstance(row, dict) and {"image_id", "caption"} <= row.keys() for row in rows):
         raise UserError(
             f"{gt_file} is not in the COCO caption format: expected an object whose list "

@@ -94,8 +94,10 @@ def vqa_accuracy(
     Raises:
         UserError: questions have no result, or an annotation has no answer.
     """
-    found = {str(row["question_id"]): row["answer"] for row in _first_rows(results)}
+    found = {str(row["question_id"]): str(row["answer"]) for row in _first_rows(results)}
     rows = list(annotations)
+    if nameless := [row for row in rows if not isinstance(row, dict) or "question_id" not in row]:
+        raise UserError(f'a VQA annotation is {nameless[0]!r:.60}; expected an object with "question_id" and "answer"')
     missing = [str(row["question_id"]) for row in rows if str(row["question_id"]) not in found]
     if missing or not rows:
         first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
@@ -114,8 +116,8 @@ def vqa_accuracy(
 def _first_rows(results: Iterable[dict]) -> list[dict]:
     first: dict[str, dict] = {}
     for row in results:
-        if not {"question_id", "answer"} <= row.keys():
-            raise UserError(f'a VQA result has the keys {sorted(row)}; expected "question_id" and "answer"')
+        if not isinstance(row, dict) or not {"question_id", "answer"} <= row.keys():
+            raise UserError(f'a VQA result is {row!r:.60}; expected an object with "question_id" and "answer"')
         first.setdefault(str(row["question_id"]), row)
     return list(first.values())
 
@@ -123,7 +125,8 @@ def _first_rows(results: Iterable[dict]) -> list[dict]:
 def _people(row: dict) -> list[str]:
     answers = row.get("answers", row.get("answer", []))
     answers = [answers] if isinstance(answers, str) else answers
-    people = [str(answer["answer"] if isinstance(answer, dict) else answer) for answer in answers]
+    answers = answers if isinstance(answers, list) else [answers]
+    people = [str(answer.get("answer", "") if isinstance(answer, dict) else answer) for answer in answers]
     if not people:
         raise UserError(
             f'question {row["question_id"]} is annotated without answers; give it "answer": [...]'

@@ -45,11 +45,19 @@ def settings_of(source: str, allow_pickle: bool = False) -> tuple[dict[str, Any]
     shapes = from_huggingface(shapes)
     if "visual_encoder.pos_embed" not in shapes:
         raise UserError(f"{source} holds no BLIP model (no visual_encoder.pos_embed); give another checkpoint")
+    try:
+        return _settings(shapes, config, source), config
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{source} holds no whole BLIP model ({reason}); give another checkpoint") from None
+
+
+def _settings(shapes: Shapes, config: Mapping[str, Any], source: str) -> dict[str, Any]:
     settings = {"vit": vit_of(shapes, config), "image_size": image_size_of(shapes)}
     settings["med_config"] = med_config_of(shapes, config, source)
     if "vision_proj.weight" in shapes:
         settings["embed_dim"] = shapes["vision_proj.weight"][0]
-    return settings, config
+    return settings
 
 
 def read_shapes(path: Path, allow_pickle: bool = False) -> tuple[Shapes, dict[str, Any]]:
@@ -60,7 +68,8 @@ def read_shapes(path: Path, allow_pickle: bool = False) -> tuple[Shapes, dict[st
     content = content if isinstance(content, Mapping) else {}
     config = content.get("config")
     state = content.get("model", content.get("state_dict", content))
-    shapes = {key: tuple(value.shape) for key, value in state.items() if torch.is_tensor(value)}
+    state = state if isinstance(state, Mapping) else {}
+    shapes = {str(key): tuple(value.shape) for key, value in state.items() if torch.is_tensor(value)}
     return shapes, dict(config) if isinstance(config, Mapping) else {}
 
 

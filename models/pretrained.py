@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,7 +190,8 @@ def torch_load(path: Path, allow_pickle: bool = False) -> Any:
         ) from None
     except (AttributeError, ImportError) as error:
         raise UserError(f"{path} holds objects of code that is not here ({error}); install it") from None
-    except (RuntimeError, OSError, EOFError, LookupError, ValueError) as error:
+    except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, ArithmeticError, AssertionError,
+            MemoryError, struct.error) as error:  # fmt: skip
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:100]
         raise UserError(f"{path} is damaged or no checkpoint ({reason}); download it again") from None
 

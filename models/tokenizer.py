@@ -36,7 +36,10 @@ def init_tokenizer(vocab_file: str | Path | None = None) -> BertTokenizer:
 def _bert_tokenizer(vocab_file: Path) -> BertTokenizer:
     if not vocab_file.is_file():
         raise UserError(f"vocabulary file {vocab_file} does not exist; point vocab_file at one in BERT's format")
-    tokens = vocab_file.read_text(encoding="utf-8").splitlines()
+    try:
+        tokens = vocab_file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"vocabulary file {vocab_file} is not text in UTF-8; expected one token per line") from None
     missing = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"} - set(tokens)
     if missing:
         raise UserError(f"vocabulary file {vocab_file} lacks {', '.join(sorted(missing))}; add one token per line")
@@ -95,6 +98,7 @@ def tokenize(
         Token ids (batch, longest).
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
+    texts = [text.encode("utf-8", "replace").decode() for text in texts]  # JSON may hold halves of characters
     encoded = tokenizer(
         texts, padding="longest", truncation=max_length is not None, max_length=max_length, return_tensors="pt"
     )
