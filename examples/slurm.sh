@@ -11,7 +11,9 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
-# Five minutes before the end SLURM sends SIGTERM to every process: the run saves itself and ends with code 143.
+# Five minutes before the end SLURM sends SIGTERM to every process of every node: the run saves itself after the step,
+# and ends with code 143. An evaluation does not hear it; it is ended a minute before the time is up, where SLURM tells
+# when that is, and begun again. A job that loses a node SLURM itself requeues.
 set -u
 arguments=("$@")
 output=""
@@ -25,9 +27,12 @@ fi
 if [ -f "$output/checkpoint_last.pth" ]; then
   arguments+=(--resume)
 fi
-srun --kill-on-bad-exit=0 python "${arguments[@]}"
+end=$((${SLURM_JOB_END_TIME:-0} - 60))
+left=$((end > 0 ? end - $(date +%s) : 0))
+if [ "$end" -gt 0 ] && [ "$left" -lt 1 ]; then left=1; fi
+timeout --kill-after=30 "$left" srun --kill-on-bad-exit=0 python "${arguments[@]}"  # 0: for as long as it takes
 code=$?
-if [ "$code" -eq 143 ]; then
+if [ "$code" -eq 143 ] || { [ "$code" -ne 0 ] && [ "$end" -gt 0 ] && [ "$(date +%s)" -ge "$end" ]; }; then
   echo "time is nearly up; requeueing job $SLURM_JOB_ID"
   scontrol requeue "$SLURM_JOB_ID"
   exit 0

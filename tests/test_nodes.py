@@ -80,6 +80,31 @@ def test_a_node_is_lost_and_comes_back(node, tmp_path):
     assert (whole / "curve.jsonl").read_text() == (broken / "curve.jsonl").read_text()
 
 
+STARTED_TWICE = """
+import os
+import sys
+from datetime import timedelta
+import torch.distributed as dist
+from engine.rendezvous import join_group
+join_group("gloo", timedelta(seconds=60))
+number = dist.distributed_c10d._get_default_store().add("counter", 1)
+dist.barrier()
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    os._exit(3)
+open(f"{sys.argv[1]}/{dist.get_rank()}", "w").write(str(number))
+"""
+
+
+def test_processes_that_torchrun_starts_again_find_an_empty_store(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(STARTED_TWICE)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1"]
+    command = [sys.executable, *launch, str(script), str(tmp_path)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {(tmp_path / rank).read_text() for rank in "01"} == {"1", "2"}
+
+
 def test_processes_agree_on_a_name_of_each_start():
     """Two starts of three processes on one store, which keeps the keys of the first, and of one that never began."""
     store, barrier, limit = torch.distributed.HashStore(), threading.Barrier(3), timedelta(seconds=20)
