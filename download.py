@@ -4,10 +4,11 @@ import fcntl
 import hashlib
 import http.client
 import os
+import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +19,7 @@ TIMEOUT_SECONDS = 30
 TRIES = 5
 PAUSE_SECONDS = 0.5  # before the second try; doubled before each further one
 LEAST_BYTES_PER_SECOND = 1000
+LARGEST_BYTES = 32 << 30  # of one file; the largest released checkpoint has a quarter of it
 PATIENCE_SECONDS = 60  # how long a download may stay under the least speed
 # What goes wrong with a server or an address: besides OSError, a malformed answer or address.
 FAILURES = (OSError, http.client.HTTPException, ValueError)
@@ -28,19 +30,20 @@ def cache_folder() -> Path:
     return Path(os.environ.get("BLIP_CACHE", Path.home() / ".cache" / "blip"))
 
 
-def cached(url: str) -> Path:
-    """Return the cached copy of a URL, downloading it the first time."""
+def cached(url: str, check: Callable[[Path], str] | None = None) -> Path:
+    """Return the cached copy of a URL, downloading it the first time; `check` as in `fetch`."""
     name = f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{url.rstrip('/').split('/')[-1].split('?')[0]}"
-    return fetch(url, cache_folder() / name)
+    return fetch(url, cache_folder() / name, check=check)
 
 
-def fetch(url: str, path: Path, sha256: str | None = None) -> Path:
+def fetch(url: str, path: Path, sha256: str | None = None, check: Callable[[Path], str] | None = None) -> Path:
     """Download a file unless it is there.
 
     Args:
         url: http or https.
         path: where it goes; until it is whole it is called `<path>.part`, from which a later try continues.
         sha256: checksum it must have, in hexadecimal.
+        check: looks at what came and says what is wrong with it, '' for nothing; such a file is not kept.
 
     Raises:
         UserError: it cannot be had; says why, and where to put the file by hand.
@@ -51,7 +54,7 @@ def fetch(url: str, path: Path, sha256: str | None = None) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _lock(path):
             if not path.is_file():
-                _download(url, path, sha256)
+                _download(url, path, sha256, check)
     except FAILURES as error:
         raise UserError(
             f"{url} could not be downloaded ({_reason(error)}); get it elsewhere and put it at {path}"
@@ -73,7 +76,7 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _download(url: str, path: Path, sha256: str | None) -> None:
+def _download(url: str, path: Path, sha256: str | None, check: Callable[[Path], str] | None) -> None:
     part = path.with_name(path.name + ".part")
     for attempt in range(TRIES):
         try:
@@ -91,6 +94,9 @@ def _download(url: str, path: Path, sha256: str | None) -> None:
     if sha256 and _sha256(part) != sha256:
         part.unlink()
         raise OSError("its checksum is wrong, so it is not the file it should be")
+    if check and (problem := check(part)):
+        part.unlink()
+        raise OSError(f"what came {problem}")
     os.replace(part, path)
     _version_file(part).unlink(missing_ok=True)
 
@@ -112,6 +118,10 @@ def _continue(url: str, part: Path) -> None:
             _note_version(part, response.headers.get("ETag") or "")
         rest = response.headers.get("Content-Length")
         total = have + int(rest) if rest else 0
+        if total > LARGEST_BYTES:
+            raise ValueError(f"it would have {total} bytes, and no file may have more than {LARGEST_BYTES}")
+        if total - have > (free := shutil.disk_usage(part.parent).free):
+            raise ValueError(f"{total - have} bytes are missing and the disk has {free} free; free space")
         line = ProgressLine(total, f"downloading {url.split('/')[-1]}, bytes")
         have = _receive(response, part, have, line)
     if total and have < total:
@@ -133,6 +143,9 @@ def _receive(response: http.client.HTTPResponse, part: Path, have: int, line: Pr
         while chunk := response.read1(CHUNK):  # what has come, where `read` would wait for a whole chunk
             file.write(chunk)
             have += len(chunk)
+            if have > LARGEST_BYTES:  # the server has not said how much it sends, and does not end
+                part.unlink()
+                raise ValueError(f"it does not end: more than {LARGEST_BYTES} bytes came")
             if line.total:  # else the server has not said how much it sends
                 line.update(have, first=first)
             seconds = time.monotonic() - since

@@ -11,6 +11,7 @@ from utils import UserError
 
 BASE_URL = "https://storage.googleapis.com/sfr-vision-language-research/datasets/"
 FIRST_FEW = 3
+REMEDY = "correct it, link what it means into the folder, or set the folder to '' to allow any path"
 ONE_TEXT = ("image", "question", "sentence", "clip_name")
 TEXTS = ("caption", "answer")
 
@@ -33,9 +34,16 @@ def find_annotation(root: str | Path, name: str, own: str | Path = "") -> str:
         raise UserError(f"annotation file {own} does not exist, neither here nor in {root}; correct its path")
     path = Path(root) / name
     try:
-        return str(fetch(BASE_URL + name, path))
+        return str(fetch(BASE_URL + name, path, check=_no_json))
     except UserError as error:
         raise UserError(f"annotation file {path} is absent: {error}, or name your own in the config") from None
+
+
+def _no_json(path: Path) -> str:
+    """Say what a downloaded file is, if it is no annotation file; '' if it may be one."""
+    with open(path, "rb") as file:
+        start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return "" if start[:1] in (b"[", b"{") else f"begins with {start[:20]!r}, so it is no JSON"
 
 
 def read_annotation(path: str | Path, keys: Sequence[str]) -> list[dict[str, Any]]:
@@ -115,20 +123,49 @@ def check_images(root: str | Path, names: Iterable[str], annotation: str | Path)
         annotation: file that lists them, for the message.
 
     Raises:
-        UserError: some do not; says how many and names the first few.
+        UserError: some do not, or leave the root; says how many and names the first few.
     """
+    names = set(names)
+    if outside := sorted(name for name in names if leaves(root, name)):
+        problem = f"{len(outside)} of {len(names)} paths leave the folder {root}: {_first(outside)}"
+        raise UserError(f"annotation file {annotation}: {problem}; {REMEDY}")
     folders: dict[str, set[str]] = {}
-    for name in set(names):
+    for name in names:
         folder, file = os.path.split(os.path.join(root, name))
         folders.setdefault(folder, set()).add(file)
     missing = sorted(os.path.join(folder, file) for folder, files in folders.items() for file in files - _names(folder))
     if missing:
-        first = ", ".join(missing[:FIRST_FEW]) + (", ..." if len(missing) > FIRST_FEW else "")
         total = sum(map(len, folders.values()))
         raise UserError(
-            f"annotation file {annotation}: {len(missing)} of {total} files do not exist: {first}; "
+            f"annotation file {annotation}: {len(missing)} of {total} files do not exist: {_first(missing)}; "
             "correct the root folder in the config, or take their entries out"
         )
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(name[:100] for name in names[:FIRST_FEW]) + (", ..." if len(names) > FIRST_FEW else "")
+
+
+def leaves(root: str | Path, name: str) -> bool:
+    """Tell whether a path of an annotation file leaves the folder that it starts from: by .., or as an absolute path.
+
+    The folder '' has no outside. Links within a folder are followed, wherever they lead: only its owner makes them.
+    """
+    if not str(root) or not (".." in name or os.path.isabs(name)):
+        return False
+    path, folder = Path(os.path.abspath(os.path.join(root, name))), os.path.abspath(root)
+    return ".." in Path(name).parts or not path.is_relative_to(folder)
+
+
+def inside(root: str | Path, name: str) -> Path:
+    """Return the path of a picture that a list of pairs names.
+
+    Raises:
+        UserError: it leaves the folder, as `leaves`.
+    """
+    if leaves(root, name):
+        raise UserError(f"picture {name} leaves the folder {root}; {REMEDY}")
+    return Path(root, name)
 
 
 def _names(folder: str) -> set[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from data.annotations import inside
 from data.text import pre_caption
 from data.transforms import Transform
 from download import cache_folder
@@ -186,7 +187,7 @@ class PairDataset(Dataset):
 
     Args:
         train_files: lists of pairs.
-        image_root: what relative picture paths start from.
+        image_root: what relative picture paths start from; a picture outside of it counts as unreadable.
         transform: of every picture.
         turns: further lists, one per epoch.
     """
@@ -199,7 +200,7 @@ class PairDataset(Dataset):
         turns: Sequence[str | Path] = (),
     ):
         self.lists, self.turns = open_lists(train_files), open_lists(turns)
-        self.image_root, self.transform = Path(image_root), transform
+        self.image_root, self.transform = image_root, transform
         self.starts = np.cumsum([0] + [len(pairs) for pairs in self.lists])
         self.turn_length = max((len(pairs) for pairs in self.turns), default=0)
 
@@ -220,7 +221,7 @@ class PairDataset(Dataset):
         for attempt in range(TRIES):
             image, caption = self.pair(epoch, (index + attempt * 7919) % len(self))
             try:
-                tensor = self.transform.read(self.image_root / image)
+                tensor = self.transform.read(inside(self.image_root, image))
             except UserError as error:
                 bad.append(str(error))
                 continue

@@ -58,7 +58,7 @@ class Settings:
 class ModelConfig(Settings):
     """What every task needs to build its model and to run."""
 
-    image_root: str = setting("", "folder that the annotations' picture paths start from")
+    image_root: str = setting("", "folder that annotations' picture paths start from and must not leave; '' for any")
     ann_root: str = setting("annotation", "folder of the annotation files; absent files are downloaded to it")
     pretrained: str = setting("", "weights to start from: a path, a URL or hf:owner/name; '' for none")
     allow_pickle: bool = setting(False, "accept a checkpoint that may run code when read; only from those you trust")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.annotations import inside
 from data.pretrain import MAX_WORDS
 from data.shards import Record, read_shard
 from data.text import pre_caption
@@ -44,10 +45,15 @@ def list_source(shards: Shards, image_root: str) -> Source:
 
     def source(shard: int) -> Iterator[tuple[list[Sample], list[Row]]]:
         samples: dict[str, Sample] = {}
+        errors: dict[str, Row] = {}
         for image, text in shards.pairs(shard):
-            sample = samples.setdefault(image, Sample(image, Path(image_root) / image, []))
+            try:
+                sample = samples.setdefault(image, Sample(image, inside(image_root, image), []))
+            except UserError as error:
+                errors[image] = {"image": image, "error": str(error)}
+                continue
             sample.texts.append(pre_caption(text, MAX_WORDS))
-        yield list(samples.values()), []
+        yield list(samples.values()), list(errors.values())
 
     return source
 

@@ -124,7 +124,7 @@ def resolve(source: str) -> list[Path]:
         UserError: nothing there.
     """
     if source.startswith(("http://", "https://")):
-        return [_get_on_each_machine(lambda: cached(source))]
+        return [_get_on_each_machine(lambda: cached(source, _no_checkpoint))]
     if source.startswith("hf:"):
         folder = _get_on_each_machine(lambda: _hub_folder(source.removeprefix("hf:")))
         paths = sorted(folder.glob("*.safetensors"))
@@ -134,6 +134,14 @@ def resolve(source: str) -> list[Path]:
     if not Path(source).is_file():
         raise UserError(f"pretrained weights {source} do not exist; correct the path")
     return [Path(source)]
+
+
+def _no_checkpoint(path: Path) -> str:
+    """Say what a downloaded file is, if it is of none of the formats of weights; '' if it may be."""
+    with open(path, "rb") as file:
+        start = file.read(32)
+    known = start.startswith((b"PK", b"\x80")) or start[8:9] == b"{"  # torch's two formats, and safetensors
+    return "" if known else f"begins with {start[:20]!r}, so it is no checkpoint"
 
 
 def _get_on_each_machine(get: Callable[[], Path]) -> Path:

@@ -262,7 +262,7 @@ def test_missing_pictures_are_counted_and_named(root):
 
 
 def test_find_annotation(root, monkeypatch):
-    def no_network(url, path):
+    def no_network(url, path, check):
         if path.is_file():
             return path
         raise UserError(f"{url} could not be downloaded; put it at {path}")

@@ -8,8 +8,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+import data.annotations
 import download
+from data.annotations import find_annotation
 from download import cached, fetch
+from models.architecture import settings_of
+from models.pretrained import read_source
 from utils import UserError
 
 CONTENT = bytes(range(256)) * 20_000  # 5 MB
@@ -32,6 +36,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.wfile.write(b"nonsense\r\n\r\n")
         if self.path == "/trickle":
             return self.trickle()
+        if self.path in ("/endless", "/page.pth", "/silent", "/enormous"):
+            return self.hostile()
         if self.headers.get("If-Range", Handler.tag) != Handler.tag:
             start = ""
         first = int(start.removeprefix("bytes=").rstrip("-") or 0)
@@ -55,6 +61,21 @@ class Handler(BaseHTTPRequestHandler):
             for _ in range(100):
                 self.wfile.write(b"x")
                 time.sleep(0.02)
+
+    def hostile(self):
+        """Bytes without end, a web page in place of a file, a file of a petabyte, or nothing at all."""
+        if self.path == "/silent":
+            return time.sleep(1)
+        self.send_response(200)
+        if self.path == "/page.pth":
+            self.end_headers()
+            return self.wfile.write(b"<!DOCTYPE html><html>Not here</html>")
+        if self.path == "/enormous":
+            self.send_header("Content-Length", str(2**50))
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            for _ in range(1000):
+                self.wfile.write(bytes(1 << 16))
 
     def log_message(self, *_):
         pass
@@ -124,6 +145,40 @@ def test_a_crawling_server_is_given_up(server, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="slower than"):
         fetch(f"{server}/trickle", tmp_path / "f")
     assert time.monotonic() - began < 1.5
+
+
+def test_an_endless_download_is_cut_off(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "LARGEST_BYTES", 5_000_000)
+    with pytest.raises(UserError, match="does not end: more than 5000000 bytes came"):
+        fetch(f"{server}/endless", tmp_path / "g")
+    assert Handler.asked == [""] and not list(tmp_path.glob("g*.part"))  # not tried again, and nothing is kept
+
+
+def test_what_no_disk_can_hold_is_not_begun(server, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no file may have more than"):
+        fetch(f"{server}/enormous", tmp_path / "h")
+    monkeypatch.setattr(download, "LARGEST_BYTES", 2**60)
+    with pytest.raises(UserError, match="bytes are missing and the disk has .* free space"):
+        fetch(f"{server}/enormous", tmp_path / "h")
+    assert Handler.asked == ["", ""] and not list(tmp_path.glob("h*.part"))
+
+
+def test_a_silent_server_is_given_up(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "TRIES", 1)
+    monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.2)
+    with pytest.raises(UserError, match="timed out"):
+        fetch(f"{server}/silent", tmp_path / "i")
+
+
+def test_another_file_than_asked_for_is_not_kept(server, tmp_path, monkeypatch):
+    for read in (read_source, settings_of):
+        with pytest.raises(UserError, match="begins with b'<!DOCTYPE.*no checkpoint"):
+            read(f"{server}/page.pth")
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+    monkeypatch.setattr(data.annotations, "BASE_URL", f"{server}/")
+    with pytest.raises(UserError, match=r"begins with b'<!DOCTYPE.*no JSON"):
+        find_annotation(tmp_path, "page.pth")
+    assert not (tmp_path / "page.pth").exists()
 
 
 @pytest.mark.parametrize("url", ["{server}/malformed", "http://[x", "http://name:port/file", "http://a b/file"])

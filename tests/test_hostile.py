@@ -1,0 +1,182 @@
+"""Hostile files: checkpoints that want to run code or lie about their sizes, and paths that leave the image folder."""
+
+import json
+import os
+import pickle
+import resource
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from data.annotations import inside, leaves
+from data.coco_flickr import CaptionEval, CaptionTrain, RetrievalEval
+from data.nlvr import NLVR
+from data.pretrain import PairDataset, open_lists
+from data.transforms import test_transform as square
+from data.video import VideoDataset
+from data.vqa import VQATrain
+from engine.bootstrap import Shards
+from engine.checkpoint import load_last
+from engine.tar_bootstrap import list_source
+from models.architecture import settings_of
+from models.pretrained import load_pretrained, read_state_dict
+from utils import UserError
+
+CPU = torch.device("cpu")
+READERS = {
+    "weights": read_state_dict,
+    "settings": lambda path: settings_of(str(path)),
+    "model": lambda path: load_pretrained(torch.nn.Linear(1, 1), str(path), "caption"),
+    "resume": lambda path: load_last(path, CPU),
+}
+
+
+# Checkpoints.
+
+
+class Bomb:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def plain_pickle(content, path):
+    path.write_bytes(pickle.dumps(content))
+
+
+def old_format(content, path):
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize("write", [torch.save, old_format, plain_pickle])
+@pytest.mark.parametrize("reader", READERS)
+def test_code_in_a_pickle_does_not_run(tmp_path, write, reader):
+    path = tmp_path / "model.pth"
+    write({"model": {"a": torch.zeros(1)}, "rng": [], "config": Bomb(tmp_path / "ran")}, path)
+    with pytest.raises(UserError, match="model.pth") as error:
+        READERS[reader](path)
+    assert "\n" not in str(error.value) and not (tmp_path / "ran").exists()
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "ran")))
+    assert (tmp_path / "ran").exists()  # so it would have shown
+
+
+def safetensors(header, body=b"\0" * 16, length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + body
+
+
+def entry(shape, *offsets, kind="F32"):
+    return {"a": {"dtype": kind, "shape": shape, "data_offsets": list(offsets)}}
+
+
+LIES = {
+    "a header of exabytes": safetensors(entry([4], 0, 16), length=2**62),
+    "a header longer than the file": safetensors(entry([4], 0, 16), length=10**6),
+    "a shape of terabytes": safetensors(entry([2**40], 0, 16)),
+    "a shape beyond 64 bits": safetensors(entry([2**40, 2**40], 0, 16)),
+    "data behind the end": safetensors(entry([2**38], 0, 2**40)),
+    "data before the beginning": safetensors(entry([4], 16, 0)),
+    "less data than said": safetensors(entry([4], 0, 16), body=b""),
+    "overlapping tensors": safetensors(entry([4], 0, 16) | {"b": entry([4], 0, 16)["a"]}),
+    "an unknown type": safetensors(entry([4], 0, 16, kind="X99")),
+    "no object": safetensors(b"[1]"),
+    "no text": safetensors(b"\xff\xfe{"),
+    "deep nesting": safetensors(b'{"a":' * 10_000),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_safetensors_that_lie(tmp_path, lie):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(LIES[lie])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for reader in ("weights", "settings", "model"):
+        with pytest.raises(UserError, match=r"model\.safetensors cannot be read") as error:
+            READERS[reader](path)
+        assert "\n" not in str(error.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
+    path.write_bytes(safetensors(entry([4], 0, 16)))
+    assert read_state_dict(path)["a"].tolist() == [0] * 4  # so the format is not what was refused
+
+
+# Paths.
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """An image folder with a picture, a picture outside, and a link to that from inside."""
+    root = tmp_path / "images"
+    (root / "sub").mkdir(parents=True)
+    for path in (root / "a.jpg", root / "sub" / "b.jpg", tmp_path / "secret.jpg"):
+        Image.new("RGB", (4, 4)).save(path)
+    (root / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    return root
+
+
+OUTSIDE = ["../secret.jpg", "sub/../../secret.jpg", "../../../../../../etc/passwd", "/etc/passwd", "sub/../a.jpg"]
+INSIDE = ["a.jpg", "./a.jpg", "sub/b.jpg", "sub//b.jpg", "a..b.jpg", "..a.jpg", "link.jpg"]
+
+
+def test_what_leaves_a_folder(folders, monkeypatch):
+    for root in (folders, str(folders), f"{folders}/", os.path.relpath(folders)):
+        assert all(leaves(root, name) for name in [*OUTSIDE, "..", f"{folders}2/a.jpg", f"{folders}/../secret.jpg"])
+        assert not any(leaves(root, name) for name in [*INSIDE, f"{folders}/a.jpg"])
+    assert not any(leaves("", name) for name in [*OUTSIDE, *INSIDE])  # no folder, no outside
+    assert inside("", "/etc/passwd") == Path("/etc/passwd")
+    assert inside("/", str(folders / "a.jpg")) == folders / "a.jpg"
+
+
+DATASETS = {
+    "caption": lambda file, root, name: CaptionTrain(file(image=name, caption="x"), root, square(8)),
+    "caption_eval": lambda file, root, name: CaptionEval(file(image=name), root, square(8)),
+    "retrieval": lambda file, root, name: RetrievalEval(file(image=name, caption="x"), root, square(8)),
+    "vqa": lambda file, root, name: VQATrain(
+        [file(image=name, question="x", question_id=1, answer="x")], {"vqa": root}, square(8)
+    ),
+    "nlvr": lambda file, root, name: NLVR(
+        file(images=["a.jpg", name], sentence="x", label="True"), root, square(8), True
+    ),
+    "video": lambda file, root, name: VideoDataset(file(clip_name=name, caption="x"), root, 1, 8),
+}
+
+
+@pytest.mark.parametrize("kind", DATASETS)
+def test_annotations_stay_in_their_folder(folders, tmp_path, kind):
+    def file(**row):
+        (tmp_path / "rows.json").write_text(json.dumps([row]))
+        return str(tmp_path / "rows.json")
+
+    for name in OUTSIDE:
+        said = r"rows\.json: 1 of \d paths leave the folder .*set the folder to ''"
+        with pytest.raises(UserError, match=said) as error:
+            DATASETS[kind](file, str(folders), name)
+        assert "\n" not in str(error.value)
+    if kind == "video":
+        (folders / "a.jpg.mp4").write_bytes(b"")
+    for name in ("a.jpg", str(folders / "a.jpg")):
+        assert len(DATASETS[kind](file, str(folders), name)) == 1
+    if kind not in ("video", "nlvr"):  # the latter's other picture is not here
+        secret = str(tmp_path / "secret.jpg")
+        assert len(DATASETS[kind](file, "", secret)) == 1 and len(DATASETS[kind](file, "/", secret)) == 1
+
+
+def test_lists_of_pairs_stay_in_their_folder(folders, tmp_path):
+    """A picture outside counts as unreadable, in pretraining and in CapFilt."""
+    secret = str(tmp_path / "secret.jpg")
+    names = ["a.jpg", "../secret.jpg", secret, "link.jpg"]
+    (tmp_path / "pairs.json").write_text(json.dumps([{"image": name, "caption": "x"} for name in names]))
+    pairs = PairDataset([tmp_path / "pairs.json"], str(folders), square(8))
+    assert ["leaves the folder" in pairs.at(0, i)["bad"] for i in range(4)] == [False, True, True, False]
+    free = PairDataset([tmp_path / "pairs.json"], "", square(8))
+    assert free.at(0, 2)["bad"] == "" and "does not exist" in free.at(0, 0)["bad"]
+    shards = Shards(open_lists([tmp_path / "pairs.json"]), 10, tmp_path / "shards")
+    ((samples, errors),) = list_source(shards, str(folders))(0)
+    assert [sample.name for sample in samples] == ["a.jpg", "link.jpg"]
+    assert [row["image"] for row in errors] == ["../secret.jpg", secret]
