@@ -99,7 +99,7 @@ def keep_all(samples: Sequence[Sample], written: dict[str, Row]) -> list[Row]:
     """Keep every text of the pictures that could be captioned: the judge of a run that only captions."""
     rows = []
     for sample in samples:
-        if "error" in written[sample.name]:
+        if "error" in written.get(sample.name, {}):
             rows.append(written[sample.name])
         else:
             rows += [text_row(sample.name, text, source, True) for source, text in texts_of(sample, written)]
@@ -124,6 +124,8 @@ def main(config: CapFiltConfig, run: Run) -> None:
     captions, texts = make_shards(config, run)
     source = tar_source(texts, config.shard_size) if texts.tars else list_source(texts, config.image_root)
     output = TarOutput(run.output_dir / "bootstrapped") if texts.tars else no_output
+    if texts.tars:
+        on_main_process(lambda: output.tidy(texts))
     unit = "tar files" if texts.tars else "pairs"
     if config.stage != "filter":
         model = load("caption", config.captioner, str(run.device), config.amp, config.allow_pickle)
@@ -134,8 +136,6 @@ def main(config: CapFiltConfig, run: Run) -> None:
     run_shards(texts, make_texts(source, captions, judge, output), f"filtering, {unit}")
     if is_main_process():  # the others are done: merging may take longer than they would wait
         page = report(config, run, texts, merge(texts, run.output_dir))
-        if texts.tars:
-            output.tidy(len(texts))
         made = f"{output.folder}/*.tar" if texts.tars else run.output_dir / "bootstrapped.jsonl"
         run.print(f"bootstrapped set: {made}\nreport: {page}")
 
@@ -147,12 +147,13 @@ def make_shards(config: CapFiltConfig, run: Run) -> tuple[Shards | None, Shards]
         UserError: the folder holds shards of other settings, or captions that are not finished.
     """
     tars, folder = only_shards(config.pairs, "pairs"), run.output_dir / "shards"
-    files = expand(config.pairs, "pairs") if tars else config.pairs
+    files = on_main_process(lambda: expand(config.pairs, "pairs")) if tars else config.pairs
     lists, size = ([files], 1) if tars else (open_lists(files), config.shard_size)
     captions = Shards(lists, size, folder / "captions", tars)
     if config.stage == "filter" and not any(captions.folder.glob("*.jsonl")):
         captions = None
-    mark = {key: value for key, value in asdict(config).items() if key not in FREE} | {"seed": run.seed}
+    free = (*FREE, "shard_size") if tars else FREE
+    mark = {key: value for key, value in asdict(config).items() if key not in free} | {"seed": run.seed}
     mark |= {"pairs": [fingerprint_of(path) for path in files], "captioner": fingerprint_of(config.captioner)}
     of_texts = {
         "filter": fingerprint_of(config.filter),

@@ -272,7 +272,7 @@ class TarPairs(Dataset):
     """
 
     def __init__(self, names: Sequence[str], transform: Transform, batch_size: int, num_pairs: int, buffer: int):
-        self.shards, self.transform = expand(names), transform
+        self.shards, self.transform = on_main_process(lambda: expand(names)), transform
         self.batch_size, self.buffer, self.seed = batch_size, buffer, 0
         self.num_pairs = num_pairs or count_pairs(self.shards)
         self.rank, self.world_size = get_rank(), get_world_size()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -130,8 +131,18 @@ def run_shards(shards: Shards, work: Callable[[int], list[Row]], title: str) -> 
         write_shard(shards.path(shard), rows)
         finished += len(shards.pairs(shard)) * get_world_size()
         line.update(min(first + finished, shards.total), f"{len(shards)} shards", first)
-    barrier()
+    wait_for_all(title)
     line.close()
+
+
+def wait_for_all(title: str) -> None:
+    """Wait until every process has finished, however long the last shard takes: a collective has a time limit."""
+    if get_world_size() > 1:
+        store = dist.distributed_c10d._get_default_store()
+        store.add(f"finished {title}", 1)
+        while store.add(f"finished {title}", 0) < get_world_size():
+            time.sleep(0.1)
+        barrier()  # nobody leaves, perhaps with the store, while others still ask
 
 
 def refuse_unreadable(shard: int, rows: Sequence[Row]) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -104,7 +105,7 @@ class TarOutput:
     """The bootstrapped set as tar shards, one for each shard of the input.
 
     Args:
-        folder: of the tar files; its earlier ones that no shard will write are removed by `tidy`.
+        folder: of the tar files.
     """
 
     def __init__(self, folder: Path):
@@ -146,12 +147,20 @@ class TarOutput:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def tidy(self, num_shards: int) -> None:
-        """Remove what an earlier run of other settings, or a killed one, has left."""
-        own = {path for i in range(num_shards) for path in (f"{i:05d}.tar", f"{i:05d}_stats.json")}
+    def tidy(self, shards: Shards) -> None:
+        """Remove the tar files of shards that are not finished: of other settings, or of a start that was killed.
+
+        Raises:
+            UserError: one cannot be removed.
+        """
+        done = {path.stem for path in map(self.path, range(len(shards))) if shards.path(int(path.stem)).is_file()}
         for path in self.folder.glob("[0-9]*"):
-            if path.name not in own:
-                path.unlink()
+            name = re.fullmatch(r"(\d+)(\.tar|_stats\.json|\.tar\.part\d+)", path.name)
+            if name and (name[1] not in done or ".part" in name[2]):
+                try:
+                    path.unlink()
+                except OSError as error:
+                    raise UserError(f"{path} is out of date and cannot be removed ({error.strerror})") from None
 
 
 @contextmanager

@@ -156,8 +156,8 @@ def bootstrap(tars, folder, size=5):
     shards = Shards([list(map(str, tars))], 1, folder / "shards", tars=True)
     shards.folder.mkdir(parents=True, exist_ok=True)
     output = TarOutput(folder / "bootstrapped")
+    output.tidy(shards)
     run_shards(shards, make_texts(tar_source(shards, size), None, judge, output), "tar files")
-    output.tidy(len(shards))
     return merge(shards, folder)
 
 
