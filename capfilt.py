@@ -16,7 +16,7 @@ from engine.config import CapFiltConfig
 from engine.predictor import Captioner, Matcher, load
 from engine.report import write_report
 from engine.run import Run, launch
-from engine.tar_bootstrap import Sample, Source, TarOutput, list_source, no_output, pictures_of, tar_source
+from engine.tar_bootstrap import Sample, Source, TarOutput, list_source, located, no_output, pictures_of, tar_source
 from models.architecture import settings_of
 from utils import UserError, is_main_process, on_main_process
 
@@ -64,7 +64,7 @@ def make_texts(
             for samples, errors in source(shard):
                 found = judge(samples, written)
                 write(samples, found)
-                rows += found + errors
+                rows += located(found, samples) + errors
         return rows
 
     return work

@@ -377,13 +377,13 @@ def choose_device(name: str) -> torch.device:
 
 
 def image_name(image: Picture) -> str:
-    """Return a picture's path; '' for an open picture that came from no file."""
-    return str(getattr(image, "filename", "") if hasattr(image, "convert") else image)
+    """Return a picture's path; '' for an encoded one, and for an open one that came from no file."""
+    return str(image) if isinstance(image, str | Path) else str(getattr(image, "filename", ""))
 
 
 def as_list(images: Iterable[Picture] | Picture) -> list[Picture]:
     """Return one or several pictures as a list."""
-    return [images] if isinstance(images, str | Path) or hasattr(images, "convert") else list(images)
+    return [images] if isinstance(images, str | Path | bytes) or hasattr(images, "convert") else list(images)
 
 
 def clean(texts: Sequence[str]) -> list[str]:

@@ -96,6 +96,12 @@ def _samples(tar: str) -> Iterator[Sample]:
         yield Sample(name, record.picture, [pre_caption(record.caption, MAX_WORDS)], record)
 
 
+def located(rows: Sequence[Row], samples: Sequence[Sample]) -> list[Row]:
+    """Return rows that say of an unreadable picture which tar file it is in, if it is in one."""
+    places = {sample.name: f"{sample.record.name}: " for sample in samples if sample.record}
+    return [row | {"error": places.get(row["image"], "") + row["error"]} if "error" in row else row for row in rows]
+
+
 # What is written.
 
 Write = Callable[[Sequence[Sample], Sequence[Row]], None]

@@ -82,7 +82,7 @@ def whole(web, tmp_path_factory):
 def test_every_kept_text_is_a_pair_with_the_picture_as_it_was(samples, whole):
     kept, dropped, (bad,) = read(whole), rows_of(whole / "dropped.jsonl"), rows_of(whole / "unreadable.jsonl")
     pictures = {key: picture for key, _, picture, _ in samples}
-    assert bad["image"] == samples[BROKEN][0] and "cannot be read" in bad["error"]
+    assert bad["image"] == samples[BROKEN][0] and "00000.tar: 000000004: a picture cannot be read" in bad["error"]
     for source in ("web", "synthetic"):
         found = [r.facts["key"] for r in kept if r.facts["source"] == source]
         found += [row["image"] for row in dropped if row["source"] == source]

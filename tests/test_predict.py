@@ -403,3 +403,11 @@ def test_help_has_an_example(name, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         command(monkeypatch, name, "--help")
     assert stop.value.code == 0 and f"python predict.py {name}" in capsys.readouterr().out
+
+
+def test_encoded_pictures_are_read_as_files_are(world, captioner):
+    path = world[0] / "0.png"
+    (of_file,), (of_bytes, broken) = captioner.caption(path), captioner.caption([path.read_bytes(), b"no picture"])
+    assert of_bytes["captions"] == of_file["captions"] and of_bytes["image"] == ""
+    assert "cannot be read" in broken["error"]
+    assert captioner.caption(path.read_bytes())[0]["captions"] == of_file["captions"]
