@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]  # each (sources, heads, source length, head width)
+FEW_QUERIES = 16  # for fewer, plain products are faster on a CPU than the fused kernel, which packs keys anew
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Projection:
     def read_by(self, readers: int) -> Projection:
         """Let each source be read by `readers` consecutive texts; nothing is copied."""
         return replace(self, readers=readers)
+
+    def contiguous(self) -> Projection:
+        """Lay every head's keys and values out in one piece, which pays where they are read many times."""
+        layers = [[(key.contiguous(), value.contiguous()) for key, value in sets] for sets in self.layers]
+        return replace(self, layers=layers)
 
     def select(self, index: torch.Tensor) -> Projection:
         """Return rows: text i reads source `index[i]` (int64, any length). Copies, but projects nothing."""
@@ -230,7 +236,10 @@ class TwoImageCrossAttention(nn.Module):
 def read(heads: Heads, hidden: torch.Tensor, reads: Reads, key_value: KeyValue, dropout: float) -> torch.Tensor:
     """Attend from texts to projected states; the readers of one source are folded into one query sequence."""
     query = heads.split(fold(heads.query(hidden), reads.readers))
-    context = F.scaled_dot_product_attention(query, *key_value, attn_mask=reads.mask, dropout_p=dropout)
+    if query.device.type == "cpu" and query.shape[2] < FEW_QUERIES and not dropout:
+        context, _ = attend(query, key_value, reads.mask)
+    else:
+        context = F.scaled_dot_product_attention(query, *key_value, attn_mask=reads.mask, dropout_p=dropout)
     return merge_heads(context).reshape(hidden.shape)
 
 
@@ -238,12 +247,21 @@ def read_visibly(
     heads: Heads, hidden: torch.Tensor, reads: Reads, key_value: KeyValue
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `read` without dropout, and also the attention (sources, heads, readers * length, source length)."""
-    query, (key, value) = heads.split(fold(heads.query(hidden), reads.readers)), key_value
-    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
-    if reads.mask is not None:
-        scores = scores.masked_fill(~reads.mask, -torch.inf)
+    query = heads.split(fold(heads.query(hidden), reads.readers))
+    context, attention = attend(query, key_value, reads.mask)
+    return merge_heads(context).reshape(hidden.shape), attention
+
+
+def attend(
+    query: torch.Tensor, key_value: KeyValue, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention spelt out: context (sources, heads, queries, head width) and weights (..., queries, source length)."""
+    key, value = key_value
+    scores = (query / query.shape[-1] ** 0.5) @ key.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
     attention = scores.softmax(dim=-1)
-    return merge_heads(attention @ value).reshape(hidden.shape), attention
+    return attention @ value, attention
 
 
 def fold(x: torch.Tensor, readers: int) -> torch.Tensor:

@@ -117,6 +117,8 @@ def generate(
         raise UserError(
             f"max_length is {config.max_length} and the prompt alone has {prompt.shape[1]} tokens; raise max_length"
         )
+    if prompt.device.type == "cpu":
+        projection = projection.contiguous()
     stepper = Stepper(decoder, projection, eos_token_id, config)
     if config.sample:
         stepper.projection = projection.read_by(projection.readers * config.num_return)
