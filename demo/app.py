@@ -18,7 +18,8 @@ from PIL import Image
 
 from data.miniature_scene import draw_scene, render
 from data.pictures import find_pictures
-from data.transforms import open_image
+from data.transforms import BAD_PICTURE, open_image
+from demo.limits import BodyLimit
 from engine.explain import explain, sheet
 from engine.predictor import Predictor, load
 from engine.search import Index, find_pictures_by_text
@@ -28,9 +29,12 @@ MINIATURE = Path(__file__).resolve().parent.parent / "configs" / "miniature"
 SHIPPED = {"caption": MINIATURE / "model.safetensors", "vqa": MINIATURE / "vqa.safetensors",
            "match": MINIATURE / "model.safetensors"}  # fmt: skip
 MAX_MEGAPIXELS = 100
+MAX_MEGAPIXELS_OF_ALL = 2500  # pictures of one search: about a minute of decoding
+SHOWN_SIDE = 1024  # pixels
 MAX_TEXT = 300  # characters
 MAX_FILES = 200  # pictures of one search
 MAX_UPLOAD = "50mb"
+KEPT_SECONDS = 3600  # that uploads and results stay on the disk
 EXAMPLES = 6
 STYLE = "td, th {padding: 2px 14px; text-align: left; border: none} th {font-weight: normal; opacity: 0.6}"
 
@@ -101,11 +105,12 @@ class Page:
             raise UserError(f"{len(files)} pictures are too many for this page; give at most {MAX_FILES}")
         with self.lock:
             model = self.models["match"]
+            check_sizes(files or ())
             collection, errors = self.pictures(model, files)
             if not collection[0]:
                 raise UserError("there is no picture to search; upload some")
             found = find_pictures_by_text(model, collection, [text], top=8)[0]["images"]
-        gallery = [(open_image(Path(row["image"]), upright=True), f"{row['probability']:.1%}") for row in found]
+        gallery = [(shown(Path(row["image"])), f"{row['probability']:.1%}") for row in found]
         left_out = f", {len(errors)} could not be read" if errors else ""
         return f"searched {len(collection[0])} pictures{left_out}", gallery
 
@@ -144,16 +149,51 @@ def read_picture(path: str | None) -> Image.Image:
     """
     if not path:
         raise UserError("there is no picture yet; upload one, or click an example")
+    _refuse_large(megapixels(path))
+    return shown(Path(path))
+
+
+def megapixels(path: str) -> float:
+    """Return a picture's size, without decoding it.
+
+    Raises:
+        UserError: it is no picture.
+    """
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            megapixels = image.width * image.height / 1e6
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return image.width * image.height / 1e6
+    except BAD_PICTURE:
         raise UserError("this file is no picture that can be read; upload a JPEG or PNG") from None
-    if megapixels > MAX_MEGAPIXELS:
-        raise UserError(f"the picture has {megapixels:.0f} megapixels; upload one of at most {MAX_MEGAPIXELS}")
-    picture = open_image(Path(path), upright=True)
-    picture.thumbnail((1024, 1024))
+
+
+def _refuse_large(found: float) -> None:
+    if found > MAX_MEGAPIXELS:
+        raise UserError(f"the picture has {found:.0f} megapixels; upload one of at most {MAX_MEGAPIXELS}")
+
+
+def check_sizes(files: Sequence[str]) -> None:
+    """Refuse uploads that would keep the page busy for long.
+
+    Raises:
+        UserError: one of the pictures, or all together, are larger than the page takes.
+    """
+    total = 0.0
+    for name in files:
+        try:
+            found = megapixels(name)
+        except UserError:  # the search counts what cannot be read
+            continue
+        _refuse_large(found)
+        total += found
+    if total > MAX_MEGAPIXELS_OF_ALL:
+        raise UserError(f"{total:.0f} megapixels are too many for this page; give at most {MAX_MEGAPIXELS_OF_ALL}")
+
+
+def shown(path: Path) -> Image.Image:
+    """Read a picture, a large one reduced."""
+    picture = open_image(path, upright=True, smallest=SHOWN_SIDE)
+    picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
     return picture
 
 
@@ -210,7 +250,7 @@ def build(page: Page, examples: Sequence[str]) -> Any:
         import gradio
     except ImportError:
         raise UserError("the web page needs Gradio; pip install gradio") from None
-    with gradio.Blocks(title="BLIP") as blocks:
+    with gradio.Blocks(title="BLIP", delete_cache=(600, KEPT_SECONDS)) as blocks:
         gradio.Markdown("# BLIP")
         gradio.HTML(page.about())
         with gradio.Tab("Caption"):
@@ -228,8 +268,27 @@ def build(page: Page, examples: Sequence[str]) -> Any:
     return blocks.queue(max_size=100)
 
 
+def body_limit() -> Any:
+    """Return what bounds requests, in the form in which Gradio takes it."""
+    from starlette.middleware import Middleware
+
+    return Middleware(BodyLimit)
+
+
 def _textbox(gradio: Any, label: str, placeholder: str) -> Any:
     return gradio.Textbox(label=label, placeholder=placeholder, elem_id=label.lower(), render=False)
+
+
+def uploaded(payload: Any) -> str | None:
+    """Return the path of an uploaded picture; a request may name any file of this machine, and gets none of them."""
+    from gradio import Error
+    from gradio.utils import get_upload_folder
+
+    if not payload:
+        return None
+    if not payload.path or not Path(payload.path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
+        raise Error("this picture was not uploaded; upload it", print_exception=False, title="Not done")
+    return payload.path
 
 
 def _task(gradio: Any, name: str, function: Callable[..., Any], inputs: list[Any], examples: Sequence[str]) -> None:
@@ -238,7 +297,7 @@ def _task(gradio: Any, name: str, function: Callable[..., Any], inputs: list[Any
         with gradio.Column():
             picture = gradio.Image(label="Picture", type="filepath", sources=["upload", "clipboard"], height=300,
                                    image_mode=None, elem_id=f"{name.lower()}-picture")  # fmt: skip
-            picture.preprocess = lambda payload: payload and payload.path  # what is no picture is told by us
+            picture.preprocess = uploaded  # what is no picture is told by us
             for item in inputs:
                 item.render()
             button = gradio.Button(name, variant="primary", elem_id=f"{name.lower()}-button")
@@ -282,7 +341,7 @@ def main() -> int:
             examples = example_pictures(Path(folder))
             build(page, examples).launch(
                 server_name=args.host, server_port=args.port, max_file_size=MAX_UPLOAD, allowed_paths=[folder],
-                css=STYLE,
+                css=STYLE, app_kwargs={"middleware": [body_limit()]},
             )  # fmt: skip
         return 0
     except UserError as error:

@@ -1,5 +1,8 @@
 """The web page, started by its command and used through a browser, and by many people at once."""
 
+import contextlib
+import http.client
+import json
 import os
 import random
 import re
@@ -18,6 +21,7 @@ from PIL import Image
 
 from data.miniature_scene import draw_scene, render
 from data.miniature_text import caption_is_exact
+from demo import app
 
 ROOT = Path(__file__).parent.parent
 gradio_client = pytest.importorskip("gradio_client")
@@ -34,8 +38,8 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def address(pictures):
-    """The page, started as people start it; its address."""
+def page(pictures):
+    """The page, started as people start it; its address and its process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -49,9 +53,14 @@ def address(pictures):
         except OSError:
             assert process.poll() is None, "the page ended"
             time.sleep(0.2)
-    yield url
+    yield url, process
     process.terminate()
     process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def address(page):
+    return page[0]
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +196,176 @@ def test_files_outside_the_page_are_out_of_reach(address):
     for path in ("/etc/passwd", str(ROOT / "README.md")):
         with pytest.raises(urllib.error.HTTPError):
             urllib.request.urlopen(f"{address}/gradio_api/file={path}", timeout=10)
+
+
+# People who mean harm.
+
+
+def memory(page, name):
+    """MiB of the page's process: VmRSS now, VmHWM at its most."""
+    status = Path(f"/proc/{page[1].pid}/status")
+    if not status.exists():
+        pytest.skip("memory is read from Linux's /proc")
+    return int(re.search(rf"{name}:\s*(\d+) kB", status.read_text())[1]) / 1024
+
+
+def connect(address):
+    return http.client.HTTPConnection(address.removeprefix("http://"), timeout=20)
+
+
+def ask_raw(address, name, data):
+    """Call the page as no browser would, and return what it answers."""
+    body = json.dumps({"data": data}).encode()
+    request = urllib.request.Request(
+        f"{address}/gradio_api/call/{name}", body, {"Content-Type": "application/json"}, method="POST"
+    )
+    event = json.load(urllib.request.urlopen(request, timeout=20))["event_id"]
+    return urllib.request.urlopen(f"{address}/gradio_api/call/{name}/{event}", timeout=60).read().decode()
+
+
+@pytest.mark.parametrize("meta", [{}, {"meta": {"_type": "gradio.FileData"}}])
+def test_pictures_of_the_machine_are_not_read_for_a_request(address, pictures, meta):
+    for name, rest in (("caption", [False, 1]), ("ask", ["what?"]), ("match", ["a circle"])):
+        answer = ask_raw(address, name, [{"path": str(pictures[0] / "0.png"), **meta}, *rest])
+        assert answer.startswith("event: error") and "table" not in answer
+    assert ask_raw(address, "search", [[{"path": str(pictures[0] / "0.png"), **meta}], "x"]).startswith("event: error")
+
+
+def test_paths_that_climb(address, pictures, tmp_path):
+    name = "../../../../../../../" + str(tmp_path / "evil.png").lstrip("/")
+    where = upload(address, name, (pictures[0] / "0.png").read_bytes())
+    assert not (tmp_path / "evil.png").exists() and Path(where).name == "evil.png" and ".." not in where
+    folder = where.rpartition("/")[0]
+    for path in (f"file={folder}/../../../etc/passwd", f"file={folder}/%2e%2e/%2e%2e/%2e%2e/etc/passwd",
+                 "file=../../../../etc/passwd", "file=%2fetc%2fpasswd"):  # fmt: skip
+        connection = connect(address)
+        connection.request("GET", f"/gradio_api/{path}")
+        answer = connection.getresponse()
+        assert answer.status >= 400 and b"root:" not in answer.read()
+    for path in ("/static/../../../etc/passwd", "/assets/..%2f..%2f..%2fetc/passwd"):
+        connection = connect(address)
+        connection.request("GET", path)
+        assert b"root:" not in connection.getresponse().read()
+
+
+def upload(address, name, content):
+    """Upload a file under any name; return where the page keeps it."""
+    head = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
+    body = head.encode() + content + b"\r\n--x--\r\n"
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    request = urllib.request.Request(f"{address}/gradio_api/upload", body, headers, method="POST")
+    return json.load(urllib.request.urlopen(request, timeout=20))[0]
+
+
+def test_html_in_file_names_does_not_come_back(address, pictures):
+    where = upload(address, "<img src=x onerror=alert(1)>.png", (pictures[0] / "0.png").read_bytes())
+    file = {"path": where, "meta": {"_type": "gradio.FileData"}, "orig_name": "<img src=x onerror=alert(1)>.png"}
+    for name, data in (("search", [[file], "a circle"]), ("caption", [file, False, 1])):
+        answer = ask_raw(address, name, data)
+        assert answer.startswith("event: complete") and "<img" not in answer
+    where = upload(address, "<img src=x>.png", b"no picture")
+    file = {"path": where, "meta": {"_type": "gradio.FileData"}}
+    assert "<img" not in ask_raw(address, "search", [[file], "a circle"])
+
+
+def test_html_in_captions_and_answers_is_shown_as_text(pictures, monkeypatch):
+    evil = "<script>alert(1)</script>"
+
+    class Model:
+        def caption(self, *_, **__):
+            return [{"captions": [{"caption": evil, "log_prob": 0.0}]}]
+
+        def answer(self, *_):
+            return [{"answers": [{"answer": evil, "log_prob": 0.0}]}]
+
+    monkeypatch.setattr(app, "explain", lambda *_: None)
+    monkeypatch.setattr(app, "sheet", lambda *_: None)
+    shown = app.Page({})
+    shown.models = {"caption": Model(), "vqa": Model()}
+    path = str(pictures[0] / "0.png")
+    for html in (shown.caption(path, False, 1)[0], shown.ask(path, "what?")[0]):
+        assert "<script" not in html and "&lt;script&gt;" in html
+
+
+def test_bombs_in_a_search_are_refused_and_memory_stays(page, client, tmp_path):
+    Image.new("1", (13_000, 13_000)).save(tmp_path / "bomb.png")  # 169 megapixels, 500 MB as RGB, in 25 KB
+    Image.new("1", (9_900, 9_900)).save(tmp_path / "large.png")
+    with pytest.raises(gradio_client.exceptions.AppError, match="megapixels are too many"):
+        client.predict([uploaded(tmp_path / "large.png")] * 26, "a circle", api_name="/search")
+    before = memory(page, "VmHWM")
+    with pytest.raises(gradio_client.exceptions.AppError, match="169 megapixels"):
+        client.predict([uploaded(tmp_path / "bomb.png")], "a circle", api_name="/search")
+    assert memory(page, "VmHWM") - before < 100
+
+
+@pytest.mark.parametrize("path", ["upload", "queue/join", "call/caption", "run/caption"])
+def test_gigabytes_are_refused_before_they_come(page, path):
+    connection = connect(page[0])
+    connection.putrequest("POST", f"/gradio_api/{path}")
+    for name, value in (("Content-Length", 5 << 30), ("Content-Type", "multipart/form-data; boundary=x")):
+        connection.putheader(name, str(value))
+    connection.endheaders(b"--x")
+    assert connection.getresponse().status == 413
+
+
+@pytest.mark.parametrize("path", ["upload", "queue/join"])
+def test_gigabytes_that_are_not_announced_are_cut_off(page, path):
+    """In pieces, as a file, as a field of a form, or as JSON: the page's memory stays as it was."""
+    before = memory(page, "VmHWM")
+    connection, sent = connect(page[0]), 0
+    connection.putrequest("POST", f"/gradio_api/{path}")
+    connection.putheader("Transfer-Encoding", "chunked")
+    connection.putheader("Content-Type", "multipart/form-data; boundary=x")
+    connection.endheaders()
+    piece = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + bytes(1 << 20)
+    with contextlib.suppress(OSError):
+        while sent < 4 << 30:
+            connection.send(b"%x\r\n%s\r\n" % (len(piece), piece))
+            sent += len(piece)
+            piece = bytes(1 << 20)
+    assert sent < 300 << 20 and memory(page, "VmHWM") - before < 300
+    assert urllib.request.urlopen(page[0], timeout=10).status == 200
+
+
+def crowd(page, pictures, seconds, people=50):
+    """Keep many requests going; return answers, the memory they took in MiB, and others' longest wait in seconds."""
+    client = gradio_client.Client(page[0], verbose=False, max_workers=people + 10)
+
+    def ask(number):
+        return client.predict(uploaded(pictures[0] / f"{number % 3}.png"), "how many?", api_name="/ask")[0]
+
+    expected = [ask(number) for number in range(3)]
+    before, until, waits = memory(page, "VmRSS"), time.monotonic() + seconds, []
+
+    def one_of_them(number):
+        answers = 0
+        while time.monotonic() < until:
+            assert ask(number) == expected[number % 3]
+            answers += 1
+        return answers
+
+    def onlooker():
+        while time.monotonic() < until:
+            began = time.monotonic()
+            assert urllib.request.urlopen(page[0], timeout=30).status == 200
+            waits.append(time.monotonic() - began)
+            time.sleep(0.2)
+
+    with ThreadPoolExecutor(people + 1) as pool:
+        watching = pool.submit(onlooker)
+        answers = list(pool.map(one_of_them, range(people)))
+        watching.result()
+    return answers, memory(page, "VmHWM") - before, max(waits)
+
+
+def test_fifty_people_at_once(page, pictures):
+    answers, grown, wait = crowd(page, pictures, 1)
+    assert min(answers) >= 1 and grown < 500 and wait < 10
+
+
+@pytest.mark.skipif("BLIP_SLOW" not in os.environ, reason="a minute of load; BLIP_SLOW=1 runs it")
+def test_fifty_people_for_a_minute(page, pictures):
+    answers, grown, wait = crowd(page, pictures, 60)
+    print(f"{sum(answers)} answers, all right, {min(answers)} to {max(answers)} each, {grown:.0f} MiB more, "
+          f"others waited {wait:.1f} s at most")  # fmt: skip
+    assert min(answers) >= 1 and grown < 500 and wait < 10
