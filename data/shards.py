@@ -31,6 +31,9 @@ PIPE = "pipe:"
 PICTURES = ("jpg", "jpeg", "png", "webp")
 READ = (*PICTURES, "txt", "json")
 LARGEST = 1 << 28  # bytes of a file in a shard
+LONGEST_HEADER = 1 << 20  # bytes
+LONG_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
 
 
 @dataclass
@@ -55,7 +58,14 @@ class Record:
 
 
 class _Header(tarfile.TarInfo):
-    """A header of which a damaged one is an error, not the end of the archive."""
+    """A header of which a damaged one is an error, not the end of the archive, and a long one is not read."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in LONG_NAMES + PAX and not 0 <= header.size <= LONGEST_HEADER:
+            raise tarfile.ReadError(f"a header says it has {header.size} bytes; expected at most {LONGEST_HEADER}")
+        return header
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:

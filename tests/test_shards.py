@@ -164,6 +164,15 @@ def test_a_file_that_lies_about_its_size_is_an_error(shards, size, said):
     assert "00000.tar cannot be read to its end" in problem and said in problem
 
 
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.SOLARIS_XHDTYPE])
+def test_an_endless_header_is_not_read(tmp_path, kind):
+    header = tarfile.TarInfo("a")
+    header.size, header.type = 1 << 40, kind
+    (tmp_path / "a").write_bytes(header.tobuf(tarfile.GNU_FORMAT))
+    with pytest.raises(tarfile.ReadError, match="a header says it has 1099511627776 bytes"):
+        list(read_shard(f"pipe:cat {tmp_path}/a /dev/zero"))
+
+
 def test_a_command_that_fails_is_told_from_a_damaged_archive(shards):
     """It may fail before, in the middle of, or after the archive, or be cut off by a reader that has had enough."""
     tar = shards / "00003.tar"
