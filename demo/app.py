@@ -8,6 +8,7 @@ import random
 import sys
 import tempfile
 import threading
+import uuid
 import warnings
 from collections.abc import Callable, Sequence
 from html import escape
@@ -73,7 +74,7 @@ class Page:
             settings = {"sample": bool(sample), "num_captions": int(number), "num_beams": max(int(number), 3)}
             captions = model.caption(picture, **settings)[0]["captions"]
             best = captions[0]["caption"]
-            maps = sheet(picture, best, explain(model, picture, best))
+            maps = own(sheet(picture, best, explain(model, picture, best)))
         return table(
             ("caption", "log-probability"), [(row["caption"], f"{row['log_prob']:.2f}") for row in captions]
         ), maps
@@ -84,7 +85,8 @@ class Page:
         with self.lock:
             model = self.models["vqa"]
             found = model.answer(picture, question)[0]["answers"][0]
-            maps = sheet(picture, f"{question}  {found['answer']}", explain(model, picture, question, found["answer"]))
+            words = f"{question}  {found['answer']}"
+            maps = own(sheet(picture, words, explain(model, picture, question, found["answer"])))
         return table(("answer", "log-probability"), [(found["answer"], f"{found['log_prob']:.2f}")]), maps
 
     def match(self, path: str | None, text: str) -> tuple[str, Image.Image]:
@@ -93,7 +95,7 @@ class Page:
         with self.lock:
             model = self.models["match"]
             found = model.match(picture, text)[0]["matches"][0]
-            maps = sheet(picture, text, explain(model, picture, text))
+            maps = own(sheet(picture, text, explain(model, picture, text)))
         return table(
             ("matching probability", "cosine"), [(f"{found['probability']:.1%}", f"{found['cosine']:.3f}")]
         ), maps
@@ -110,7 +112,7 @@ class Page:
             if not collection[0]:
                 raise UserError("there is no picture to search; upload some")
             found = find_pictures_by_text(model, collection, [text], top=8)[0]["images"]
-        gallery = [(shown(Path(row["image"])), f"{row['probability']:.1%}") for row in found]
+        gallery = [(own(shown(Path(row["image"]))), f"{row['probability']:.1%}") for row in found]
         left_out = f", {len(errors)} could not be read" if errors else ""
         return f"searched {len(collection[0])} pictures{left_out}", gallery
 
@@ -194,6 +196,15 @@ def shown(path: Path) -> Image.Image:
     """Read a picture, a large one reduced."""
     picture = open_image(path, upright=True, smallest=SHOWN_SIDE)
     picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+    return picture
+
+
+def own(picture: Image.Image) -> Image.Image:
+    """Mark a resulting picture as one request's own.
+
+    Gradio keeps equal pictures in one file, and writes it anew while another request may be reading it.
+    """
+    picture.info["request"] = uuid.uuid4().hex
     return picture
 
 
@@ -305,7 +316,7 @@ def _task(gradio: Any, name: str, function: Callable[..., Any], inputs: list[Any
         with gradio.Column():
             result = gradio.HTML(elem_id=f"{name.lower()}-result")
             gradio.Markdown("What the model looks at, word by word")
-            maps = gradio.Image(show_label=False, interactive=False, elem_id=f"{name.lower()}-maps")
+            maps = gradio.Image(show_label=False, interactive=False, format="png", elem_id=f"{name.lower()}-maps")
     button.click(function, [picture, *inputs], [result, maps], concurrency_id="model", api_name=name.lower())
 
 
@@ -320,7 +331,9 @@ def _search(gradio: Any, page: Page) -> None:
             button = gradio.Button("Search", variant="primary", elem_id="search-button")
         with gradio.Column():
             note = gradio.HTML(elem_id="search-result")
-            gallery = gradio.Gallery(label="Found, with the probability of a match", columns=4, elem_id="search-found")
+            gallery = gradio.Gallery(
+                label="Found, with the probability of a match", columns=4, format="png", elem_id="search-found"
+            )
     button.click(told(page.search), [files, text], [note, gallery], concurrency_id="model", api_name="search")
 
 

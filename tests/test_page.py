@@ -268,6 +268,15 @@ def test_html_in_file_names_does_not_come_back(address, pictures):
     assert "<img" not in ask_raw(address, "search", [[file], "a circle"])
 
 
+def test_equal_results_are_files_of_their_own(client, pictures):
+    """Or one request's picture is written while another's is read."""
+    search = [client.predict([uploaded(pictures[0] / "0.png")], "a circle", api_name="/search")[1] for _ in range(2)]
+    ask = [client.predict(uploaded(pictures[0] / "0.png"), "what?", api_name="/ask")[1] for _ in range(2)]
+    for one, other in (ask, [found[0]["image"] for found in search]):
+        assert list(Image.open(one).getdata()) == list(Image.open(other).getdata())
+        assert Path(one).read_bytes() != Path(other).read_bytes()
+
+
 def test_html_in_captions_and_answers_is_shown_as_text(pictures, monkeypatch):
     evil = "<script>alert(1)</script>"
 
@@ -279,7 +288,7 @@ def test_html_in_captions_and_answers_is_shown_as_text(pictures, monkeypatch):
             return [{"answers": [{"answer": evil, "log_prob": 0.0}]}]
 
     monkeypatch.setattr(app, "explain", lambda *_: None)
-    monkeypatch.setattr(app, "sheet", lambda *_: None)
+    monkeypatch.setattr(app, "sheet", lambda *_: Image.new("RGB", (4, 4)))
     shown = app.Page({})
     shown.models = {"caption": Model(), "vqa": Model()}
     path = str(pictures[0] / "0.png")
