@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from files import disk_is_full
 from utils import ProgressLine, UserError
 
 CHUNK = 1 << 20
@@ -56,6 +57,9 @@ def fetch(url: str, path: Path, sha256: str | None = None, check: Callable[[Path
             if not path.is_file():
                 _download(url, path, sha256, check)
     except FAILURES as error:
+        if disk_is_full(error):
+            where = path.parent.absolute()
+            raise UserError(f"{path} could not be written (the disk is full: free space in {where})") from None
         raise UserError(
             f"{url} could not be downloaded ({_reason(error)}); get it elsewhere and put it at {path}"
         ) from None
@@ -88,7 +92,7 @@ def _download(url: str, path: Path, sha256: str | None, check: Callable[[Path], 
             if error.code in (401, 403, 404) or attempt == TRIES - 1:
                 raise OSError(f"the server answered {error.code} {error.reason}") from None
         except FAILURES as error:
-            if attempt == TRIES - 1 or isinstance(error, ValueError):
+            if attempt == TRIES - 1 or isinstance(error, ValueError) or disk_is_full(error):
                 raise
         time.sleep(PAUSE_SECONDS * 2**attempt)
     if sha256 and _sha256(part) != sha256:

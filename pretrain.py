@@ -13,6 +13,7 @@ from engine.optim import step_lr, warmup_lr
 from engine.progress import Progress
 from engine.results import finish
 from engine.run import Run, launch
+from files import append
 from models.blip_pretrain import BLIP_Pretrain, blip_pretrain
 from models.momentum import copy_params
 from models.pretrained import load_bert, load_deit, load_vit_in21k
@@ -56,8 +57,7 @@ class BadImages:
         if not new:
             return
         self.found |= new
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in sorted(new))
+        append(self.path, "".join(f"{line}\n" for line in sorted(new)))
         if len(self.found) > self.limit:
             raise UserError(
                 f"rank {get_rank()}: {len(self.found)} pictures cannot be read, more than max_bad_images "

@@ -15,6 +15,7 @@ import numpy as np
 import torch.distributed as dist
 
 from data.pretrain import PairList
+from files import write_whole
 from utils import ProgressLine, UserError, barrier, get_world_size
 
 Row = dict[str, Any]
@@ -88,9 +89,8 @@ def prepare(folder: Path, settings: Row, overwrite: bool = False) -> None:
             )
         for shard in folder.glob("*.jsonl"):
             shard.unlink()
-        temporary = path.with_name("settings.json.part")
-        temporary.write_text(json.dumps(settings))
-        temporary.replace(path)
+        with write_whole(path) as file:
+            json.dump(settings, file)
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output_dir") from None
 
@@ -300,10 +300,13 @@ def merge(shards: Shards, folder: Path) -> Tally:
                 name = "unreadable" if "error" in row else "bootstrapped" if row["kept"] else "dropped"
                 if name in files:
                     write_rows(files[name], [{key: value for key, value in row.items() if key != "kept"}])
-        for name, file in files.items():
+        for file in files.values():
             file.close()
-            temporary[name].replace(folder / f"{name}.jsonl")
+        for name, path in temporary.items():
+            path.replace(folder / f"{name}.jsonl")
     except OSError as error:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
         raise UserError(
             f"the bootstrapped set could not be written to {folder} ({error.strerror}); free space and start again: "
             "finished shards are kept"

@@ -1,7 +1,5 @@
 """Checkpoints: written whole or not at all, and read back to continue bit for bit."""
 
-import errno
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -9,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from files import write_whole
 from utils import UserError, all_gather_object, barrier, get_rank, get_world_size, on_main_process
 
 LAST, BEST, WEIGHTS = "checkpoint_last.pth", "checkpoint_best.pth", "model.pth"
@@ -20,26 +19,8 @@ def save_atomic(content: Any, path: Path) -> None:
     Raises:
         UserError: it could not be written (a full disk); an earlier file of that name is untouched.
     """
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({_reason(error, path)})") from None
-
-
-def _reason(error: Exception, path: Path) -> str:
-    kept = "the previous one is intact" if path.exists() else "nothing was left behind"
-    cause: BaseException | None = error
-    while cause is not None:  # torch's writer hides what went wrong behind an error of its own
-        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return f"the disk is full: free space and continue with --resume; {kept}"
-        cause = cause.__context__
-    return f"{' '.join(str(error).split())}; {kept}"
+    with write_whole(path, "wb") as file:
+        torch.save(content, file)
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml import tokens as marks
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from files import write_whole
 from utils import UserError
 
 CODE_FOLDER = Path(__file__).resolve().parent.parent
@@ -378,7 +379,7 @@ def _kind(value: Any) -> str:
 
 def save_config(config: ModelConfig, path: Path) -> None:
     """Write a resolved configuration as YAML, so that the file starts the same run again."""
-    with open(path, "w", encoding="utf-8") as file:
+    with write_whole(path) as file:
         YAML().dump(asdict(config), file)
 
 

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data.pictures import Picture, as_rgb
 from data.text import pre_question
 from engine.predictor import MAX_WORDS, Answerer, Captioner, Matcher, Predictor, Row, clean
+from files import write_whole
 from models.blip import ids_and_mask
 from models.blip_itm import MAX_TEXT_TOKENS
 from models.blip_vqa import MAX_QUESTION_TOKENS
@@ -232,12 +233,8 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     Raises:
         UserError: it could not be written.
     """
-    try:
-        picture.save(path)
-    except OSError as error:
-        raise UserError(
-            f"{path} could not be written ({error.strerror}); free space, or choose another --explain"
-        ) from None
+    with write_whole(path, "wb") as file:
+        picture.save(file, "PNG")
 
 
 def _make(folder: Path) -> None:

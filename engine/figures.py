@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from files import write_whole
 from utils import UserError
 
 if TYPE_CHECKING:  # matplotlib takes a second to import, so only drawing imports it
@@ -333,7 +334,8 @@ def _figure(
         warnings.filterwarnings(
             "ignore", message="Glyph"
         )  # scripts that the figure's font lacks show as boxes
-        figure.savefig(path)
+        with write_whole(path, "wb") as file:
+            figure.savefig(file, format="png")
 
 
 def _clean(axes: "Axes", grid: str) -> None:

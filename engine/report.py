@@ -20,6 +20,7 @@ from engine.figures import (
     format_value,
     open_picture,
 )
+from files import write_whole
 from utils import UserError
 
 STYLE = """
@@ -112,7 +113,8 @@ def write_report(
         }
         embedded = {name: _embed_file(folder / name) for name, drawn in figures.items() if drawn}
         page = folder / "report.html"
-        page.write_text(_page(title, groups, log, cards, notes, embedded), encoding="utf-8")
+        with write_whole(page) as file:
+            file.write(_page(title, groups, log, cards, notes, embedded))
     except OSError as error:
         raise UserError(f"cannot write the report to {folder}: {error.strerror or error}") from error
     return page

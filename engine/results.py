@@ -12,6 +12,7 @@ from engine.checkpoint import BEST
 from engine.loop import autocast, prepare_model
 from engine.report import write_report
 from engine.run import Run
+from files import why_not_written, write_whole
 from utils import UserError, on_main_process
 
 
@@ -23,11 +24,12 @@ def write_json(path: Path, content: Any) -> Path:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(content, ensure_ascii=False)
-        # halves of characters, which annotations may hold, cannot be written as they are
-        path.write_text(text if _is_whole(text) else json.dumps(content), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{path} could not be written ({error.strerror}); free space or choose --output_dir") from None
+        raise UserError(why_not_written(path, error)) from None
+    text = json.dumps(content, ensure_ascii=False)
+    with write_whole(path) as file:
+        # halves of characters, which annotations may hold, cannot be written as they are
+        file.write(text if _is_whole(text) else json.dumps(content))
     return path
 
 

@@ -21,6 +21,7 @@ from engine.checkpoint import LAST
 from engine.config import ModelConfig, describe, load_config, save_config
 from engine.rendezvous import join_group, was_restarted
 from engine.watchdog import BUSY_MINUTES, Watchdog, first_to_speak
+from files import append, disk_is_full, to_free, write_whole
 from utils import UserError, get_rank, get_world_size, has_group, is_main_process, on_main_process, user_message
 
 HANG_MINUTES = 15.0  # where the task's config does not say
@@ -72,8 +73,7 @@ class Run:
     def log(self, row: dict[str, Any], name: str = "log.txt") -> None:
         """Append a row to a log, one JSON object per line, on the main process."""
         if is_main_process():
-            with open(self.output_dir / name, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append(self.output_dir / name, json.dumps(row) + "\n")
 
     def read_log(self, name: str = "log.txt") -> list[dict[str, Any]]:
         """Return the rows of a log."""
@@ -86,9 +86,8 @@ class Run:
         if not is_main_process() or not path.is_file():
             return
         kept = [line for line, row in _rows(path) if keep(row)]
-        temporary = path.with_name(name + ".part")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, path)
+        with write_whole(path) as file:
+            file.writelines(line + "\n" for line in kept)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -132,6 +131,10 @@ def launch(
         return _end(str(stop), 143)
     except Exception as error:
         message = user_message(error)
+        if message is None and disk_is_full(error):  # in a place that has no message of its own
+            file = getattr(error, "filename", None)
+            where = Path(file).parent if file else Path(args.output_dir)
+            message = f"the disk is full ({' '.join(str(error).split())}): {to_free(where)}"
         if message is None and _lost_peer(error):
             return _end_without_peer(watchdog)
         if message is None:
@@ -251,11 +254,11 @@ def _write_folder(run: Run, config: ModelConfig, begin: bool) -> None:
     """Make the output folder, clear it of an earlier run's state if this one begins anew, and write config.yaml."""
     try:
         run.output_dir.mkdir(parents=True, exist_ok=True)
-        if begin:
-            for name in (LAST, "log.txt", "curve.jsonl"):
-                (run.output_dir / name).unlink(missing_ok=True)
         if begin or not (run.output_dir / "config.yaml").is_file():
             save_config(config, run.output_dir / "config.yaml")
+        if begin:  # after what a full disk may refuse
+            for name in (LAST, "log.txt", "curve.jsonl"):
+                (run.output_dir / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"output folder {run.output_dir}: {error.strerror}; choose another --output_dir") from None
 

@@ -281,13 +281,15 @@ def describe(folder: Path) -> str:
 
 # What is compared.
 
+COMPARED = (".pth", ".txt", ".jsonl", ".json", ".yaml")
+
 
 def differences(folder: Path, whole: Path) -> list[str]:
     """Return what of a run is not equal, bit for bit, to the untouched one's."""
     found = []
     for path in sorted(whole.rglob("*")):
         name = path.relative_to(whole)
-        if path.suffix in (".pth", ".txt", ".jsonl", ".json", ".yaml") and not name.match("shards/*/settings.json"):
+        if path.suffix in COMPARED and not name.match("shards/*/settings.json"):
             if not (folder / name).is_file():
                 found.append(f"{name} is missing")
             elif not same_file(folder / name, path):
@@ -297,7 +299,7 @@ def differences(folder: Path, whole: Path) -> list[str]:
 
 
 def same_file(one: Path, other: Path) -> bool:
-    """Compare two files: checkpoints by all they hold, configurations but for the folder, others as they are."""
+    """Compare two files: checkpoints by all they hold, others as they are."""
     if one.suffix == ".pth":
         return same(*(torch.load(path, map_location="cpu", weights_only=True) for path in (one, other)))
     return one.read_bytes() == other.read_bytes()

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import torch
+from faults import differences
 from scripts import ROOT, environment
 
 
@@ -15,3 +17,18 @@ def test_restarted_runs_end_as_if_untouched(tmp_path):
     kills = [json.loads(line) for line in (tmp_path / "out" / "kills.jsonl").read_text().splitlines()]
     assert len(kills) == 3 and not any(kill["lost"] for kill in kills)
     assert "Lost: **nothing**" in (tmp_path / "page.md").read_text()
+
+
+def test_the_smallest_loss_is_seen(tmp_path):
+    for name in ("whole", "same", "other"):
+        (tmp_path / name).mkdir()
+        content = {"model": {"a": torch.ones(3)}, "progress": {"step": 4}, "best": [1.0]}
+        if name == "other":
+            content["model"]["a"][2] += 1e-7
+        torch.save(content, tmp_path / name / "checkpoint_last.pth")
+        (tmp_path / name / "log.txt").write_text("row\n")
+    assert differences(tmp_path / "same", tmp_path / "whole") == []
+    (tmp_path / "other" / "model.pth.part").touch()
+    (tmp_path / "other" / "log.txt").unlink()
+    told = ["checkpoint_last.pth differs", "log.txt is missing", "model.pth.part was left behind"]
+    assert differences(tmp_path / "other", tmp_path / "whole") == told

@@ -1,0 +1,75 @@
+"""Writes files whole or not at all; a full disk ends in one line that says where to free space."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from utils import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def write_whole(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a file under a temporary name; it takes the place of `path` once it is written whole and on the disk.
+
+    Args:
+        path: in a folder that is there.
+        mode: "w", then in UTF-8, or "wb".
+
+    Raises:
+        UserError: it could not be written, because of a full disk for instance; an earlier file is untouched.
+    """
+    temporary = path.with_name(path.name + ".part")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # the latter is torch's
+        raise UserError(why_not_written(path, error)) from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def append(path: Path, text: str) -> None:
+    """Add text to the end of a file, whole or not at all.
+
+    Raises:
+        UserError: it could not be added; the file is as it was.
+    """
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        with suppress(OSError):
+            os.truncate(path, size)
+        raise UserError(why_not_written(path, error)) from None
+
+
+def why_not_written(path: Path, error: BaseException) -> str:
+    """Return what to tell of a file that could not be written."""
+    kept = "the previous one is intact" if path.exists() else "nothing was left behind"
+    if disk_is_full(error):
+        return f"{path} could not be written (the disk is full: {to_free(path.parent)}; {kept})"
+    return f"{path} could not be written ({' '.join(str(error).split())}; {kept})"
+
+
+def to_free(folder: Path) -> str:
+    """Return what to do where a disk is full."""
+    return f"free space in {folder.absolute()}, then continue with --resume"
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Tell whether an error comes from a full disk; torch's writer hides that behind an error of its own."""
+    while error is not None:
+        if getattr(error, "errno", None) in FULL or os.strerror(errno.ENOSPC) in str(error):
+            return True
+        error = error.__context__
+    return False
