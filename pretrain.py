@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from data import create_dataset, create_loader, create_sampler
+from engine.accumulate import add_candidates
 from engine.config import PretrainConfig
 from engine.loop import Losses, fit
 from engine.optim import step_lr, warmup_lr
@@ -76,7 +77,8 @@ def make_train_step(config: PretrainConfig, bad_images: BadImages) -> Callable[.
         """Contrastive, matching and language-modelling losses of pairs."""
         bad_images.add(batch["bad"])
         alpha = config.alpha * min(1.0, progress.epoch_fraction / ALPHA_EPOCHS)
-        loss_itc, loss_itm, loss_lm = model(batch["image"], batch["caption"], alpha=alpha)
+        candidates = batch.get("candidates")
+        loss_itc, loss_itm, loss_lm = model(batch["image"], batch["caption"], alpha=alpha, candidates=candidates)
         return {"loss_itc": loss_itc, "loss_itm": loss_itm, "loss_lm": loss_lm}
 
     return train_step
@@ -124,6 +126,7 @@ def build_model(config: PretrainConfig) -> BLIP_Pretrain:
         embed_dim=config.embed_dim,
         queue_size=config.queue_size,
         smooth_padding=config.smooth_padding,
+        itc_all_ranks=config.itc_all_ranks,
     )
     if config.init == "released" and not config.pretrained:
         if config.vit not in ("base", "large"):
@@ -147,7 +150,10 @@ def main(config: PretrainConfig, run: Run) -> None:
     model = build_model(config)
     bad_images = BadImages(config.max_bad_images, run)
     train_step = make_train_step(config, bad_images)
-    scores = fit(run, config, model, loader, train_step, bad_images.count, schedule=schedule, watch=Watch(model))
+    prepare, watch = add_candidates if config.itc_cached else None, Watch(model)
+    scores = fit(
+        run, config, model, loader, train_step, bad_images.count, schedule=schedule, watch=watch, prepare=prepare
+    )
     if bad_images.found:
         run.note(f"{len(bad_images.found)} unreadable pictures were replaced; they are listed in {bad_images.path}")
     finish(run, "Pretraining", scores, list)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from data import create_dataset, create_loader, create_sampler
+from engine.accumulate import add_candidates
 from engine.config import RetrievalConfig
 from engine.loop import Losses, fit
 from engine.progress import Progress
@@ -32,7 +33,8 @@ def make_train_step(alpha: float):
     def train_step(model: nn.Module, batch: dict[str, Any], progress: Progress) -> Losses:
         """Contrastive and matching losses of pairs."""
         ramp = min(1.0, progress.epoch_fraction)
-        loss_itc, loss_itm = model(batch["image"], batch["caption"], alpha=alpha * ramp, idx=batch["idx"])
+        pairs, candidates = (batch["image"], batch["caption"]), batch.get("candidates")
+        loss_itc, loss_itm = model(*pairs, alpha=alpha * ramp, idx=batch["idx"], candidates=candidates)
         return {"loss_itc": loss_itc, "loss_itm": loss_itm}
 
     return train_step
@@ -101,6 +103,7 @@ def main(config: RetrievalConfig, run: Run) -> None:
         embed_dim=config.embed_dim,
         queue_size=config.queue_size,
         negative_all_rank=config.negative_all_rank,
+        itc_all_ranks=config.itc_all_ranks,
     )
 
     def evaluate_all(model: BLIP_Retrieval) -> dict[str, float]:
@@ -110,7 +113,9 @@ def main(config: RetrievalConfig, run: Run) -> None:
         scores = evaluate_only(run, config, model, evaluate_all)
     else:
         train_step = make_train_step(config.alpha)
-        scores = fit(run, config, model, train_loader, train_step, evaluate_all, lambda s: s["val_r_mean"])
+        prepare = add_candidates if config.itc_cached else None
+        best = lambda scores: scores["val_r_mean"]  # noqa: E731
+        scores = fit(run, config, model, train_loader, train_step, evaluate_all, best, prepare=prepare)
     finish(run, "Image-text retrieval", scores, lambda: examples(datasets[2], run))
 
 

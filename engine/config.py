@@ -134,6 +134,8 @@ class RetrievalConfig(TrainConfig):
     alpha: float = setting(0.4, "share of the momentum model in the contrastive targets")
     k_test: int = setting(256, "candidates that the matching head re-ranks")
     negative_all_rank: bool = setting(True, "draw hard negatives from all processes, not the own batch only")
+    itc_all_ranks: bool = setting(False, "contrast with the pairs of all processes, beside the queues")
+    itc_cached: bool = setting(False, "contrast with the pairs of all grad_accum batches, as one large batch would")
     embed_dim: int = setting(256, "width of the contrastive features")
 
 
@@ -205,6 +207,8 @@ class PretrainConfig(TrainConfig):
     batch_size: int = setting(75, "pairs per process and step")
     queue_size: int = setting(57600, "features kept in each queue")
     alpha: float = setting(0.4, "share of the momentum model in the contrastive targets")
+    itc_all_ranks: bool = setting(False, "contrast with the pairs of all processes, beside the queues")
+    itc_cached: bool = setting(False, "contrast with the pairs of all grad_accum batches, as one large batch would")
     warmup_lr: float = setting(1e-6, "learning rate at the start of the warm-up")
     lr_decay_rate: float = setting(0.9, "factor on the learning rate after each epoch")
     warmup_steps: int = setting(3000, "steps of linear warm-up")

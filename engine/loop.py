@@ -87,6 +87,7 @@ def fit(
     best_metric: Callable[[dict[str, float]], float] | None = None,
     schedule: Callable[[TrainConfig, Progress], float] = default_schedule,
     watch: Callable[[dict[str, float], Progress], str] | None = None,
+    prepare: Callable[[nn.Module, list[dict[str, Any]], torch.device], list[dict[str, Any]]] | None = None,
 ) -> dict[str, Any]:
     """Train a model; save, log and evaluate after every epoch; keep the best and the last.
 
@@ -100,6 +101,7 @@ def fit(
         best_metric: picks from the scores what the best checkpoint maximises; None keeps the last.
         schedule: learning rate at a progress.
         watch: sees each reading of the mean losses; a text that it returns is printed as a warning.
+        prepare: sees all batches of a step before the first, and returns what train_step gets of them.
 
     Returns:
         The best epoch's scores, with "epoch".
@@ -108,16 +110,16 @@ def fit(
         UserError: a loss is not finite, the data are fewer than a batch, or saving failed.
         Interrupted: SIGTERM came; the run has been saved.
     """
-    return Loop(run, config, model, loader, train_step, evaluate, best_metric, schedule, watch).run_all()
+    return Loop(run, config, model, loader, train_step, evaluate, best_metric, schedule, watch, prepare).run_all()
 
 
 class Loop:
     """State and steps of one training run; `fit` is its interface."""
 
-    def __init__(self, run, config, model, loader, train_step, evaluate, best_metric, schedule, watch):
+    def __init__(self, run, config, model, loader, train_step, evaluate, best_metric, schedule, watch, prepare):
         self.run, self.config, self.loader = run, config, loader
         self.train_step, self.evaluate, self.best_metric = train_step, evaluate, best_metric
-        self.schedule, self.watch = schedule, watch
+        self.schedule, self.watch, self.prepare = schedule, watch, prepare
         self.model = prepare_model(model, config, run)
         self.wrapped = self._wrap()
         self.optimizer = create_optimizer(model, config.init_lr, config.weight_decay)
@@ -198,6 +200,9 @@ class Loop:
     def step(self, batches: list[dict[str, Any]]) -> None:
         """One update of the weights from one or several batches."""
         total: Losses = {}
+        if self.prepare is not None:
+            with autocast(self.config, self.run.device):
+                batches = self.prepare(self.model, batches, self.run.device)
         for number, batch in enumerate(batches, 1):
             last = number == len(batches)
             context = nullcontext() if last or self.wrapped is self.model else self.wrapped.no_sync()

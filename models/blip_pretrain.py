@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from models.attention import Projection
 from models.blip import next_token_loss
 from models.losses import IGNORED, draw_negatives
 from models.med import BERT_CONFIG, TextDecoder
-from models.momentum import MomentumModel, enqueue, pick
+from models.momentum import Candidates, MomentumModel, enqueue, pick
 from models.pretrained import load_pretrained
 from models.tokenizer import TokenBatch
 
@@ -28,6 +29,8 @@ class BLIP_Pretrain(MomentumModel):
             training.
     """
 
+    max_text_tokens = MAX_TEXT_TOKENS
+
     def __init__(
         self,
         med_config: str | Path | Mapping = BERT_CONFIG,
@@ -39,16 +42,17 @@ class BLIP_Pretrain(MomentumModel):
         queue_size: int = 57600,
         momentum: float = 0.995,
         smooth_padding: bool = True,
+        itc_all_ranks: bool = False,
     ):
         super().__init__(
-            med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer, embed_dim, queue_size, momentum
+            med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer, embed_dim, queue_size, momentum, itc_all_ranks
         )
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
         self.text_decoder = TextDecoder(self.text_config, shared_with=self.text_encoder)
         self.smooth_padding = smooth_padding
 
     def forward(
-        self, image: torch.Tensor, caption: Sequence[str], alpha: float
+        self, image: torch.Tensor, caption: Sequence[str], alpha: float, candidates: Candidates | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the losses loss_ita, loss_itm and loss_lm, scalars.
 
@@ -56,29 +60,34 @@ class BLIP_Pretrain(MomentumModel):
             image: float (batch, 3, H, W).
             caption: one per image.
             alpha: weight of the momentum model's soft targets.
+            candidates: what `MomentumModel.candidates` gave for this batch of a step of several; None for a step
+                of this batch alone.
         """
         self.clamp_temperature()
         text = self.tokenize(caption, MAX_TEXT_TOKENS, image.device)
         image_embeds = self.visual_encoder(image)
         feats = self.image_feat(image_embeds), self.text_feat(text)
-        feats_m = self.momentum_features(image, text)
-        hard_targets = torch.eye(len(image), len(image) + self.queue_size, device=image.device)
-        loss_ita, sim_i2t, sim_t2i = self.contrast(feats, feats_m, hard_targets, alpha)
-        enqueue(self.queue_ptr, (self.image_queue, feats_m[0]), (self.text_queue, feats_m[1]))
+        candidates = candidates or self.candidates([(image, text, None)])[0]
+        own = torch.arange(candidates.first, candidates.first + len(image), device=image.device)
+        hard_targets = F.one_hot(own, len(candidates.image) + self.queue_size).float()
+        loss_ita, sim_i2t, sim_t2i = self.contrast(feats, candidates, hard_targets, alpha)
+        if candidates.last:
+            rows = (self.image_queue, candidates.image), (self.text_queue, candidates.text)
+            enqueue(self.queue_ptr, *rows, gathered=self.itc_all_ranks)
 
         projection = self.text_encoder.project(image_embeds)
-        loss_itm = self.matching_loss(text, projection, sim_i2t, sim_t2i)
+        loss_itm = self.matching_loss(text, projection, sim_i2t[:, own], sim_t2i[:, own])
         return loss_ita, loss_itm, self.language_loss(text, projection)
 
     def matching_loss(
         self, text: TokenBatch, projection: Projection, sim_i2t: torch.Tensor, sim_t2i: torch.Tensor
     ) -> torch.Tensor:
-        """ITM with negatives from the local batch, by similarity to its momentum features."""
+        """ITM with negatives from the local batch, by similarity (batch, batch) to its momentum features."""
         batch = len(sim_i2t)
         text = text.with_first(self.tokenizer.enc_token_id)
         own = torch.eye(batch, dtype=torch.bool, device=sim_i2t.device)
-        negative_image = draw_negatives(sim_t2i[:, :batch].detach(), own, NEGATIVE_FLOOR)
-        negative_text = draw_negatives(sim_i2t[:, :batch].detach(), own, NEGATIVE_FLOOR)
+        negative_image = draw_negatives(sim_t2i.detach(), own, NEGATIVE_FLOOR)
+        negative_text = draw_negatives(sim_i2t.detach(), own, NEGATIVE_FLOOR)
         return self.match(text, projection, pick(text, negative_text), projection.select(negative_image))
 
     def language_loss(self, text: TokenBatch, projection: Projection) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from models.losses import draw_negatives
 from models.med import MED_CONFIG
-from models.momentum import MomentumModel, enqueue, pick
+from models.momentum import Candidates, MomentumModel, enqueue, pick
 from models.pretrained import load_pretrained
 from models.tokenizer import TokenBatch
 from utils import all_gather, all_gather_with_grad, get_world_size
@@ -23,6 +23,8 @@ class BLIP_Retrieval(MomentumModel):
         negative_all_rank: draw negatives from the batches of all ranks instead of the local one.
     """
 
+    max_text_tokens = MAX_TEXT_TOKENS
+
     def __init__(
         self,
         med_config: str | Path | Mapping = MED_CONFIG,
@@ -34,16 +36,22 @@ class BLIP_Retrieval(MomentumModel):
         queue_size: int = 57600,
         momentum: float = 0.995,
         negative_all_rank: bool = False,
+        itc_all_ranks: bool = False,
     ):
         super().__init__(
-            med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer, embed_dim, queue_size, momentum
+            med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer, embed_dim, queue_size, momentum, itc_all_ranks
         )
         self.negative_all_rank = negative_all_rank
         self.register_buffer("idx_queue", torch.full((1, queue_size), EMPTY_INDEX))
         self.register_buffer("ptr_queue", torch.zeros(1, dtype=torch.long))
 
     def forward(
-        self, image: torch.Tensor, caption: Sequence[str], alpha: float, idx: torch.Tensor
+        self,
+        image: torch.Tensor,
+        caption: Sequence[str],
+        alpha: float,
+        idx: torch.Tensor,
+        candidates: Candidates | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the losses loss_ita and loss_itm, scalars.
 
@@ -52,25 +60,24 @@ class BLIP_Retrieval(MomentumModel):
             caption: one per image.
             alpha: weight of the momentum model's soft targets.
             idx: int64 (batch,); equal where pairs have the same image.
+            candidates: what `MomentumModel.candidates` gave for this batch of a step of several; None for a step
+                of this batch alone.
         """
         self.clamp_temperature()
         idx = idx.to(image.device)
         text = self.tokenize(caption, MAX_TEXT_TOKENS, image.device)
         image_embeds = self.visual_encoder(image)
         feats = self.image_feat(image_embeds), self.text_feat(text)
-        feats_m = self.momentum_features(image, text)
-        loss_ita, _, _ = self.contrast(feats, feats_m, self.hard_targets(idx), alpha)
-        enqueue(
-            self.ptr_queue,
-            (self.image_queue, feats_m[0]),
-            (self.text_queue, feats_m[1]),
-            (self.idx_queue, idx[:, None]),
-        )
+        candidates = candidates or self.candidates([(image, text, idx)])[0]
+        loss_ita, _, _ = self.contrast(feats, candidates, self.hard_targets(idx, candidates.idx), alpha)
+        if candidates.last:
+            rows = (self.image_queue, candidates.image), (self.text_queue, candidates.text)
+            enqueue(self.ptr_queue, *rows, (self.idx_queue, candidates.idx[:, None]), gathered=self.itc_all_ranks)
         return loss_ita, self.matching_loss(image_embeds, text, feats, idx)
 
-    def hard_targets(self, idx: torch.Tensor) -> torch.Tensor:
-        """Spread each row over all entries of the same image: (batch, batch + queue_size)."""
-        same = (idx[:, None] == torch.cat((idx[None], self.idx_queue), dim=1)).float()
+    def hard_targets(self, idx: torch.Tensor, idx_all: torch.Tensor) -> torch.Tensor:
+        """Spread each row over all entries of the same image: (batch, candidates + queue_size)."""
+        same = (idx[:, None] == torch.cat((idx_all[None], self.idx_queue), dim=1)).float()
         return same / same.sum(dim=1, keepdim=True)
 
     def matching_loss(

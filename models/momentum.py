@@ -1,6 +1,7 @@
 """What pretraining and retrieval share: momentum twin, feature queues, ITC and ITM (section 3.2, after ALBEF)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,11 +14,29 @@ from models.losses import itc_loss, itm_loss, soft_targets
 from models.med import TextTransformer
 from models.tokenizer import TokenBatch, tokenize
 from models.vit import create_vit
-from utils import all_gather
+from utils import all_gather, get_rank
 
 TWINS = ("visual_encoder", "vision_proj", "text_encoder", "text_proj")
 INITIAL_TEMPERATURE = 0.07
 TEMPERATURE_RANGE = (0.001, 0.5)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Momentum features that a batch is compared with beside the queues', each pair's own among them.
+
+    Attributes:
+        image, text: unit features (pairs, embed_dim), without gradient.
+        idx: int64 (pairs,), equal where pairs have the same image; None where that is not told.
+        first: row of the batch's first pair.
+        last: no batch of the same step comes after this one, so the queues can take the features.
+    """
+
+    image: torch.Tensor
+    text: torch.Tensor
+    idx: torch.Tensor | None
+    first: int
+    last: bool
 
 
 class MomentumModel(nn.Module):
@@ -28,7 +47,12 @@ class MomentumModel(nn.Module):
         embed_dim: width of the contrastive features.
         queue_size: number of past features of each kind that ITC compares with.
         momentum: share of the twin that an update keeps.
+        itc_all_ranks: ITC compares with the batches of all ranks instead of the local one. Only the online side
+            has a gradient, and each rank has its own rows of it whole, so the mean over ranks that DDP takes is
+            the gradient of one large batch, and nothing need be sent back.
     """
+
+    max_text_tokens: int
 
     def __init__(
         self,
@@ -40,6 +64,7 @@ class MomentumModel(nn.Module):
         embed_dim: int,
         queue_size: int,
         momentum: float,
+        itc_all_ranks: bool = False,
     ):
         super().__init__()
         for twin, checkpointed in (("", vit_grad_ckpt), ("_m", False)):
@@ -52,7 +77,7 @@ class MomentumModel(nn.Module):
         self.text_config = config
         self.itm_head = nn.Linear(config.hidden_size, 2)
         self.temp = nn.Parameter(torch.tensor(INITIAL_TEMPERATURE))
-        self.queue_size, self.momentum = queue_size, momentum
+        self.queue_size, self.momentum, self.itc_all_ranks = queue_size, momentum, itc_all_ranks
         self.register_buffer("image_queue", random_queue(embed_dim, queue_size))
         self.register_buffer("text_queue", random_queue(embed_dim, queue_size))
         copy_params(self)
@@ -67,10 +92,25 @@ class MomentumModel(nn.Module):
         return F.normalize(getattr(self, "text_proj" + twin)(hidden[:, 0]), dim=-1)
 
     @torch.no_grad()
-    def momentum_features(self, image: torch.Tensor, text: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Move the twin on, then return its image and text features (batch, embed_dim)."""
+    def candidates(
+        self, batches: Iterable[tuple[torch.Tensor, TokenBatch, torch.Tensor | None]]
+    ) -> list[Candidates]:
+        """Move the twin on, once a step, and return what each batch of the step is compared with.
+
+        Args:
+            batches: images, texts that begin with [CLS], and idx or None, of equally many pairs each; all of a
+                step, in turn.
+        """
         update_twin(self, self.momentum)
-        return self.image_feat(self.visual_encoder_m(image), "_m"), self.text_feat(text, "_m")
+        rows = [
+            (self.image_feat(self.visual_encoder_m(image), "_m"), self.text_feat(text, "_m"), idx)
+            for image, text, idx in batches
+        ]
+        size, parts = len(rows[0][0]), list(zip(*rows, strict=True))
+        gather = all_gather if self.itc_all_ranks else torch.Tensor.detach
+        image, text, idx = (None if part[0] is None else gather(torch.cat(part)) for part in parts)
+        start = get_rank() * size * len(rows) if self.itc_all_ranks else 0
+        return [Candidates(image, text, idx, start + i * size, i == len(rows) - 1) for i in range(len(rows))]
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:
@@ -80,24 +120,27 @@ class MomentumModel(nn.Module):
     def contrast(
         self,
         feats: tuple[torch.Tensor, torch.Tensor],
-        feats_m: tuple[torch.Tensor, torch.Tensor],
+        candidates: Candidates,
         hard_targets: torch.Tensor,
         alpha: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """ITC against the momentum features of the batch and of the queues.
+        """ITC against the momentum features of the candidates and of the queues.
 
         Args:
-            feats, feats_m: image and text features, online and momentum, each (batch, embed_dim).
-            hard_targets: float (batch, batch + queue_size), rows sum to 1.
+            feats: online image and text features, each (batch, embed_dim).
+            candidates: what they are compared with.
+            hard_targets: float (batch, candidates + queue_size), rows sum to 1.
             alpha: weight of the momentum model's soft targets.
 
         Returns:
-            The loss, and the similarities over temperature (batch, batch + queue_size), image to text and
-            text to image.
+            The loss, and the similarities over temperature (batch, candidates + queue_size), image to text
+            and text to image.
         """
-        (image_feat, text_feat), (image_feat_m, text_feat_m) = feats, feats_m
-        image_all = torch.cat((image_feat_m.T, self.image_queue.clone()), dim=1)
-        text_all = torch.cat((text_feat_m.T, self.text_queue.clone()), dim=1)
+        image_feat, text_feat = feats
+        own = slice(candidates.first, candidates.first + len(image_feat))
+        image_feat_m, text_feat_m = candidates.image[own], candidates.text[own]
+        image_all = torch.cat((candidates.image.T, self.image_queue.clone()), dim=1)
+        text_all = torch.cat((candidates.text.T, self.text_queue.clone()), dim=1)
         with torch.no_grad():
             targets_i2t = soft_targets((image_feat_m @ text_all / self.temp).float(), hard_targets, alpha)
             targets_t2i = soft_targets((text_feat_m @ image_all / self.temp).float(), hard_targets, alpha)
@@ -162,16 +205,19 @@ def random_queue(embed_dim: int, queue_size: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def enqueue(pointer: torch.Tensor, *queues_and_rows: tuple[torch.Tensor, torch.Tensor]) -> None:
+def enqueue(
+    pointer: torch.Tensor, *queues_and_rows: tuple[torch.Tensor, torch.Tensor], gathered: bool = False
+) -> None:
     """Write all ranks' newest rows over the oldest entries, wrapping round the end.
 
     Args:
         pointer: int64 (1,), next entry to overwrite; moved on.
         queues_and_rows: pairs of a queue (width, queue_size) and this rank's rows (batch, width). Of a global
             batch larger than the queue the last rows stay.
+        gathered: the rows are all ranks' already.
     """
     for queue, rows in queues_and_rows:
-        rows, size = all_gather(rows), queue.shape[1]
+        rows, size = rows if gathered else all_gather(rows), queue.shape[1]
         positions = (pointer + torch.arange(len(rows), device=rows.device)) % size
         queue[:, positions[-size:]] = rows[-size:].T.to(queue.dtype)
     pointer[:] = (pointer + len(rows)) % size

@@ -1,0 +1,130 @@
+"""Contrast over all ranks' pairs and over accumulated batches: losses and gradients of one large batch."""
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import train_retrieval
+from engine.accumulate import add_candidates
+from engine.config import RetrievalConfig
+from engine.loop import Loop
+from engine.progress import Progress
+from engine.run import Run
+from formula import arr, build
+from processes import run_in_processes
+
+CPU = torch.device("cpu")
+ALPHA, STEPS, PAIRS = 0.4, 2, 8
+IDX = torch.tensor([[5, 1, 2, 3, 4, 5, 2, 7], [1, 8, 9, 5, 9, 9, 10, 1]])  # same images in several parts, and steps
+COLOURS = ["red", "blue", "green", "white", "black", "pink", "large", "small"]
+KINDS = pytest.mark.parametrize("kind", ["pretrain", "retrieval"])
+
+
+def pairs(kind, step, rows):
+    """Rows of a step's pairs as a batch; pairs of one image share it."""
+    images = arr(f"a:large{step}", (PAIRS, 3, 48, 48))
+    if kind == "retrieval":
+        images = images[(IDX[step][:, None] == IDX[step]).float().argmax(dim=1)]
+    captions = [f"a {colour} ring {step}" for colour in COLOURS]
+    batch = {"image": images[rows], "caption": captions[rows]}
+    return batch if kind == "pretrain" else batch | {"idx": IDX[step][rows]}
+
+
+def contrast(parallel, batch):
+    """ITC of a batch; the other losses count nothing, so that all parameters take part and no draw matters."""
+    loss, *others = parallel(alpha=ALPHA, **batch)
+    return loss + 0 * sum(others)
+
+
+def trained(kind, rows, parts, train=False, rank=0, world_size=1, **options):
+    """Take steps on rows of the pairs in parts; returns mean losses, gradients of each step, and the last state."""
+    model = build(kind, **options).train(train)
+    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model
+    losses, gradients = [], []
+    for step in range(STEPS):
+        size = (rows.stop - rows.start) // parts
+        cuts = [slice(start, start + size) for start in range(rows.start, rows.stop, size)]
+        batches = [pairs(kind, step, cut) for cut in cuts]
+        batches = add_candidates(model, batches, CPU) if parts > 1 else batches
+        model.zero_grad()
+        total = 0.0
+        for number, batch in enumerate(batches, 1):
+            if world_size > 1:
+                parallel.require_backward_grad_sync = number == parts
+            loss = contrast(parallel, batch) / parts
+            loss.backward()
+            total += loss.item()
+        losses.append(total)
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        with torch.no_grad():  # plain descent, so that the next step sees what this one gave
+            for name, p in model.named_parameters():
+                p.sub_(0.1 * gradients[-1].get(name, torch.zeros(())))
+    return losses, gradients, {n: v.clone() for n, v in model.state_dict().items()}
+
+
+def on_rank(rank, world_size, kind, parts, options):
+    size = PAIRS // world_size
+    return trained(kind, slice(rank * size, (rank + 1) * size), parts, rank=rank, world_size=world_size, **options)
+
+
+def largest_difference(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
+
+
+def assert_same(found, expected):
+    losses, gradients, state = found
+    assert losses == pytest.approx(expected[0], abs=1e-5)
+    assert max(largest_difference(*pair) for pair in zip(gradients, expected[1], strict=True)) < 1e-5
+    assert largest_difference(state, expected[2]) < 1e-5, "queues, pointers and the twin too"
+
+
+@pytest.mark.parametrize(("kind", "parts"), [("pretrain", 2), ("retrieval", 1)])
+def test_two_ranks_equal_one_large_batch(kind, parts):
+    expected = trained(kind, slice(0, PAIRS), 1)
+    found = run_in_processes(on_rank, 2, kind, parts, {"itc_all_ranks": True})
+    mean = [sum(pair) / 2 for pair in zip(found[0][0], found[1][0], strict=True)]
+    for rank in range(2):
+        assert_same((mean, *found[rank][1:]), expected)
+
+
+@KINDS
+def test_accumulated_batches_equal_one_large_batch(kind):
+    whole = trained(kind, slice(0, PAIRS), 1)
+    assert_same(trained(kind, slice(0, PAIRS), 4), whole)
+
+
+def test_without_the_options_contrast_is_each_ranks_own():
+    expected = trained("retrieval", slice(0, PAIRS), 1)
+    found = run_in_processes(on_rank, 2, "retrieval", 1, {})
+    assert sum(rank[0][0] for rank in found) / 2 != pytest.approx(expected[0][0], abs=1e-3)
+
+
+def test_dropout_is_drawn_once_for_each_pair():
+    """With dropout on, each tower runs once on each batch, so that no second pass could draw differently."""
+    model = build("pretrain").train()
+    calls = []
+    for name in ("visual_encoder", "visual_encoder_m"):
+        getattr(model, name).register_forward_pre_hook(lambda m, args, name=name: calls.append((name, len(args[0]))))
+    batches = [pairs("pretrain", 0, slice(start, start + 2)) for start in range(0, PAIRS, 2)]
+    for batch in add_candidates(model, batches, CPU):
+        contrast(model, batch).backward()
+    assert calls == [("visual_encoder_m", 2)] * 4 + [("visual_encoder", 2)] * 4
+    assert model.queue_ptr.item() == PAIRS % model.queue_size
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_loop_contrasts_all_batches_of_a_step(tmp_path, cached):
+    """The training script's step in the loop: one update of the twin, one writing of the queue."""
+    model = build("retrieval")
+    whole = build("retrieval")
+    expected = whole(alpha=ALPHA, **pairs("retrieval", 0, slice(0, PAIRS)))[0].item()
+    config = RetrievalConfig(grad_accum=2, itc_cached=cached, num_workers=0)
+    prepare = add_candidates if cached else None
+    step = train_retrieval.make_train_step(ALPHA)
+    loop = Loop(Run(tmp_path, CPU), config, model, [0, 0], step, None, None, None, None, prepare)
+    loop.progress = Progress(1, 2, epoch=1)
+    loop.step([pairs("retrieval", 0, slice(0, 4)), pairs("retrieval", 0, slice(4, 8))])
+    assert (loop.meters["loss_itc"].value() == pytest.approx(expected, abs=1e-5)) == cached
+    same = torch.allclose(model.image_queue, whole.image_queue, atol=1e-5)
+    assert same == cached and model.ptr_queue.item() == PAIRS % model.queue_size
