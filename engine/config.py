@@ -95,6 +95,7 @@ class TrainConfig(ModelConfig):
     log_every: int = setting(50, "steps between two readings of the losses")
     save_every: int = setting(0, "steps between two checkpoints; 0 for one an epoch")
     hang_minutes: float = setting(15.0, "longest a step, or waiting for its data, may take; 0 for no limit")
+    parallel: str = setting("ddp", "each process holds all weights (ddp), or a shard of weights and optimizer (fsdp)")
     text_grad_ckpt: bool = setting(False, "recompute the text transformer's layers in the backward pass too")
     tensorboard: bool = setting(False, "also write TensorBoard's event files")
     reduced_jpeg: bool = setting(False, "in training decode large JPEGs at a lower scale that no crop misses: faster")

@@ -1,7 +1,6 @@
 """The only training loop."""
 
 import signal
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -11,9 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from engine import parallel
 from engine.checkpoint import BEST, WEIGHTS, load_last, save_atomic, save_last
 from engine.config import TrainConfig
 from engine.optim import cosine_lr, create_optimizer, set_lr, warmup_lr
@@ -121,7 +120,7 @@ class Loop:
         self.train_step, self.evaluate, self.best_metric = train_step, evaluate, best_metric
         self.schedule, self.watch, self.prepare = schedule, watch, prepare
         self.model = prepare_model(model, config, run)
-        self.wrapped = self._wrap()
+        self.wrapped = parallel.wrap(self.model, config.parallel, run.device)
         self.optimizer = create_optimizer(model, config.init_lr, config.weight_decay)
         if len(loader) < config.grad_accum:
             raise UserError(
@@ -134,16 +133,6 @@ class Loop:
         self.best: dict[str, Any] = {}
         self.stop_asked = False
         self.writer = self._tensorboard()
-
-    def _wrap(self) -> nn.Module:
-        if get_world_size() == 1:
-            return self.model
-        for buffer in self.model.buffers():  # queues begin alike; from there on every rank keeps them so itself
-            dist.broadcast(buffer, src=0)
-        ids = [self.run.device.index] if self.run.device.type == "cuda" else None
-        with warnings.catch_warnings():  # torch 2.15 renames the argument, torch 2.6 does not know the new name
-            warnings.simplefilter("ignore", FutureWarning)
-            return DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
 
     def _tensorboard(self) -> Any:
         if not self.config.tensorboard or not is_main_process():
@@ -227,8 +216,7 @@ class Loop:
             self.optimizer.grad_scale = None
         elif self.flags[:-1].any():
             self.stop_at_bad_loss(losses)
-        if self.config.clip_grad > 0:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+        parallel.finish_gradients(self.model, self.config.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for name, value in losses.items():
@@ -308,7 +296,7 @@ class Loop:
         self.run.epoch = self.progress.epoch
         self.run.watchdog.enter("evaluation", self.progress.step)
         with torch.random.fork_rng(), torch.no_grad(), autocast(self.config, self.run.device):
-            return self.evaluate(self.model)
+            return self.evaluate(parallel.plain(self.model))
 
     def _keep_best(self, scores: dict[str, float]) -> None:
         """Save the weights if they are the best so far: by the metric, or without one the latest."""
@@ -318,7 +306,7 @@ class Loop:
         if self.best and quality <= self.best["quality"]:
             return
         self.best = {"quality": quality, "epoch": self.progress.epoch, **scores}
-        weights = {"model": self.model.state_dict(), "config": asdict(self.config)}
+        weights = {"model": parallel.full_state(self.model), "config": asdict(self.config)}
         content = {**weights, "epoch": self.progress.epoch}
         on_main_process(lambda: save_atomic(content, self.run.output_dir / BEST))
         on_main_process(lambda: save_atomic(weights, self.run.output_dir / WEIGHTS))
@@ -327,8 +315,8 @@ class Loop:
         """Save all that continuing bit for bit needs."""
         self.run.watchdog.enter("saving", self.progress.step)
         content = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": parallel.full_state(self.model),
+            "optimizer": parallel.full_optimizer_state(self.model, self.optimizer),
             "config": asdict(self.config),
             "epoch": self.progress.epoch,
             "progress": asdict(self.progress),
@@ -349,11 +337,11 @@ class Loop:
                 f"{self.progress.steps_per_epoch}; continue with the same data and batch size"
             )
         try:
-            self.model.load_state_dict(content["model"])
+            parallel.load_full_state(self.model, content["model"])
         except RuntimeError as error:
             problem = " ".join(str(error).split())[:200]
             raise UserError(f"{path} holds another model ({problem}); continue with the run's own config") from None
-        self.optimizer.load_state_dict(content["optimizer"])
+        parallel.load_full_optimizer_state(self.model, self.optimizer, content["optimizer"])
         saved.max_epoch, saved.steps_per_epoch = self.progress.max_epoch, self.progress.steps_per_epoch
         self.progress, self.best = saved, content["best"]
         states = content["meters"][get_rank()]

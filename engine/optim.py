@@ -5,6 +5,8 @@ import math
 import torch
 from torch import nn
 
+from engine.parallel import split_params
+
 
 def cosine_lr(epoch: float, max_epoch: float, init_lr: float, min_lr: float) -> float:
     """Half a cosine from `init_lr` at 0 to `min_lr` at `max_epoch`."""
@@ -22,8 +24,8 @@ def step_lr(epoch: int, init_lr: float, min_lr: float, decay_rate: float) -> flo
 
 
 def create_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW on every trainable parameter, as one group with one decay, in one fused call per step."""
-    params = [p for p in model.parameters() if p.requires_grad]
+    """AdamW on every trainable parameter, with one decay, in one fused call per step."""
+    params = [{"params": group} for group in split_params([p for p in model.parameters() if p.requires_grad])]
     return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, fused=True)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from engine.checkpoint import BEST
 from engine.loop import autocast, prepare_model
+from engine.parallel import load_full_state
 from engine.report import write_report
 from engine.run import Run
 from files import why_not_written, write_whole
@@ -56,7 +57,7 @@ def evaluate_only(run: Run, config: Any, model: nn.Module, evaluate: Callable[[n
 def load_best(run: Run, model: nn.Module) -> nn.Module:
     """Load the best checkpoint of a finished run into its model."""
     content = torch.load(run.output_dir / BEST, map_location="cpu", weights_only=True)
-    model.load_state_dict(content["model"])
+    load_full_state(model, content["model"])
     return model
 
 

@@ -101,7 +101,7 @@ class MomentumModel(nn.Module):
             batches: images, texts that begin with [CLS], and idx or None, of equally many pairs each; all of a
                 step, in turn.
         """
-        update_twin(self, self.momentum)
+        self.advance_twin()
         rows = [
             (self.image_feat(self.visual_encoder_m(image), "_m"), self.text_feat(text, "_m"), idx)
             for image, text, idx in batches
@@ -111,6 +111,10 @@ class MomentumModel(nn.Module):
         image, text, idx = (None if part[0] is None else gather(torch.cat(part)) for part in parts)
         start = get_rank() * size * len(rows) if self.itc_all_ranks else 0
         return [Candidates(image, text, idx, start + i * size, i == len(rows) - 1) for i in range(len(rows))]
+
+    def advance_twin(self) -> None:
+        """Move the momentum twin one step towards the online encoders."""
+        update_twin(self, self.momentum)
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:
