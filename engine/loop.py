@@ -121,6 +121,8 @@ class Loop:
         self.schedule, self.watch, self.prepare = schedule, watch, prepare
         self.model = prepare_model(model, config, run)
         self.wrapped = parallel.wrap(self.model, config.parallel, run.device)
+        if prepare is not None and parallel.is_sharded(self.model):
+            raise UserError("contrast over accumulated batches does not work with parallel: fsdp; set parallel: ddp")
         self.optimizer = create_optimizer(model, config.init_lr, config.weight_decay)
         if len(loader) < config.grad_accum:
             raise UserError(
