@@ -8,27 +8,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ruamel.yaml import YAML
-from ruamel.yaml import tokens as marks
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from engine.settings import BAD_YAML, WORDS, kind_of, parse, plain, read_settings, short
 from files import write_whole
 from utils import UserError
 
 CODE_FOLDER = Path(__file__).resolve().parent.parent
-# What ruamel raises at odd texts, besides its own errors, where a value is no number or refers to itself.
-BAD_YAML = (YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError)
-STARTS = (marks.BlockSequenceStartToken, marks.BlockMappingStartToken, marks.FlowSequenceStartToken,
-          marks.FlowMappingStartToken)  # fmt: skip
-ENDS = (marks.BlockEndToken, marks.FlowSequenceEndToken, marks.FlowMappingEndToken)
-MOST_NESTING, MOST_ALIASES = 8, 20  # beyond which a short text can take hours and any memory
-WORDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a text",
-    list: "a list",
-    dict: "a mapping",
-}
+ATTENTION_MAPS = ("attn.qkv", "attn.proj", "query", "key", "value")
 
 
 def setting(default: Any, text: str) -> Any:
@@ -99,6 +85,12 @@ class TrainConfig(ModelConfig):
     text_grad_ckpt: bool = setting(False, "recompute the text transformer's layers in the backward pass too")
     tensorboard: bool = setting(False, "also write TensorBoard's event files")
     reduced_jpeg: bool = setting(False, "in training decode large JPEGs at a lower scale that no crop misses: faster")
+    freeze: list = setting([], "parts of the model that stay as they are: visual_encoder, text_encoder, text_decoder")
+    adapter_rank: int = setting(0, "train only low-rank adapters of this rank, with the package peft; 0 for none")
+    adapter_alpha: float = setting(16.0, "what adapters add is scaled by this over their rank")
+    adapter_targets: list = setting([*ATTENTION_MAPS], "linear maps that get adapters, by the end of their names")
+    adapter_also: list = setting([], "parts trained whole beside adapters, by a piece of their names")
+    adapter_weights: str = setting("", "adapters to start from, or to evaluate with: adapters.pth of a run")
     augment: bool = setting(True, "random crop, flip and RandAugment in training; off: resize only")
 
 
@@ -164,6 +156,7 @@ class NLVRConfig(TrainConfig):
     batch_size_train: int = setting(16, "statements per process and step")
     batch_size_test: int = setting(64, "statements at once in evaluation")
     drop_path_rate: float = setting(0.1, "stochastic depth of the image encoder")
+    adapter_also: list = setting(["cls_head", "merge_layer"], "as for every task; by default what is new in NLVR2")
     released_eval_swap: bool = setting(False, "swap pictures at random in evaluation too, as the released code did")
 
 
@@ -257,7 +250,7 @@ def load_config(config_class: type[Config], path: str | Path, overrides: Sequenc
         UserError: no such file, not YAML, an unknown key or a wrong type, with file and line.
     """
     path = _find(Path(path))
-    values, places = _read(path)
+    values, places = read_settings(path)
     for override in overrides:
         _override(values, places, override)
     return _build(config_class, values, places)
@@ -271,74 +264,20 @@ def _find(path: Path) -> Path:
     raise UserError(f"config {path} does not exist; correct --config, for instance to one of configs/: {choices}")
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the values of a file and where each stands."""
-    try:
-        tree = _parse(path.read_text(encoding="utf-8"))
-        values = _plain(tree)
-    except MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        problem = " ".join(str(error.problem).split()).split(" To suppress")[0]
-        raise UserError(f"{path}, line {line}: not YAML ({problem}); correct that line") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a text file; expected YAML in UTF-8") from None
-    except BAD_YAML as error:
-        raise UserError(f"{path} is not YAML that can be read ({_first_words(error)}); correct it") from None
-    if values is None:
-        return {}, {}
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds {_kind(values)}; expected lines of 'key: value'")
-    return values, {str(key): f"{path}{_line_of(tree, key)}" for key in tree}
-
-
-def _line_of(tree: Any, key: Any) -> str:
-    try:
-        return f", line {tree.lc.key(key)[0] + 1}"
-    except (KeyError, TypeError):  # of a key merged in from elsewhere
-        return ""
-
-
-def _first_words(error: BaseException) -> str:
-    return " ".join(str(error).split())[:100]
-
-
-def _parse(text: str) -> Any:
-    """Parse YAML, if its nesting and its aliases are few; raises one of BAD_YAML."""
-    depth = aliases = 0
-    for token in YAML(typ="rt").scan(text):
-        depth += isinstance(token, STARTS) - isinstance(token, ENDS)
-        aliases += isinstance(token, marks.AliasToken)
-        if depth > MOST_NESTING or aliases > MOST_ALIASES:
-            raise YAMLError(f"more than {MOST_NESTING} levels, or more than {MOST_ALIASES} aliases")
-    return YAML(typ="rt").load(text)
-
-
-def _plain(value: Any) -> Any:
-    """Turn ruamel's types into Python's own."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    for kind in (bool, int, float, str):
-        if isinstance(value, kind):
-            return kind(value)
-    return value
-
-
 def _override(values: dict[str, Any], places: dict[str, str], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"--set got {_short(override)}; expected key=value, for instance --set batch_size=8")
+        raise UserError(f"--set got {short(override)}; expected key=value, for instance --set batch_size=8")
     try:
-        value = _plain(_parse(text)) if text else ""
+        value = plain(parse(text)) if text else ""
     except BAD_YAML:
-        raise UserError(f"--set {_short(override)}: the value is not YAML; put it in quotes") from None
+        raise UserError(f"--set {short(override)}: the value is not YAML; put it in quotes") from None
     *parents, last = key.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
-            problem = f"{parent} is {_kind(values)}, not a mapping; set {parent} as a whole"
-            raise UserError(f"--set {_short(override)}: {problem}")
+            problem = f"{parent} is {kind_of(values)}, not a mapping; set {parent} as a whole"
+            raise UserError(f"--set {short(override)}: {problem}")
     values[last] = value
     places[key.split(".")[0]] = f"--set {override}"[:80]
 
@@ -350,7 +289,7 @@ def _build(config_class: type[Config], values: dict[str, Any], places: dict[str,
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             meant = f"did you mean {close[0]!r}?" if close else f"this task has {', '.join(sorted(known))}"
-            raise UserError(f"{places[key]}: unknown key {_short(key)}; {meant}")
+            raise UserError(f"{places[key]}: unknown key {short(key)}; {meant}")
         values[key] = _checked(value, hints[key], f"{places[key]}: {key}")
     return config_class(**values)
 
@@ -367,19 +306,7 @@ def _checked(value: Any, hint: Any, place: str) -> Any:
     if list in allowed and isinstance(value, str):
         return [value]
     wanted = " or ".join(WORDS[kind] for kind in allowed)
-    raise UserError(f"{place} is {_kind(value)}; expected {wanted}")
-
-
-def _short(value: Any) -> str:
-    """Write a value in the few characters that an error message has for it."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _kind(value: Any) -> str:
-    value = _plain(value)
-    name = WORDS.get(type(value), "nothing" if value is None else type(value).__name__)
-    return f"{name} ({_short(value)})" if isinstance(value, str | int | float) else name
+    raise UserError(f"{place} is {kind_of(value)}; expected {wanted}")
 
 
 def save_config(config: ModelConfig, path: Path) -> None:

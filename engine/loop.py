@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
-from engine import parallel
+from engine import adapters, parallel
 from engine.checkpoint import BEST, WEIGHTS, load_last, save_atomic, save_last
 from engine.config import TrainConfig
 from engine.optim import cosine_lr, create_optimizer, set_lr, warmup_lr
@@ -116,6 +116,7 @@ class Loop:
     """State and steps of one training run; `fit` is its interface."""
 
     def __init__(self, run, config, model, loader, train_step, evaluate, best_metric, schedule, watch, prepare):
+        config = adapters.prepare(model, config, run)
         self.run, self.config, self.loader = run, config, loader
         self.train_step, self.evaluate, self.best_metric = train_step, evaluate, best_metric
         self.schedule, self.watch, self.prepare = schedule, watch, prepare
@@ -308,10 +309,13 @@ class Loop:
         if self.best and quality <= self.best["quality"]:
             return
         self.best = {"quality": quality, "epoch": self.progress.epoch, **scores}
-        weights = {"model": parallel.full_state(self.model), "config": asdict(self.config)}
+        weights = {"model": adapters.merged_state(self.model, self.config), "config": asdict(self.config)}
         content = {**weights, "epoch": self.progress.epoch}
         on_main_process(lambda: save_atomic(content, self.run.output_dir / BEST))
         on_main_process(lambda: save_atomic(weights, self.run.output_dir / WEIGHTS))
+        if self.config.adapter_rank:
+            content = adapters.adapter_file(self.model, self.config)
+            on_main_process(lambda: save_atomic(content, self.run.output_dir / adapters.FILE))
 
     def save(self) -> None:
         """Save all that continuing bit for bit needs."""

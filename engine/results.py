@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine.adapters import apply_adapters
 from engine.checkpoint import BEST
 from engine.loop import autocast, prepare_model
 from engine.parallel import load_full_state
@@ -47,6 +48,8 @@ def evaluate_only(run: Run, config: Any, model: nn.Module, evaluate: Callable[[n
     """Evaluate a model as training would, and append the scores to evaluate.txt."""
     if not config.pretrained:
         run.note("these are scores of random weights: give --set pretrained=... to evaluate a checkpoint")
+    if config.get("adapter_weights"):
+        apply_adapters(model, config.adapter_weights)
     model = prepare_model(model, config, run).eval()
     with torch.no_grad(), autocast(config, run.device):
         scores = evaluate(model)

@@ -1,0 +1,252 @@
+"""Training a part of a model: frozen parts, and low-rank adapters (LoRA, by the package peft) beside frozen weights.
+
+A run with adapters leaves the same plain checkpoints as any other, its adapters added to the weights, and beside
+them `adapters.pth`: the adapters and the parts trained whole, which with the weights they were trained on give the
+same model again.
+"""
+
+import zlib
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine import parallel
+from engine.config import TrainConfig
+from engine.run import Run
+from models.momentum import MomentumModel
+from models.pretrained import State, torch_load
+from utils import UserError, on_main_process
+
+FILE = "adapters.pth"
+SETTINGS = ("freeze", "adapter_rank", "adapter_alpha", "adapter_targets", "adapter_also")
+NAME = "default"  # peft's name for the only adapter of a map
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # the two factors of an adapter: to its rank, and back
+
+
+def prepare(model: nn.Module, config: TrainConfig, run: Run) -> TrainConfig:
+    """Freeze parts and add adapters as a configuration says; the model stays the same object.
+
+    Returns:
+        The configuration, with the settings of `adapter_weights` if that is given.
+
+    Raises:
+        UserError: an unknown part, nothing left to train, no peft, or a training that this does not go with.
+    """
+    saved = read_adapters(config.adapter_weights) if config.adapter_weights else {}
+    if saved:
+        config = _with_settings_of(saved, config)
+    if not config.freeze and not config.adapter_rank:
+        return config
+    if config.parallel == "fsdp":
+        raise UserError("freeze and adapter_rank do not work with parallel: fsdp; set parallel: ddp")
+    freeze_parts(model, config.freeze)
+    if config.adapter_rank:
+        add_adapters(model, config)
+    if saved:
+        load_adapters(model, saved, config.adapter_weights)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not trained:
+        raise UserError("freeze leaves nothing to train; take a part off that list, or set adapter_rank")
+    total = sum(p.numel() for p in model.parameters())
+    run.note(f"{trained / 1e6:.3g} of {total / 1e6:.3g} million parameters are trained")
+    return config
+
+
+def freeze_parts(model: nn.Module, names: list[str]) -> None:
+    """Keep top-level parts as they are.
+
+    Raises:
+        UserError: the model has no part of a name.
+    """
+    parts = {name: part for name, part in model.named_children() if any(True for _ in part.parameters())}
+    for name in names:
+        if name not in parts or name.endswith("_m"):
+            choices = ", ".join(part for part in parts if not part.endswith("_m"))
+            raise UserError(f"freeze: this model has no part {name!r}; it has {choices}")
+        parts[name].requires_grad_(False)
+        if name == "visual_encoder":  # keeps nothing for a backward pass, so there is nothing to recompute
+            for part in parts[name].modules():
+                part.__dict__.pop("forward", None)
+
+
+def add_adapters(model: nn.Module, config: TrainConfig) -> None:
+    """Put adapters beside a model's linear maps, and freeze all but them and the parts of `adapter_also`.
+
+    Raises:
+        UserError: peft is not there, a setting is out of range, a name fits nothing, or the model has a momentum twin.
+    """
+    if isinstance(model, MomentumModel):
+        raise UserError(
+            "adapters do not go with retrieval and pretraining, whose momentum models follow whole weights; "
+            "set adapter_rank: 0, and freeze parts to train less"
+        )
+    if config.adapter_rank < 1 or config.adapter_alpha <= 0:
+        wanted = f"adapter_rank {config.adapter_rank}, adapter_alpha {config.adapter_alpha}"
+        raise UserError(f"{wanted}: expected a rank of 1 or more (0 for no adapters), and an alpha above 0")
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise UserError("adapter_rank needs the package peft; pip install peft, or set adapter_rank: 0") from None
+    names = adapted_maps(model, config)
+    lora = LoraConfig(r=config.adapter_rank, lora_alpha=config.adapter_alpha, target_modules=names)
+    inject_adapter_in_model(lora, model, NAME)
+    for wanted in config.adapter_also:
+        _train_whole(model, wanted)
+
+
+def adapted_maps(model: nn.Module, config: TrainConfig) -> list[str]:
+    """Return the names of the linear maps that get adapters: those of `adapter_targets` outside frozen parts."""
+    maps = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    found = []
+    for wanted in config.adapter_targets:
+        names = [name for name in maps if f".{name}".endswith(f".{wanted}")]
+        if not names:
+            example = ", ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in maps))
+            raise UserError(f"adapter_targets: no linear map is called {wanted!r}; there are {example}")
+        for name in names:
+            if owners[id(maps[name].weight)] > 1:
+                raise UserError(f"adapter_targets: {name} shares its weights with another part; leave {wanted!r} out")
+        found += [name for name in names if name.split(".")[0] not in config.freeze]
+    if not found:
+        raise UserError("all maps of adapter_targets are in parts that freeze names; take a part off that list")
+    return list(dict.fromkeys(found))
+
+
+def _train_whole(model: nn.Module, wanted: str) -> None:
+    parameters = [p for name, p in model.named_parameters()
+                  if f".{wanted}." in f".{name}." and ".lora_" not in name and ".base_layer." not in name]  # fmt: skip
+    if not parameters:
+        parts = ", ".join(name for name, _ in model.named_children())
+        raise UserError(f"adapter_also: nothing to train is called {wanted!r}; name a part ({parts}) or a piece of one")
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+
+
+# Checkpoints.
+
+
+def adapter_state(model: nn.Module) -> State:
+    """Return what an adapted model trains, under names without peft's: X.lora_A.weight, X.lora_B.weight, and parts."""
+    trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    return {key.replace(f".{NAME}.", "."): value for key, value in model.state_dict().items() if key in trained}
+
+
+def base_state(model: nn.Module) -> State:
+    """Return an adapted model's state dict without its adapters, under the names of a plain model."""
+    return {key.replace(".base_layer.", "."): value for key, value in model.state_dict().items() if ".lora_" not in key}
+
+
+def merge(state: State, tensors: State, config: Any) -> State:
+    """Return a plain model's state dict with adapters added, and with the parts that were trained whole."""
+    merged = dict(state)
+    for name, value in tensors.items():
+        if name.endswith(DOWN):
+            weight, scale = _weight_of(name), config["adapter_alpha"] / config["adapter_rank"]
+            merged[weight] = state[weight] + scale * (tensors[_up_of(name)] @ value)
+        elif not name.endswith(UP):
+            merged[name] = value
+    return merged
+
+
+def _weight_of(name: str) -> str:
+    return name.removesuffix(DOWN) + ".weight"
+
+
+def _up_of(name: str) -> str:
+    return name.removesuffix(DOWN) + UP
+
+
+def merged_state(model: nn.Module, config: TrainConfig) -> State:
+    """Return a model's whole weights under its plain names, adapters added; all processes call it."""
+    if not config.adapter_rank:
+        return parallel.full_state(model)
+    return merge(base_state(model), adapter_state(model), config)
+
+
+def adapter_file(model: nn.Module, config: TrainConfig) -> dict[str, Any]:
+    """Return the content of adapters.pth: tensors, settings, and the fingerprint of the weights they belong to."""
+    tensors = adapter_state(model)
+    settings = {key: config[key] for key in (*SETTINGS, "pretrained")}
+    return {"adapters": tensors, "config": settings, "base": fingerprint(base_state(model), tensors)}
+
+
+def fingerprint(state: State, tensors: State) -> int:
+    """Return a checksum of the frozen weights beside adapters."""
+    total = 0
+    for name in sorted(name for name in tensors if name.endswith(DOWN)):
+        total = zlib.crc32(state[_weight_of(name)].detach().float().cpu().contiguous().numpy(), total)
+    return total
+
+
+def read_adapters(path: str) -> dict[str, Any]:
+    """Read adapters.pth.
+
+    Raises:
+        UserError: no such file, or another kind of file.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"adapter_weights {path} does not exist; correct the path")
+    content = torch_load(Path(path))
+    if not _is_adapter_file(content):
+        raise UserError(f"adapter_weights {path} holds no adapters; give the {FILE} of a run, or set pretrained")
+    return content
+
+
+def _is_adapter_file(content: Any) -> bool:
+    content = content if isinstance(content, dict) else {}
+    tensors, settings = content.get("adapters"), content.get("config")
+    if not isinstance(tensors, dict) or not isinstance(settings, dict):
+        return False
+    if not all(map(torch.is_tensor, tensors.values())) or not {*SETTINGS, "pretrained"} <= settings.keys():
+        return False
+    downs = {name: value for name, value in tensors.items() if name.endswith(DOWN)}
+    return all(_up_of(n) in tensors and tensors[_up_of(n)].shape[1:] == value.shape[:1] for n, value in downs.items())
+
+
+def _with_settings_of(saved: dict[str, Any], config: TrainConfig) -> TrainConfig:
+    found = {key: saved["config"][key] for key in SETTINGS}
+    if config.adapter_rank not in (0, found["adapter_rank"]):
+        raise UserError(
+            f"adapter_rank is {config.adapter_rank} and {config.adapter_weights} has rank {found['adapter_rank']}; "
+            "leave adapter_rank out, or begin without adapter_weights"
+        )
+    return replace(config, **found)
+
+
+def load_adapters(model: nn.Module, saved: dict[str, Any], path: str) -> None:
+    """Give an adapted model the adapters of a file.
+
+    Raises:
+        UserError: they belong to another architecture, or to other weights.
+    """
+    _refuse_strangers(base_state(model), saved, path)
+    own = adapter_state(model)
+    if own.keys() != saved["adapters"].keys():
+        raise UserError(f"{path} does not adapt all of this model; set vit and med_config as it was trained")
+    for name, value in own.items():
+        value.copy_(saved["adapters"][name])
+
+
+def apply_adapters(model: nn.Module, path: str) -> None:
+    """Add the adapters of a file to a plain model's weights; errors as `load_adapters`. Needs no peft."""
+    saved, state = read_adapters(path), model.state_dict()
+    _refuse_strangers(state, saved, path)
+    model.load_state_dict(merge(state, saved["adapters"], saved["config"]))
+
+
+def _refuse_strangers(state: State, saved: dict[str, Any], path: str) -> None:
+    tensors = saved["adapters"]
+    for name, value in tensors.items():
+        shape = value.shape
+        if name.endswith(DOWN):
+            name, shape = _weight_of(name), (*tensors[_up_of(name)].shape[:1], *shape[1:])
+        if not name.endswith(UP) and (name not in state or state[name].shape != shape):
+            raise UserError(f"{path} is of another architecture ({name}); set vit and med_config as it was trained")
+    if on_main_process(lambda: fingerprint(state, tensors)) != saved["base"]:
+        start = saved["config"]["pretrained"] or "'' (random weights)"
+        raise UserError(f"{path} was trained beside other weights than these; they were pretrained={start}")
