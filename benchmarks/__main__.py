@@ -1,7 +1,7 @@
 """Time ours beside the plain released algorithm and Hugging Face transformers, in turn and in one run.
 
 python -m benchmarks                    every row; benchmarks/results.json and benchmarks/RESULTS.md
-python -m benchmarks --rows reranking   one row, printed only
+python -m benchmarks --rows reranking   one row, which takes the place of its last run
 """
 
 import argparse
@@ -65,6 +65,15 @@ def table(results: dict[str, dict[str, Any]], facts: dict[str, Any]) -> str:
     return "\n".join((f"Machine: {about}.", "", HEAD, *(line(found) for found in results.values())))
 
 
+def keep(results: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
+    """Write rows to results.json and RESULTS.md; rows of earlier runs that were not run again stay."""
+    path = FOLDER / "results.json"
+    earlier = json.loads(path.read_text())["rows"] if path.is_file() else {}
+    rows = {name: (earlier | results)[name] for name in ROWS if name in earlier | results}
+    path.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1))
+    write_section("Against the released algorithm and Hugging Face: `python -m benchmarks`", table(rows, facts))
+
+
 def main() -> int:
     """Read the command line, run the rows, write the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -81,11 +90,8 @@ def main() -> int:
             return 1
         print(line(results[name]), flush=True)
         gc.collect()
-    text = table(results, facts)
-    print(text)
-    if args.rows == list(ROWS):
-        (FOLDER / "results.json").write_text(json.dumps({"machine": facts, "rows": results}, indent=1))
-        write_section("Against the released algorithm and Hugging Face: `python -m benchmarks`", text)
+    print(table(results, facts))
+    keep(results, facts)
     return 0
 
 
