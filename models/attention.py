@@ -236,11 +236,16 @@ class TwoImageCrossAttention(nn.Module):
 def read(heads: Heads, hidden: torch.Tensor, reads: Reads, key_value: KeyValue, dropout: float) -> torch.Tensor:
     """Attend from texts to projected states; the readers of one source are folded into one query sequence."""
     query = heads.split(fold(heads.query(hidden), reads.readers))
-    if query.device.type == "cpu" and query.shape[2] < FEW_QUERIES and not dropout:
+    if is_quick(query) and not dropout:
         context, _ = attend(query, key_value, reads.mask)
     else:
         context = F.scaled_dot_product_attention(query, *key_value, attn_mask=reads.mask, dropout_p=dropout)
     return merge_heads(context).reshape(hidden.shape)
+
+
+def is_quick(query: torch.Tensor) -> bool:
+    """Tell whether queries are few and on a CPU; never in a graph, which should serve any number."""
+    return not torch.compiler.is_compiling() and query.device.type == "cpu" and query.shape[2] < FEW_QUERIES
 
 
 def read_visibly(

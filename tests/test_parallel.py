@@ -82,6 +82,8 @@ def test_shards_train_as_whole_copies_do(kind, options, clip):
         for name, grad in grads.items():
             torch.testing.assert_close(shard_grads[name], grad, atol=1e-5, rtol=1e-4, msg=name)
         for name, value in state.items():  # AdamW makes steps of its full size out of gradients that only round
+            if name.endswith("key.bias"):  # softmax does not see a key's bias: all its gradient is rounding
+                continue
             clear = grads[name].abs() > 1e-4 if name in grads else torch.ones_like(value, dtype=torch.bool)
             torch.testing.assert_close(shard_state[name][clear], value[clear], atol=1e-4, rtol=1e-3, msg=name)
 
