@@ -45,6 +45,7 @@ def line(found: dict[str, Any]) -> str:
         f"{found['theirs (s)']:.3f}",
         f"{found['ours (s)']:.3f}",
         f"**{found['ratio']:.2f}** ({spread})",
+        f"{found['without oneDNN']:.2f}",
         f"{found['at least']} / {found['aim']}",
         f"{found['difference']:.1e}",
         f"{found['floor (GFLOP)']:.0f}, {found['floor (GB)']:.1f}",
@@ -54,7 +55,7 @@ def line(found: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-MEASURED = ("theirs (s)", "ours (s)", "ratio", "at least / aim", "difference")
+MEASURED = ("theirs (s)", "ours (s)", "ratio", "without oneDNN", "at least / aim", "difference")
 COLUMNS = ("", *MEASURED, "floor: GFLOP, GB", "floor (s)", "ours / floor")
 HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 

@@ -5,14 +5,16 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from benchmarks.floor import Part
+from models.linear import Linear, pytorch_products
 
 RATE, RATE_BF16 = "matrix rate (GFLOP/s)", "matrix rate in bfloat16 (GFLOP/s)"
+PLAIN_RATE = "by PyTorch's own product"
 BANDWIDTH = "memory rate (GB/s)"
 MATRIX = 2048  # side of the matrices by which the machine is known
 
@@ -23,10 +25,12 @@ class Timing:
 
     Attributes:
         ours, theirs: every run's seconds.
+        no_onednn: of ours with PyTorch's own products.
     """
 
     ours: list[float]
     theirs: list[float]
+    no_onednn: list[float] = field(default_factory=list)
 
     @property
     def ratio(self) -> float:
@@ -40,12 +44,15 @@ class Timing:
 
 
 def alternate(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int) -> Timing:
-    """Run both once to warm up, then in turn."""
-    ours(), theirs()
+    """Run each once to warm up, then in turn: theirs by PyTorch's own products, ours by oneDNN's and by them."""
     timing = Timing([], [])
+    plainly = pytorch_products()
+    ways = {"theirs": plainly(theirs), "ours": ours, "no_onednn": plainly(ours)}
+    for way in ways.values():
+        way()
     for _ in range(repeats):
-        timing.theirs.append(seconds(theirs))
-        timing.ours.append(seconds(ours))
+        for name, way in ways.items():
+            getattr(timing, name).append(seconds(way))
     return timing
 
 
@@ -66,9 +73,10 @@ def synchronize() -> None:
 
 def matrix_rate(device: str, dtype: torch.dtype = torch.float32, repeats: int = 10) -> float:
     """Return the rate of large matrix products in GFLOP/s, a multiplication and an addition counting two."""
-    a, b = (torch.randn(MATRIX, MATRIX, device=device, dtype=dtype) for _ in range(2))
-    a @ b
-    times = [seconds(lambda: a @ b) for _ in range(repeats)]
+    maps = Linear(MATRIX, MATRIX, bias=False, device=device, dtype=dtype).requires_grad_(False)
+    rows = torch.randn(MATRIX, MATRIX, device=device, dtype=dtype)
+    maps(rows)
+    times = [seconds(lambda: maps(rows)) for _ in range(repeats)]
     return 2 * MATRIX**3 / statistics.median(times) / 1e9
 
 
@@ -90,6 +98,7 @@ def machine(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         RATE: round(matrix_rate(device)),
+        PLAIN_RATE: round(pytorch_products()(matrix_rate)(device)),
         RATE_BF16: round(matrix_rate(device, torch.bfloat16)),
         BANDWIDTH: round(memory_rate(device), 1),
     }
@@ -112,6 +121,7 @@ def summary(timing: Timing, floor: Sequence[Part], rate: float, bandwidth: float
         "ratio": timing.ratio,
         "lowest ratio": min(timing.ratios),
         "highest ratio": max(timing.ratios),
+        "without oneDNN": statistics.median(timing.theirs) / statistics.median(timing.no_onednn),
         "floor (GFLOP)": sum(part.gflop for part in floor),
         "floor (GB)": sum(part.gigabytes(width) for part in floor),
         "floor (s)": least,

@@ -19,12 +19,14 @@ from engine.figures import draw_lines
 from engine.ranking import match_image, two_stage_scores
 from models.blip_itm import BLIP_ITM
 from models.blip_pretrain import BLIP_Pretrain
+from models.linear import pytorch_products
 from tests import plain
 
 FOLDER = Path(__file__).parent
 Points = list[tuple[float, float]]
 REPEATS = 3
 TOKENS = 197  # of a picture of 224 pixels
+plainly = pytorch_products()
 
 
 def median_seconds(work: Callable[[], Any]) -> float:
@@ -45,7 +47,7 @@ def reranking(sizes: tuple[int, ...] = (1, 8, 16, 32, 64, 128)) -> dict[str, Poi
         expanded = states.expand(k, -1, -1)
         lines["ours"].append((k, median_seconds(lambda rows=rows: match_image(model, states, rows, 64))))
         work = lambda e=expanded, i=ids, m=mask: plain.match_logits(model, e, i, m)  # noqa: E731
-        lines["plain"].append((k, median_seconds(work)))
+        lines["plain"].append((k, median_seconds(plainly(work))))
     return lines
 
 
@@ -56,11 +58,12 @@ def pretraining(cases: dict[int, list[str]]) -> dict[str, Points]:
         "ours": (lambda image, texts: lambda m: m(image, texts, 0.4), False),
         "plain": (lambda image, texts: lambda m: plain.pretraining_losses(m, image, texts, 0.4), True),
     }
-    for name, (losses, plainly) in steps.items():
+    for name, (losses, by_pytorch) in steps.items():
         model = BLIP_Pretrain(med_config=SMALL_TEXT, vit="small", image_size=224, queue_size=4096).train()
         for size, texts in cases.items():
             image = torch.randn(len(texts), 3, 224, 224)
-            lines[name].append((size, median_seconds(training_step(model, losses(image, texts), plainly))))
+            step = training_step(model, losses(image, texts), by_pytorch)
+            lines[name].append((size, median_seconds(plainly(step) if by_pytorch else step)))
     return lines
 
 
@@ -79,7 +82,8 @@ def evaluation(sizes: tuple[int, ...] = (8, 16, 32, 64), k: int = 8) -> dict[str
         batches = [{"image": part} for part in images.split(16)]
         ours = lambda b=batches, t=texts: two_stage_scores(model, encode, b, t, k, 64)  # noqa: E731
         lines["ours"].append((size, seconds(ours)))
-        lines["plain"].append((size, seconds(lambda i=images, t=texts: plain.retrieval_scores(model, i, t, k))))
+        work = plainly(lambda i=images, t=texts: plain.retrieval_scores(model, i, t, k))
+        lines["plain"].append((size, seconds(work)))
     return lines
 
 

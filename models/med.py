@@ -23,6 +23,7 @@ from models.attention import (
     TextCache,
     TwoImageCrossAttention,
 )
+from models.linear import Linear
 from utils import UserError
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
@@ -116,7 +117,7 @@ class Intermediate(nn.Module):
 
     def __init__(self, config: MedConfig):
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.dense = Linear(config.hidden_size, config.intermediate_size)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(rows, length, width) -> (rows, length, intermediate width)."""
@@ -244,13 +245,13 @@ class LMHead(nn.Module):
         super().__init__()
         self.transform = nn.ModuleDict(
             {
-                "dense": nn.Linear(config.hidden_size, config.hidden_size),
+                "dense": Linear(config.hidden_size, config.hidden_size),
                 "LayerNorm": nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
             }
         )
         init_weights(self, config.initializer_range)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.decoder = Linear(config.hidden_size, config.vocab_size)
         self.tie(word_embeddings)
 
     def tie(self, word_embeddings: nn.Embedding) -> None:

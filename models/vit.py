@@ -9,6 +9,7 @@ from fairscale.nn.checkpoint import checkpoint_wrapper
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from models.linear import use_faster_products
 from utils import UserError
 
 VARIANTS = {
@@ -57,6 +58,7 @@ def create_vit(
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
         **sizes,
     )
+    use_faster_products(encoder)
     if use_grad_checkpointing:
         checkpoint_last_blocks(encoder, ckpt_layer)
     return encoder, sizes["embed_dim"]
