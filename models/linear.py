@@ -65,12 +65,12 @@ def is_faster(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Tell whether oneDNN should do it: in float32 on a CPU, eagerly, and where it is work."""
     return (
         onednn
+        and not torch.compiler.is_compiling()  # first: a graph should serve any number of rows
         and x.device.type == "cpu"
         and x.dim() > 1
         and x.dtype == weight.dtype == torch.float32
         and x.numel() * len(weight) >= LEAST
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 
