@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from files import write_whole
+from models.pretrained import refuse_compressed
 from utils import UserError, all_gather_object, barrier, get_rank, get_world_size, on_main_process
 
 LAST, BEST, WEIGHTS = "checkpoint_last.pth", "checkpoint_best.pth", "model.pth"
@@ -62,6 +63,7 @@ def load_last(path: Path, device: torch.device) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; leave out --resume to start a run, or correct --output_dir")
+    refuse_compressed(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file

@@ -3,6 +3,7 @@
 import pickle
 import re
 import struct
+import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,6 +184,7 @@ def read_state_dict(path: Path, allow_pickle: bool = False) -> State:
 
 def torch_load(path: Path, allow_pickle: bool = False) -> Any:
     """Read a file that torch wrote, its tensors mapped from disk."""
+    refuse_compressed(path)
     try:
         try:  # mapped from disk, so that what is not used is never read
             return torch.load(path, map_location="cpu", weights_only=not allow_pickle, mmap=True)
@@ -202,6 +204,26 @@ def torch_load(path: Path, allow_pickle: bool = False) -> Any:
             MemoryError, struct.error) as error:  # fmt: skip
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:100]
         raise UserError(f"{path} is damaged or no checkpoint ({reason}); download it again") from None
+
+
+def refuse_compressed(path: Path) -> None:
+    """Refuse an archive whose entries are larger than itself, and might fill any memory; torch compresses none.
+
+    Raises:
+        UserError: it is compressed, or its entries overlap.
+    """
+    try:
+        if not zipfile.is_zipfile(path):  # the format before PyTorch 1.6, or damaged, as torch will say
+            return
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (OSError, ValueError, LookupError, NotImplementedError, zipfile.BadZipFile, struct.error) as error:
+        raise UserError(f"{path} is damaged ({error}); download it again") from None
+    size, have = sum(entry.file_size for entry in entries), path.stat().st_size
+    if size > have or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise UserError(
+            f"{path} is compressed ({size} bytes in {have}), which no checkpoint is that torch wrote; download it again"
+        )
 
 
 # Fitting a state dict to a model.

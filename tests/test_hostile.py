@@ -1,10 +1,13 @@
 """Hostile files: checkpoints that want to run code or lie about their sizes, and paths that leave the image folder."""
 
+import copy
 import json
 import os
 import pickle
-import resource
+import re
 import struct
+import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -67,6 +70,65 @@ def test_code_in_a_pickle_does_not_run(tmp_path, write, reader):
     assert (tmp_path / "ran").exists()  # so it would have shown
 
 
+def deflated(path, zeros, content=None):
+    """A checkpoint whose entries are compressed, the pickle followed by so many zeros."""
+    torch.save(content or {"model": {"a": torch.zeros(1)}, "rng": []}, path.with_name("plain.pth"))
+    with zipfile.ZipFile(path.with_name("plain.pth")) as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as out:
+        for name in plain.namelist():
+            with out.open(name, "w") as entry:
+                entry.write(plain.read(name))
+                for _ in range(zeros >> 20 if name.endswith("data.pkl") else 0):
+                    entry.write(bytes(1 << 20))
+
+
+def overlapping(path, zeros):
+    """A checkpoint of which many entries are the same bytes, so many in all."""
+    torch.save({"model": {"a": torch.zeros(1 << 18)}, "rng": []}, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        (entry,) = [entry for entry in archive.filelist if entry.filename.endswith("data/0")]
+        for number in range(1, zeros >> 20):
+            archive.filelist.append(copy.copy(entry))
+            archive.filelist[-1].filename = entry.filename[:-1] + str(number)
+        archive.writestr(entry.filename[:-1] + "last", b"")  # so that the list is written
+
+
+@pytest.mark.parametrize("write", [deflated, overlapping])
+@pytest.mark.parametrize("reader", READERS)
+def test_archives_that_unpack_to_more_than_they_are(tmp_path, write, reader):
+    path = tmp_path / "model.pth"
+    write(path, 256 << 20)
+    assert path.stat().st_size < 2 << 20
+    with peak_below(64), pytest.raises(UserError, match=r"model\.pth is compressed \(2\d{8} bytes in") as error:
+        READERS[reader](path)
+    assert "\n" not in str(error.value)
+
+
+def test_an_archive_that_was_compressed_again_is_not_read_as_weights(tmp_path):
+    """torch maps its bytes from disk and takes them for numbers."""
+    content = {"a": torch.randn(1000), "b": torch.randn(2000)}
+    deflated(tmp_path / "model.pth", 0, content)
+    assert not torch.equal(torch.load(tmp_path / "model.pth", mmap=True)["a"], content["a"])
+    with pytest.raises(UserError, match="is compressed"):
+        read_state_dict(tmp_path / "model.pth")
+    assert torch.equal(read_state_dict(tmp_path / "plain.pth")["a"], content["a"])
+
+
+@contextmanager
+def peak_below(mebibytes):
+    """Hold that this process's memory does not grow by more, not even for a moment."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("memory is read from Linux's /proc")
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the earlier peak
+    before = peak()
+    yield
+    assert peak() - before < mebibytes
+
+
+def peak():
+    """MiB of this process at its most."""
+    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+
 def safetensors(header, body=b"\0" * 16, length=None):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + body
@@ -96,12 +158,11 @@ LIES = {
 def test_safetensors_that_lie(tmp_path, lie):
     path = tmp_path / "model.safetensors"
     path.write_bytes(LIES[lie])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for reader in ("weights", "settings", "model"):
-        with pytest.raises(UserError, match=r"model\.safetensors cannot be read") as error:
-            READERS[reader](path)
-        assert "\n" not in str(error.value)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
+    with peak_below(64):
+        for reader in ("weights", "settings", "model"):
+            with pytest.raises(UserError, match=r"model\.safetensors cannot be read") as error:
+                READERS[reader](path)
+            assert "\n" not in str(error.value)
     path.write_bytes(safetensors(entry([4], 0, 16)))
     assert read_state_dict(path)["a"].tolist() == [0] * 4  # so the format is not what was refused
 
