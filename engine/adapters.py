@@ -204,8 +204,9 @@ def _is_adapter_file(content: Any) -> bool:
         return False
     if not all(map(torch.is_tensor, tensors.values())) or not {*SETTINGS, "pretrained"} <= settings.keys():
         return False
-    downs = {name: value for name, value in tensors.items() if name.endswith(DOWN)}
-    return all(_up_of(n) in tensors and tensors[_up_of(n)].shape[1:] == value.shape[:1] for n, value in downs.items())
+    pairs = [(value, tensors.get(_up_of(name))) for name, value in tensors.items() if name.endswith(DOWN)]
+    rank = settings["adapter_rank"]
+    return all(up is not None and [*down.shape[:1], *up.shape[1:]] == [rank, rank] for down, up in pairs)
 
 
 def _with_settings_of(saved: dict[str, Any], config: TrainConfig) -> TrainConfig:

@@ -9,9 +9,7 @@ import torch
 from torch import nn
 
 from engine.adapters import apply_adapters
-from engine.checkpoint import BEST
 from engine.loop import autocast, prepare_model
-from engine.parallel import load_full_state
 from engine.report import write_report
 from engine.run import Run
 from files import why_not_written, write_whole
@@ -55,13 +53,6 @@ def evaluate_only(run: Run, config: Any, model: nn.Module, evaluate: Callable[[n
         scores = evaluate(model)
     run.log(scores, "evaluate.txt")
     return scores
-
-
-def load_best(run: Run, model: nn.Module) -> nn.Module:
-    """Load the best checkpoint of a finished run into its model."""
-    content = torch.load(run.output_dir / BEST, map_location="cpu", weights_only=True)
-    load_full_state(model, content["model"])
-    return model
 
 
 def finish(run: Run, title: str, scores: dict[str, Any], pictures: Callable[[], list[dict[str, Any]]]) -> None:

@@ -95,6 +95,7 @@ class Watchdog:
         self.state, self.complete = State(), False
         self.answered = time.monotonic()
         self.main, self.closed = threading.get_ident(), threading.Event()
+        self.teller = threading.Thread(target=self._exchange, daemon=True, name="watchdog-exchange")
 
     def enter(self, phase: str, step: int) -> None:
         """Note that the main thread begins a phase, after so many steps."""
@@ -102,7 +103,7 @@ class Watchdog:
 
     def start(self) -> "Watchdog":
         """Begin to watch."""
-        threading.Thread(target=self._exchange, daemon=True, name="watchdog-exchange").start()
+        self.teller.start()
         if self.limit:
             threading.Thread(target=self._judge, daemon=True, name="watchdog").start()
         return self
@@ -112,6 +113,8 @@ class Watchdog:
         if self.closed.is_set():
             return
         self.closed.set()
+        if self.teller.is_alive():
+            self.teller.join(10 * self.interval)  # or what it is about to tell would come after these last words
         self.state.left = True
         with suppress(RuntimeError):  # the store is gone, and with it those who would read this
             if self.store is not None:
@@ -183,6 +186,10 @@ class Watchdog:
         if silent:
             told = f"{name(silent)} gave no sign for {duration(patience)}: stopped, or the machine is gone"
             return f"{told}; the last was in {self.heard[silent[0]].state}"
+        return self._hanging(still)
+
+    def _hanging(self, still: float) -> str:
+        """Return who hangs, if no process has moved for so many seconds and that is too long."""
         behind = self.behind()
         state = self.heard[behind[0]].state
         limit = self.limit if state.phase in STRICT else self.busy_limit
@@ -219,7 +226,6 @@ class Watchdog:
         if self.rank == 0:
             time.sleep(3 * self.interval)  # it may hold the store, which tells the others that this was said
         os._exit(2)
-
 
     def may_speak(self) -> bool:
         """Tell whether no other process has said why the run ends, as far as the store still answers."""
