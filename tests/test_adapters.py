@@ -1,14 +1,17 @@
 """Frozen parts and low-rank adapters: what changes, what the files hold, what continues, what is refused."""
 
+import json
 import sys
 import warnings
 
 import pytest
 import torch
+from scripts import ROOT, run_here, settings
 from test_compile import QUESTIONS, TEXTS
 from torch.utils.data import DataLoader, Dataset
 
 from data import create_loader, create_sampler
+from data.miniature import write_miniature
 from engine import adapters
 from engine.checkpoint import BEST, LAST, WEIGHTS
 from engine.config import NLVRConfig, TrainConfig
@@ -153,6 +156,26 @@ def test_two_processes_train_the_same_adapters(tmp_path):
     assert first and all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_predictions_of_the_plain_checkpoint_are_those_of_the_run(tmp_path):
+    """By the command lines: predict.py says of the test pictures what the run's own evaluation said."""
+    world, out = write_miniature(tmp_path / "world", 1, num_train=8, num_val=2, num_test=4, num_web=0), tmp_path / "out"
+    roots = {"image_root": world, "ann_root": world / "annotations", "coco_gt_root": world / "annotations"}
+    run = {"max_epoch": 1, "batch_size": 8, "init_lr": 0.02, "warmup": 0, "adapter_rank": 4, "java": "false"}
+    words = ["--config", "configs/miniature/caption_finetune.yaml", "--output_dir", out, *settings(**roots, **run)]
+    assert run_here("train_caption.py", *words)[0] == 0
+    said = [row["caption"] for row in json.loads((out / "result" / "test_epoch0.json").read_text())]
+    names = [row["image"] for row in json.loads((world / "annotations" / "coco_karpathy_test.json").read_text())]
+
+    def predicted(checkpoint):
+        rows = tmp_path / f"{checkpoint.parent.name}.jsonl"
+        pictures = [world / name for name in dict.fromkeys(names)]
+        assert run_here("predict.py", "caption", *pictures, "--checkpoint", checkpoint, "--output", rows)[0] == 0
+        return [json.loads(line)["captions"][0]["caption"] for line in rows.read_text().splitlines()]
+
+    assert predicted(out / "model.pth") == said
+    assert predicted(ROOT / "configs" / "miniature" / "model.safetensors") != said
+
+
 def test_a_note_tells_how_much_is_trained(tmp_path):
     run, model = Run(tmp_path, CPU), build("decoder")
     adapters.prepare(model, TrainConfig(**ADAPTED), run)
@@ -203,3 +226,7 @@ def test_adapters_of_other_weights_are_refused(tmp_path):
         adapters.prepare(build("decoder"), TrainConfig(adapter_weights=path, adapter_rank=3), run)
     with pytest.raises(UserError, match="holds no adapters; give the adapters.pth of a run"):
         adapters.prepare(build("decoder"), TrainConfig(adapter_weights=str(tmp_path / WEIGHTS)), run)
+    content = read(path)
+    torch.save(content | {"config": content["config"] | {"adapter_rank": 3}}, path)
+    with pytest.raises(UserError, match="holds no adapters"):  # its own tensors say otherwise
+        adapters.apply_adapters(build("decoder"), path)

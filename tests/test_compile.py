@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 
+from engine.adapters import add_adapters
+from engine.config import NLVRConfig
 from engine.loop import compile_blocks
 from formula import arr, build, img
 from models.tokenizer import tokenize
@@ -56,18 +58,33 @@ def steps(model, losses):
     return found, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("kind", TASKS)
-def test_every_task_compiles_without_graph_breaks(kind):
+def assert_compiled_equals_eager(plain, losses):
     """Backend `eager` runs the captured graphs as they are; `fullgraph` refuses breaks."""
     torch._dynamo.reset()
-    plain = build(kind)
     compiled = copy.deepcopy(plain)
     assert compile_blocks(compiled, backend="eager", fullgraph=True) > 0
-    (expected, gradients), (found, others) = steps(plain, TASKS[kind]), steps(compiled, TASKS[kind])
+    (expected, gradients), (found, others) = steps(plain, losses), steps(compiled, losses)
     assert found == pytest.approx(expected, abs=1e-4)
     assert gradients.keys() == others.keys()
     for name, gradient in gradients.items():
         assert torch.allclose(gradient, others[name], atol=1e-4), name
+    return gradients
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_every_task_compiles_without_graph_breaks(kind):
+    assert_compiled_equals_eager(build(kind), TASKS[kind])
+
+
+@pytest.mark.parametrize("kind", ["vqa", "nlvr"])
+def test_adapters_compile_without_graph_breaks(kind):
+    model = build(kind)
+    add_adapters(model, NLVRConfig(adapter_rank=2, adapter_also=["cls_head"] if kind == "nlvr" else []))
+    with torch.no_grad():  # they begin as nothing, so that only one factor would have a gradient
+        for name, p in model.named_parameters():
+            p.add_(0.1 * arr(f"adapter {name}", p.shape) if "lora_B" in name else 0)
+    gradients = assert_compiled_equals_eager(model, TASKS[kind])
+    assert sum("lora_" in name and gradient.abs().max() > 1e-6 for name, gradient in gradients.items()) > 20
 
 
 def test_what_generates_and_ranks_compiles_too():
