@@ -62,9 +62,30 @@ def trained(kind, rows, parts, train=False, rank=0, world_size=1, **options):
     return losses, gradients, {n: v.clone() for n, v in model.state_dict().items()}
 
 
-def on_rank(rank, world_size, kind, parts, options):
+# What two ranks compute in one start: kind, batches of a step that go together, options.
+CASES = {
+    "pretraining, accumulated": ("pretrain", 2, {"itc_all_ranks": True}),
+    "retrieval": ("retrieval", 1, {"itc_all_ranks": True}),
+    "retrieval, accumulated": ("retrieval", 2, {"itc_all_ranks": True}),
+    "each rank for itself": ("retrieval", 1, {}),
+}
+
+
+def on_rank(rank, world_size):
     size = PAIRS // world_size
-    return trained(kind, slice(rank * size, (rank + 1) * size), parts, rank=rank, world_size=world_size, **options)
+    rows = slice(rank * size, (rank + 1) * size)
+    return {
+        name: trained(kind, rows, parts, rank=rank, world_size=world_size, **options)
+        for name, (kind, parts, options) in CASES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    """For each case the mean losses of two ranks, and what each of them has."""
+    ranks = run_in_processes(on_rank, 2)
+    means = {name: [sum(pair) / 2 for pair in zip(*(rank[name][0] for rank in ranks), strict=True)] for name in CASES}
+    return {name: (means[name], [rank[name][1:] for rank in ranks]) for name in CASES}
 
 
 def largest_difference(ours, theirs):
@@ -79,13 +100,12 @@ def assert_same(found, expected):
     assert largest_difference(state, expected[2]) < 1e-5, "queues, pointers and the twin too"
 
 
-@pytest.mark.parametrize(("kind", "parts"), [("pretrain", 2), ("retrieval", 1)])
-def test_two_ranks_equal_one_large_batch(kind, parts):
-    expected = trained(kind, slice(0, PAIRS), 1)
-    found = run_in_processes(on_rank, 2, kind, parts, {"itc_all_ranks": True})
-    mean = [sum(pair) / 2 for pair in zip(found[0][0], found[1][0], strict=True)]
-    for rank in range(2):
-        assert_same((mean, *found[rank][1:]), expected)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[2]])
+def test_two_ranks_equal_one_large_batch(two_ranks, name):
+    mean, ranks = two_ranks[name]
+    expected = trained(CASES[name][0], slice(0, PAIRS), 1)
+    for found in ranks:
+        assert_same((mean, *found), expected)
 
 
 @KINDS
@@ -94,10 +114,9 @@ def test_accumulated_batches_equal_one_large_batch(kind):
     assert_same(trained(kind, slice(0, PAIRS), 4), whole)
 
 
-def test_without_the_options_contrast_is_each_ranks_own():
+def test_without_the_options_contrast_is_each_ranks_own(two_ranks):
     expected = trained("retrieval", slice(0, PAIRS), 1)
-    found = run_in_processes(on_rank, 2, "retrieval", 1, {})
-    assert sum(rank[0][0] for rank in found) / 2 != pytest.approx(expected[0][0], abs=1e-3)
+    assert two_ranks["each rank for itself"][0][0] != pytest.approx(expected[0][0], abs=1e-3)
 
 
 def test_dropout_is_drawn_once_for_each_pair():

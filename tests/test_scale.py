@@ -1,6 +1,7 @@
 """The plan's arithmetic, against numbers worked out by hand."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ COUNTS = scale_counts.Counts(
     trained=250_000_000, twin=200_000_000, queues=2_000_000_000, pair_bytes=1e8, step_bytes=5e8, gflop=7.0,
     kernels=1000, gathered=600_000_000, scattered=300_000_000, together=50_000_000,
 )  # fmt: skip
-TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+VOCABULARY = Path(__file__).parent.parent / "configs" / "miniature" / "vocab.txt"  # small: logits are not recomputed
+TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+        "vocab_file": str(VOCABULARY)}  # fmt: skip
 TINY = {"image_size": 32, "queue_size": 16, "embed_dim": 8, "med_config": TEXT}
 VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
 
@@ -73,7 +76,7 @@ def test_counts_are_the_models():
     # every block is gathered at least once; a shared one is reduced after each of its uses
     assert found.scattered > found.trained and found.gathered > found.trained + found.twin
     recomputed = scale_counts.count_model(lambda: scale_counts.build(VIT, True, True, **TINY))
-    assert recomputed.pair_bytes < found.pair_bytes
+    assert recomputed.pair_bytes < 0.8 * found.pair_bytes
     assert recomputed.kernels > found.kernels
 
 
