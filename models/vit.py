@@ -1,13 +1,14 @@
 """The image encoder: timm's Vision Transformer with BLIP's names, sizes and checkpointing (paper section 3.1)."""
 
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fairscale.nn.checkpoint import checkpoint_wrapper
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from models.linear import use_faster_products
 from utils import UserError
@@ -79,8 +80,24 @@ def vit_sizes(vit: str | Mapping) -> dict[str, int]:
 def checkpoint_last_blocks(encoder: VisionTransformer, num_blocks: int) -> None:
     """Recompute attention and MLP of the last `num_blocks` blocks in the backward pass, to save memory."""
     for block in list(encoder.blocks)[max(len(encoder.blocks) - num_blocks, 0) :]:
-        block.attn = checkpoint_wrapper(block.attn)
-        block.mlp = checkpoint_wrapper(block.mlp)
+        for part in (block.attn, block.mlp):
+            part.__class__ = _recomputed(type(part))
+
+
+class Recomputed:
+    """Mixed into a module's class: its forward runs again in the backward pass, instead of keeping what it computed."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module's own."""
+        if not torch.is_grad_enabled():
+            return super().forward(*args, **kwargs)
+        return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
+
+
+@cache
+def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
+    # a class, since a patched forward would bind the module it was patched on, whose copies would then call it
+    return type(kind.__name__, (Recomputed, kind), {})
 
 
 def interpolate_pos_embed(pos_embed_checkpoint: torch.Tensor, visual_encoder: nn.Module) -> torch.Tensor:
