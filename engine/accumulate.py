@@ -31,5 +31,5 @@ def add_candidates(model: MomentumModel, batches: list[dict[str, Any]], device: 
             text = model.tokenize(batch["caption"], model.max_text_tokens, device)
             yield batch["image"].to(device), text, None if idx is None else idx.to(device)
 
-    found = model.candidates(inputs())
+    found = model.candidates_of_step(inputs())
     return [{**batch, "candidates": candidates} for batch, candidates in zip(batches, found, strict=True)]

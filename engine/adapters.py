@@ -41,8 +41,6 @@ def prepare(model: nn.Module, config: TrainConfig, run: Run) -> TrainConfig:
         config = _with_settings_of(saved, config)
     if not config.freeze and not config.adapter_rank:
         return config
-    if config.parallel == "fsdp":
-        raise UserError("freeze and adapter_rank do not work with parallel: fsdp; set parallel: ddp")
     freeze_parts(model, config.freeze)
     if config.adapter_rank:
         add_adapters(model, config)
@@ -68,9 +66,6 @@ def freeze_parts(model: nn.Module, names: list[str]) -> None:
             choices = ", ".join(part for part in parts if not part.endswith("_m"))
             raise UserError(f"freeze: this model has no part {name!r}; it has {choices}")
         parts[name].requires_grad_(False)
-        if name == "visual_encoder":  # keeps nothing for a backward pass, so there is nothing to recompute
-            for part in parts[name].modules():
-                part.__dict__.pop("forward", None)
 
 
 def add_adapters(model: nn.Module, config: TrainConfig) -> None:
@@ -131,14 +126,19 @@ def _train_whole(model: nn.Module, wanted: str) -> None:
 
 
 def adapter_state(model: nn.Module) -> State:
-    """Return what an adapted model trains, under names without peft's: X.lora_A.weight, X.lora_B.weight, and parts."""
+    """Return what an adapted model trains, under names without peft's: X.lora_A.weight, X.lora_B.weight, and parts.
+
+    All processes call this and `base_state`.
+    """
+    state = parallel.full_state(model)
     trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    return {key.replace(f".{NAME}.", "."): value for key, value in model.state_dict().items() if key in trained}
+    return {key.replace(f".{NAME}.", "."): value for key, value in state.items() if key in trained}
 
 
 def base_state(model: nn.Module) -> State:
     """Return an adapted model's state dict without its adapters, under the names of a plain model."""
-    return {key.replace(".base_layer.", "."): value for key, value in model.state_dict().items() if ".lora_" not in key}
+    state = parallel.full_state(model)
+    return {key.replace(".base_layer.", "."): value for key, value in state.items() if ".lora_" not in key}
 
 
 def merge(state: State, tensors: State, config: Any) -> State:

@@ -31,6 +31,7 @@ from utils import (
 )
 
 Losses = dict[str, torch.Tensor]
+NUM_GRAPHS = 64  # of one layer: text alone or reading, causal or not, with gradients or without, of any length
 
 
 def default_schedule(config: TrainConfig, progress: Progress) -> float:
@@ -58,18 +59,22 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def prepare_model(model: nn.Module, config: Any, run: Run) -> nn.Module:
-    """Move a model to its device; checkpoint its text layers and compile its blocks if asked."""
+    """Move a model to its device; checkpoint its text layers if asked."""
     model = model.to(run.device)
     for part in model.modules():
         if isinstance(part, TextTransformer):
             part.grad_checkpointing = config.get("text_grad_ckpt", False)
-    if config.compile:
-        compile_blocks(model)
     return model
 
 
 def compile_blocks(model: nn.Module, **options: Any) -> int:
-    """Compile the ViT's blocks and the text transformers' layers, each by itself; returns how many there are."""
+    """Compile the ViT's blocks and the text transformers' layers, each by itself; returns how many there are.
+
+    Of a sharded model, as it is gathered: the layers' parts.
+    """
+    torch._dynamo.config.cache_size_limit = NUM_GRAPHS
+    if parallel.is_sharded(model):
+        return parallel.compile_units(model, **options)
     parts = [part for name, part in model.named_modules() if name.split(".")[-2:-1] in (["blocks"], ["layer"])]
     for part in parts:
         part.compile(**options)
@@ -122,8 +127,8 @@ class Loop:
         self.schedule, self.watch, self.prepare = schedule, watch, prepare
         self.model = prepare_model(model, config, run)
         self.wrapped = parallel.wrap(self.model, config.parallel, run.device)
-        if prepare is not None and parallel.is_sharded(self.model):
-            raise UserError("contrast over accumulated batches does not work with parallel: fsdp; set parallel: ddp")
+        if config.compile:
+            compile_blocks(self.model)
         self.optimizer = create_optimizer(model, config.init_lr, config.weight_decay)
         if len(loader) < config.grad_accum:
             raise UserError(

@@ -4,7 +4,9 @@ Checkpoints hold whole tensors under the model's own names either way, so that e
 """
 
 import copy
+import inspect
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,10 +53,9 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
     The encoder and decoder of pretraining share parts of layers, not layers; hence the finer units there. Scalars
     (the temperature) stay whole, since they cannot be divided.
     """
-    try:
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-    except ImportError:
-        raise UserError("parallel: fsdp needs torch 2.7 or newer; update torch, or set parallel: ddp") from None
+    fully_shard, as_forward = _own_sharding()
+    # `project` returns views, which nothing changes in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     with torch.no_grad():
         for parameter in model.parameters():
             dist.broadcast(parameter, src=0)
@@ -63,12 +64,23 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
     for unit in _units(model):
         fully_shard(unit, mesh=mesh)
         if hasattr(unit, "project"):
-            register_fsdp_forward_method(unit, "project")
+            as_forward(unit, "project")
     fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if p.dim() == 0})
     object.__setattr__(model, SKELETON, skeleton)
     if isinstance(model, MomentumModel):
-        _move_twin_before_forward(model)
+        as_forward(model, "candidates_of_step")
+        _move_twin_in_shards(model)
     return model
+
+
+def _own_sharding() -> tuple[Callable[..., Any], Callable[[nn.Module, str], None]]:
+    """Return PyTorch's `fully_shard`, and what makes another method gather parameters as forward does."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:  # torch 2.6 cannot leave scalars whole
+        wanted = "parallel: fsdp needs torch 2.7 or newer"
+        raise UserError(f"{wanted}, and this is {torch.__version__}; update torch, or set parallel: ddp")
+    return fully_shard, register_fsdp_forward_method
 
 
 def _units(model: nn.Module) -> list[nn.Module]:
@@ -90,16 +102,38 @@ def _skeleton(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _move_twin_before_forward(model: MomentumModel) -> None:
-    """Move the momentum twin while all is in shards: within forward the outermost parameters are gathered copies."""
-    advance = model.advance_twin
-    model.register_forward_pre_hook(lambda *_: advance(), prepend=True)
+def _move_twin_in_shards(model: MomentumModel) -> None:
+    """Move the momentum twin before the outermost parameters are gathered, which within forward are copies."""
+    advance, candidates = model.advance_twin, model.candidates_of_step
+
+    def before_forward(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("candidates") is None:
+            advance()
+
+    def candidates_of_step(batches: Any) -> Any:
+        advance()
+        return candidates(batches)
+
+    model.register_forward_pre_hook(before_forward, prepend=True, with_kwargs=True)
+    model.candidates_of_step = candidates_of_step  # type: ignore[method-assign]
     model.advance_twin = lambda: None  # type: ignore[method-assign]
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Tell whether `shard` has sharded a model."""
     return hasattr(model, SKELETON)
+
+
+def compile_units(model: nn.Module, **options: Any) -> int:
+    """Compile what a sharded model gathers one at a time, each by itself, without the gathering in hooks around it.
+
+    Returns:
+        The number of units.
+    """
+    units = _units(model)
+    for unit in units:
+        unit.forward = torch.compile(unit.forward, **options)  # type: ignore[method-assign]
+    return len(units)
 
 
 def plain(model: nn.Module) -> nn.Module:

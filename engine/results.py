@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from engine.adapters import apply_adapters
-from engine.loop import autocast, prepare_model
+from engine.loop import autocast, compile_blocks, prepare_model
 from engine.report import write_report
 from engine.run import Run
 from files import why_not_written, write_whole
@@ -49,6 +49,8 @@ def evaluate_only(run: Run, config: Any, model: nn.Module, evaluate: Callable[[n
     if config.get("adapter_weights"):
         apply_adapters(model, config.adapter_weights)
     model = prepare_model(model, config, run).eval()
+    if config.compile:
+        compile_blocks(model)
     with torch.no_grad(), autocast(config, run.device):
         scores = evaluate(model)
     run.log(scores, "evaluate.txt")

@@ -112,6 +112,12 @@ class MomentumModel(nn.Module):
         start = get_rank() * size * len(rows) if self.itc_all_ranks else 0
         return [Candidates(image, text, idx, start + i * size, i == len(rows) - 1) for i in range(len(rows))]
 
+    def candidates_of_step(
+        self, batches: Iterable[tuple[torch.Tensor, TokenBatch, torch.Tensor | None]]
+    ) -> list[Candidates]:
+        """Return `candidates` before the first forward of a step of several batches."""
+        return self.candidates(batches)
+
     def advance_twin(self) -> None:
         """Move the momentum twin one step towards the online encoders."""
         update_twin(self, self.momentum)

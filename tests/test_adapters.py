@@ -193,7 +193,6 @@ MISTAKES = [
     ("decoder", {**ADAPTED, "adapter_targets": ["dense9"]}, "no linear map is called 'dense9'; there are attn.qkv"),
     ("decoder", {**ADAPTED, "adapter_targets": ["predictions.decoder"]}, "shares its weights with another part"),
     ("decoder", {**ADAPTED, "adapter_also": ["cls_head"]}, "nothing to train is called 'cls_head'"),
-    ("decoder", {**ADAPTED, "parallel": "fsdp"}, "do not work with parallel: fsdp; set parallel: ddp"),
     ("decoder", {"adapter_weights": "nowhere.pth"}, "nowhere.pth does not exist"),
     ("retrieval", ADAPTED, "do not go with retrieval and pretraining"),
     ("pretrain", {"freeze": ["visual_encoder_m"]}, "no part 'visual_encoder_m'; it has visual_encoder, text_encoder"),
