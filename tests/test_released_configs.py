@@ -31,7 +31,7 @@ EVALUATED = {
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return write_miniature(
-        tmp_path_factory.mktemp("world"), 2, num_train=8, num_val=2, num_test=2, num_web=2, num_videos=2
+        tmp_path_factory.mktemp("world"), 2, num_train=8, num_val=6, num_test=6, num_web=2, num_videos=2
     )
 
 
