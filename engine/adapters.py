@@ -18,7 +18,7 @@ from engine import parallel
 from engine.config import TrainConfig
 from engine.run import Run
 from models.momentum import MomentumModel
-from models.pretrained import State, torch_load
+from models.weights import State, torch_load
 from utils import UserError, on_main_process
 
 FILE = "adapters.pth"

@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from models.huggingface import from_huggingface
-from models.pretrained import resolve, torch_load
 from models.vit import VARIANTS
+from models.weights import resolve, torch_load
 from utils import UserError
 
 Shapes = dict[str, tuple[int, ...]]

@@ -18,9 +18,10 @@ from models.blip_itm import blip_itm
 from models.blip_vqa import blip_vqa
 from models.huggingface import to_huggingface
 from models.med import load_med_config
-from models.pretrained import kind_of, read_source
+from models.pretrained import kind_of
 from models.tokenizer import TokenBatch, init_tokenizer, tokenize
 from models.vit import vit_sizes
+from models.weights import read_source
 from utils import UserError, user_message
 
 EXAMPLES = """examples:

@@ -1,25 +1,18 @@
 """Every load of weights: what was loaded, resized, left fresh or left over is told; what a task needs must be there."""
 
-import pickle
 import re
-import struct
-import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
-from download import cached
-from models.huggingface import from_huggingface, is_huggingface
 from models.vit import interpolate_pos_embed
-from utils import UserError, barrier, is_main_process, on_main_process
+from models.weights import State, read_source
+from utils import UserError, is_main_process, on_main_process
 
-State = dict[str, torch.Tensor]
 MOMENTUM = r"(_m\.|queue|^temp$)"
 # What a task may lack in a file and start fresh. Everything else of its model must be there.
 MAY_BE_FRESH = {
@@ -105,125 +98,6 @@ def load_checkpoint(model: nn.Module, url_or_filename: str) -> tuple[nn.Module, 
     own = model.state_dict()
     state = {key: value for key, value in state.items() if key not in own or own[key].shape == value.shape}
     return model, model.load_state_dict(state, strict=False)
-
-
-# Reading.
-
-
-def read_source(source: str, allow_pickle: bool = False) -> State:
-    """Return the state dict that a path, URL or `hf:` name holds, under our names."""
-    state: State = {}
-    for path in resolve(source):
-        state |= read_state_dict(path, allow_pickle)
-    return from_huggingface(state) if is_huggingface(state) else state
-
-
-def resolve(source: str) -> list[Path]:
-    """Return the files of a source, downloading them if need be, once on each machine; all processes call it.
-
-    Raises:
-        UserError: nothing there.
-    """
-    if source.startswith(("http://", "https://")):
-        return [_get_on_each_machine(lambda: cached(source, _no_checkpoint))]
-    if source.startswith("hf:"):
-        folder = _get_on_each_machine(lambda: _hub_folder(source.removeprefix("hf:")))
-        paths = sorted(folder.glob("*.safetensors"))
-        if not paths:
-            raise UserError(f"{source} holds no .safetensors file; give one that does, or a path to weights")
-        return paths
-    if not Path(source).is_file():
-        raise UserError(f"pretrained weights {source} do not exist; correct the path")
-    return [Path(source)]
-
-
-def _no_checkpoint(path: Path) -> str:
-    """Say what a downloaded file is, if it is of none of the formats of weights; '' if it may be."""
-    with open(path, "rb") as file:
-        start = file.read(32)
-    known = start.startswith((b"PK", b"\x80")) or start[8:9] == b"{"  # torch's two formats, and safetensors
-    return "" if known else f"begins with {start[:20]!r}, so it is no checkpoint"
-
-
-def _get_on_each_machine(get: Callable[[], Path]) -> Path:
-    """Let the main process get a file or folder, and then those processes that do not see it on their disk."""
-    path = on_main_process(get)
-    absent = not path.exists()
-    barrier()  # no process may take for whole what a neighbour has only begun
-    return get() if absent else path
-
-
-def _hub_folder(name: str) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "vocab.txt"]))
-    except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:150]
-        raise UserError(f"hf:{name} is no local folder and could not be downloaded ({reason})") from None
-
-
-def read_state_dict(path: Path, allow_pickle: bool = False) -> State:
-    """Read the weights of a .pth or .safetensors file; other entries, such as an optimizer, stay on disk."""
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read ({error}); download it again") from None
-    content = torch_load(path, allow_pickle)
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(torch.is_tensor(value) for value in content.values()):
-        raise UserError(f"{path} holds no state dict; expected {{'model': state dict}} or a state dict alone")
-    return content
-
-
-def torch_load(path: Path, allow_pickle: bool = False) -> Any:
-    """Read a file that torch wrote, its tensors mapped from disk."""
-    refuse_compressed(path)
-    try:
-        try:  # mapped from disk, so that what is not used is never read
-            return torch.load(path, map_location="cpu", weights_only=not allow_pickle, mmap=True)
-        except (RuntimeError, ValueError):  # a file of the format before PyTorch 1.6
-            return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if not named:
-            raise UserError(f"{path} is damaged or no checkpoint; download it again") from None
-        raise UserError(
-            f"{path} holds {named[1]}, not only weights, and reading that may run code; if you trust where it comes "
-            "from, accept it with allow_pickle (--set allow_pickle=true, or --allow_pickle)"
-        ) from None
-    except (AttributeError, ImportError) as error:
-        raise UserError(f"{path} holds objects of code that is not here ({error}); install it") from None
-    except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, ArithmeticError, AssertionError,
-            MemoryError, struct.error) as error:  # fmt: skip
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:100]
-        raise UserError(f"{path} is damaged or no checkpoint ({reason}); download it again") from None
-
-
-def refuse_compressed(path: Path) -> None:
-    """Refuse an archive whose entries are larger than itself, and might fill any memory; torch compresses none.
-
-    Raises:
-        UserError: it is compressed, or its entries overlap.
-    """
-    try:
-        if not zipfile.is_zipfile(path):  # the format before PyTorch 1.6, or damaged, as torch will say
-            return
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (OSError, ValueError, LookupError, NotImplementedError, zipfile.BadZipFile, struct.error) as error:
-        raise UserError(f"{path} is damaged ({error}); download it again") from None
-    size, have = sum(entry.file_size for entry in entries), path.stat().st_size
-    if size > have or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise UserError(
-            f"{path} is compressed ({size} bytes in {have}), which no checkpoint is that torch wrote; download it again"
-        )
 
 
 # Fitting a state dict to a model.

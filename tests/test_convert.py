@@ -26,8 +26,8 @@ from models.blip import blip_decoder
 from models.blip_itm import blip_itm
 from models.blip_vqa import blip_vqa
 from models.generation import GenerationConfig
-from models.pretrained import read_source
 from models.tokenizer import tokenize
+from models.weights import read_source
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent

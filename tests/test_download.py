@@ -13,7 +13,7 @@ import download
 from data.annotations import find_annotation
 from download import cached, fetch
 from models.architecture import settings_of
-from models.pretrained import read_source
+from models.weights import read_source
 from utils import UserError
 
 CONTENT = bytes(range(256)) * 20_000  # 5 MB

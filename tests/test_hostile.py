@@ -25,7 +25,8 @@ from engine.bootstrap import Shards
 from engine.checkpoint import load_last
 from engine.tar_bootstrap import list_source
 from models.architecture import settings_of
-from models.pretrained import load_pretrained, read_state_dict
+from models.pretrained import load_pretrained
+from models.weights import read_state_dict
 from utils import UserError
 
 CPU = torch.device("cpu")

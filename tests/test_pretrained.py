@@ -45,7 +45,7 @@ def same(model, other, prefix=""):
 MEASURE = """
 import re, sys
 from pathlib import Path
-from models.pretrained import read_state_dict
+from models.weights import read_state_dict
 peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
 before = peak()
 total = sum(float(value.sum()) for value in read_state_dict(Path(sys.argv[1])).values())
@@ -195,8 +195,8 @@ def test_bert_starts_the_decoder_with_its_head(tmp_path, capsys):
 
 def test_a_path_of_another_machine_is_got_here_too(tmp_path, monkeypatch):
     (tmp_path / "here").write_text("")
-    monkeypatch.setattr(models.pretrained, "on_main_process", lambda get: tmp_path / "on the main machine")
-    assert models.pretrained._get_on_each_machine(lambda: tmp_path / "here") == tmp_path / "here"
+    monkeypatch.setattr(models.weights, "on_main_process", lambda get: tmp_path / "on the main machine")
+    assert models.weights._get_on_each_machine(lambda: tmp_path / "here") == tmp_path / "here"
 
 
 def test_starting_weights(tmp_path, capsys):

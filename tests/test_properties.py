@@ -30,8 +30,9 @@ from engine.run import Run
 from metrics.caption import caption_scores, domain_scores
 from metrics.vqa import normalize_answer, vqa_accuracy
 from models.architecture import settings_of
-from models.pretrained import load_pretrained, read_state_dict
+from models.pretrained import load_pretrained
 from models.tokenizer import init_tokenizer, tokenize
+from models.weights import read_state_dict
 from utils import UserError, user_message
 
 MOST_SECONDS = 10  # of one example; most take a few milliseconds
