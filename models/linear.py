@@ -16,7 +16,11 @@ from torch.autograd.function import once_differentiable
 
 LEAST = 2**21  # multiplications of a product; below, handing it to oneDNN costs more than it saves
 
-onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+onednn = (  # where it gains: other processors' PyTorch, Apple's for instance, has products of their makers
+    torch.backends.mkldnn.is_available()
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
 
 
 class Linear(nn.Linear):

@@ -10,7 +10,7 @@ from models import linear
 from models.linear import LEAST, Linear, is_faster, pytorch_products, use_faster_products
 from models.vit import create_vit
 
-pytestmark = pytest.mark.skipif(not linear.onednn, reason="this build of PyTorch has no oneDNN")
+pytestmark = pytest.mark.skipif(not linear.onednn, reason="oneDNN is for processors with AVX-512")
 ROWS, IN, OUT = 150, 160, 140  # above the least that is worth it
 
 
