@@ -3,7 +3,9 @@
 import os
 import time
 import uuid
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -74,4 +76,21 @@ def _ask(store: dist.Store, rank: int, deadline: float) -> str:
 
 def was_restarted() -> bool:
     """Tell, alike on all ranks, whether torchrun has started any of the processes before."""
-    return any(all_gather_object(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0))
+    counted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return any(all_gather_object(started_before() or counted))
+
+
+def started_before() -> bool:
+    """Tell whether this process's agent has started it before, and note that it has now.
+
+    An agent does not count a start whose reason is that another machine came; but all its starts have one log folder,
+    which is its own: the file for errors is <log folder>/attempt_<count>/<local rank>/error.json.
+    """
+    rank_folder = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", os.devnull)).parent
+    if not rank_folder.parent.name.startswith("attempt_"):
+        return False
+    mark = rank_folder.parent.parent / f"started_{rank_folder.name}"
+    before = mark.exists()
+    with suppress(OSError):
+        mark.touch()
+    return before

@@ -1,21 +1,26 @@
-"""Runs a function in several gloo processes."""
+"""Runs functions and scripts in several processes."""
 
 import multiprocessing
 import os
+import runpy
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, parse_args
 
 # A server imports these once, and every process is a copy of it: importing takes longer than most tests.
 PRELOADED = ["pretrain", "train_caption", "train_retrieval", "train_nlvr", "train_vqa", "capfilt"]
+COPIES = multiprocessing.get_context("forkserver")
+COPIES.set_forkserver_preload(PRELOADED)
 
 
 def run_in_processes(function, world_size, *args):
-    """Call function(rank, world_size, *args) in each process and return the results in order of rank."""
-    multiprocessing.set_forkserver_preload(PRELOADED)
+    """Call function(rank, world_size, *args) in each process of a gloo group; return the results in order of rank."""
     with tempfile.TemporaryDirectory() as folder:
         settings = (function, world_size, folder, dict(os.environ), args)
         mp.start_processes(_process, settings, nprocs=world_size, start_method="forkserver")
@@ -29,3 +34,27 @@ def _process(rank, function, world_size, folder, environment, args):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     torch.save(function(rank, world_size, *args), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def start(function, *args):
+    """Call a function in a process of its own; returns the process."""
+    process = COPIES.Process(target=function, args=args)
+    process.start()
+    return process
+
+
+def run_script(words, output, environment):
+    """Do here what `python *words` would, with its output added to a file."""
+    os.environ.update(environment)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    sys.argv = list(map(str, words))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def run_agent(options, environment, function, *args):
+    """Do here what torchrun with these options would, but that its processes are copies, which call a function."""
+    os.environ.update(environment)
+    config, _, _ = config_from_args(parse_args([*options, "--start_method=fork", "no script"]))
+    elastic_launch(config, function)(*args)

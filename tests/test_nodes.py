@@ -1,8 +1,7 @@
 """Two machines, as two torchrun agents with a common rendezvous: one is lost with its process, and comes back."""
 
+import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,15 +9,16 @@ from datetime import timedelta
 
 import pytest
 import torch
-from scripts import ROOT, TINY, environment, kill_family, lines, run, settings
+import torch.distributed as dist
+from scripts import ROOT, TINY, environment, kill_family, lines, settings
 
 from data.miniature import write_miniature
-from engine.rendezvous import agree
+from engine.rendezvous import agree, join_group, started_before, was_restarted
+from processes import run_agent, run_script, start
 from utils import UserError
 
-LAUNCH = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max_restarts=3", "--rdzv_backend=c10d",
-          "--rdzv_id=one-run", "--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=2"]  # fmt: skip
-
+AGENT = ["--nnodes=2", "--nproc_per_node=1", "--max_restarts=3", "--rdzv_backend=c10d", "--rdzv_id=one-run",
+         "--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=3"]  # fmt: skip
 # Else torchrun tells an agent that joins a second start nothing of the store, and it gives up after a minute.
 ENVIRONMENT = environment() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
@@ -31,23 +31,43 @@ def arguments(tmp_path):
     return ["--config", "configs/miniature/pretrain.yaml", *(x for value in TINY for x in ("--set", value)), *more]
 
 
+def train(words, log):
+    """The agent's process."""
+    try:
+        run_script(words, log, ENVIRONMENT)
+    except SystemExit as end:
+        if end.code:
+            os._exit(end.code)
+
+
 @pytest.fixture
 def node(arguments, tmp_path):
-    """Start an agent of a run, with its process."""
-    started, port = [], free_port()
+    """Start nodes of a run, each an agent with its process, and with a log."""
+    started, options = [], [*AGENT, f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
+    words = [ROOT / "pretrain.py", *arguments, "--output_dir", tmp_path / "broken"]
 
-    def start():
-        launch = [sys.executable, *LAUNCH, f"--rdzv_endpoint=127.0.0.1:{port}", ROOT / "pretrain.py", *arguments]
-        output = open(tmp_path / f"{len(started)}.log", "w")  # noqa: SIM115
-        command = [*map(str, launch), "--output_dir", str(tmp_path / "broken")]
-        process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT)
-        started.append(process)
-        return process
+    def start_node():
+        started.append(start(run_agent, options, ENVIRONMENT, train, words, str(tmp_path / f"{len(started)}.log")))
+        return started[-1]
 
-    yield start
-    for process in started:
-        if process.poll() is None:
-            kill_family(process.pid)
+    yield start_node
+    for agent in started:
+        if agent.is_alive():
+            kill_family(agent.pid)
+
+
+def train_whole(arguments, folder):
+    """The run that nothing happens to: two processes on one machine."""
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    words = [ROOT / "pretrain.py", *arguments, "--output_dir", folder]
+    ranks = [environment() | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    processes = [start(run_script, words, f"{folder}-{env['RANK']}.log", env) for env in ranks]
+    assert [exit_code(process) for process in processes] == [0, 0]
+
+
+def exit_code(process, seconds=120):
+    process.join(seconds)
+    return process.exitcode
 
 
 def free_port():
@@ -64,48 +84,50 @@ def wait_for(condition, seconds=90):
 
 
 def test_a_node_is_lost_and_comes_back(arguments, node, tmp_path):
-    """The untouched run is one of two processes on one machine."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run("pretrain.py", *arguments, "--output_dir", whole, processes=2)
+    train_whole(arguments, whole)
     first = node()
     time.sleep(0.5)  # it holds the rendezvous
     lost = node()
     wait_for(lambda: lines(broken / "curve.jsonl") >= 3)
     kill_family(lost.pid)
-    lost.wait()
+    lost.join()
     back = node()
-    assert [agent.wait(120) for agent in (first, back)] == [0, 0]
+    assert [exit_code(agent) for agent in (first, back)] == [0, 0]
     told = "".join((tmp_path / f"{number}.log").read_text() for number in range(3))
     assert "lost another process" in told or "ended or was killed" in told
-    assert "continuing from" in told
+    assert "continuing from" in told and "holds a run" not in told
     one, other = (torch.load(f / "checkpoint_last.pth", weights_only=True)["model"] for f in (whole, broken))
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert (whole / "curve.jsonl").read_text() == (broken / "curve.jsonl").read_text()
 
 
-STARTED_TWICE = """
-import os
-import sys
-from datetime import timedelta
-import torch.distributed as dist
-from engine.rendezvous import join_group
-join_group("gloo", timedelta(seconds=60))
-number = dist.distributed_c10d._get_default_store().add("counter", 1)
-dist.barrier()
-if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    os._exit(3)
-open(f"{sys.argv[1]}/{dist.get_rank()}", "w").write(str(number))
-"""
+def work_of_two_starts(folder):
+    """In the first start both processes end; in the second each writes what it finds of the first."""
+    join_group("gloo", timedelta(seconds=60))
+    before = started_before()
+    number = dist.distributed_c10d._get_default_store().add("counter", 1)
+    dist.barrier()
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os._exit(3)
+    (folder / str(dist.get_rank())).write_text(f"{number} {before}")
 
 
 def test_processes_that_torchrun_starts_again_find_an_empty_store(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(STARTED_TWICE)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1"]
-    command = [sys.executable, *launch, str(script), str(tmp_path)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert {(tmp_path / rank).read_text() for rank in "01"} == {"1", "2"}
+    options = ["--nproc_per_node=2", "--max_restarts=1", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
+    assert exit_code(start(run_agent, options, environment(), work_of_two_starts, tmp_path)) == 0
+    assert {(tmp_path / rank).read_text() for rank in "01"} == {"1 True", "2 True"}
+
+
+def test_starts_that_torchrun_does_not_count(tmp_path, monkeypatch):
+    """Where a machine comes back before the others' processes have ended, all start again under the same count."""
+    found = []
+    for rank in (0, 1, 0):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / f"attempt_0/{rank}/error.json"))
+        found.append(was_restarted())
+    assert found == [False, False, True]
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", os.devnull)
+    assert not was_restarted()
 
 
 def test_processes_agree_on_a_name_of_each_start():
