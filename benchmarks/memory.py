@@ -1,6 +1,7 @@
-"""Memory of a pretraining step for each pair, with and without checkpointing: python -m benchmarks.memory
+"""Memory of a pretraining step: python -m benchmarks.memory
 
-Each measurement is a process of its own, whose peak is read at two batch sizes.
+For each pair, with and without checkpointing, from two batch sizes; and of a large batch, in one and in several parts.
+Each measurement is a process of its own, whose peak is read.
 """
 
 import argparse
@@ -13,34 +14,46 @@ from typing import Any
 import torch
 
 from benchmarks.results import write_section
-from benchmarks.rows import training_step, word_texts
+from benchmarks.rows import word_texts
+from engine.accumulate import add_candidates
+from engine.optim import create_optimizer
 from models.blip_pretrain import BLIP_Pretrain
 from models.med import TextTransformer
 
 BATCHES = (4, 12)  # pairs, far enough apart for the difference to count
+LARGE, PARTS = 16, (1, 2, 4)  # pairs of a large batch, and the parts it comes in
 CASES = {"none": (False, False), "image": (True, False), "text": (False, True), "image and text": (True, True)}
 
 
-def peak(pairs: int, image: bool, text: bool) -> float:
-    """Return the peak memory, in MiB, of a process that takes two steps."""
+def peak(pairs: int, parts: int, image: bool, text: bool) -> float:
+    """Return the peak memory, in MiB, of a process that takes two steps, each of `parts` batches of `pairs`."""
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = BLIP_Pretrain(vit_grad_ckpt=image, vit_ckpt_layer=12, queue_size=4096).train().to(device)
     for part in model.modules():
         if isinstance(part, TextTransformer):
             part.grad_checkpointing = text
-    images, texts = torch.randn(pairs, 3, 224, 224, device=device), word_texts(pairs)
-    step = training_step(model, lambda m: m(images, texts, 0.4), plainly=False)
+    optimizer = create_optimizer(model, 1e-6, 0.05)
+    batches = [{"image": torch.randn(pairs, 3, 224, 224), "caption": word_texts(pairs)} for _ in range(parts)]
     for _ in range(2):
-        step()
-    if device == "cuda":
+        take_step(model, optimizer, batches, device)
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def measure(name: str, pairs: int) -> float:
+def take_step(model: BLIP_Pretrain, optimizer: torch.optim.Optimizer, batches: list, device: torch.device) -> None:
+    """Take a step as `engine.loop` does; the contrast of several batches is that of one large batch."""
+    optimizer.zero_grad(set_to_none=True)
+    for batch in add_candidates(model, batches, device) if len(batches) > 1 else batches:
+        losses = model(**{**batch, "image": batch["image"].to(device)}, alpha=0.4)
+        (sum(losses) / len(batches)).backward()
+    optimizer.step()
+
+
+def measure(name: str, pairs: int, parts: int = 1) -> float:
     """Return the peak of a new process."""
-    command = [sys.executable, "-m", "benchmarks.memory", "--case", name, "--pairs", str(pairs)]
+    command = [sys.executable, "-m", "benchmarks.memory", "--case", name, "--pairs", str(pairs), "--parts", str(parts)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -59,14 +72,19 @@ def main() -> int:
     """Measure all cases, or one in this process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, help="measure this one here and print its peak in MiB")
-    parser.add_argument("--pairs", type=int, default=BATCHES[0])
+    parser.add_argument("--pairs", type=int, default=BATCHES[0], help="pairs of a batch")
+    parser.add_argument("--parts", type=int, default=1, help="batches of a step, contrasted as one (itc_cached)")
     args = parser.parse_args()
     if args.case:
-        print(peak(args.pairs, *CASES[args.case]))
+        print(peak(args.pairs, args.parts, *CASES[args.case]))
         return 0
     lines = ["| checkpointing of | MiB a pair | MiB besides |", "|---|---|---|"]
     for name, row in all_cases().items():
         lines.append(f"| {name} | {row['MiB a pair']:.0f} | {row['MiB besides']:.0f} |")
+    lines += ["", f"| {LARGE} pairs contrasted | MiB at most |", "|---|---|"]
+    for parts in PARTS:
+        what = "in one batch" if parts == 1 else f"in {parts} batches of {LARGE // parts} (`itc_cached`)"
+        lines.append(f"| {what} | {measure('none', LARGE // parts, parts):.0f} |")
     print("\n".join(lines))
     write_section("Memory of a pretraining step, base: `python -m benchmarks.memory`", "\n".join(lines))
     return 0

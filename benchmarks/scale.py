@@ -28,6 +28,7 @@ GPUS = (8, 16, 32, 64, 128, 256, 512)
 NODE = 8  # GPUs of a machine
 GLOBAL_BATCH, LOCAL_BATCH = 2400, 75  # of the released configuration: 32 GPUs
 SETS = {"14M": 14e6, "129M": 129e6}
+MODELS = ("base", "large")
 EPOCHS = 20
 
 # Assumed, not measured.
@@ -146,10 +147,15 @@ def hours(pairs: float, rate: float) -> float:
     return pairs * EPOCHS / rate / 3600
 
 
+def steps(counts: Counts, cluster: Cluster, whole_batch: bool) -> list[Step]:
+    """Return the step of each number of GPUs, with the global batch as released or the local one."""
+    return [step(counts, n, GLOBAL_BATCH / n if whole_batch else LOCAL_BATCH, cluster) for n in GPUS]
+
+
 def last_efficient(counts: Counts, cluster: Cluster, whole_batch: bool, least: float = 0.8) -> int:
     """Return the most GPUs at which each does `least` of what each of 8 does."""
-    steps = [step(counts, n, GLOBAL_BATCH / n if whole_batch else LOCAL_BATCH, cluster) for n in GPUS]
-    return max(s.gpus for s in steps if s.rate / s.gpus >= least * steps[0].rate / steps[0].gpus)
+    found = steps(counts, cluster, whole_batch)
+    return max(s.gpus for s in found if s.rate / s.gpus >= least * found[0].rate / found[0].gpus)
 
 
 def capfilt(vit: str, cluster: Cluster) -> dict[str, float]:
@@ -178,71 +184,63 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def parts_table(first: str, columns: dict[str, dict[str, float]], digits: int) -> str:
+    """Return a table with a row for each part and a column for each case."""
+    parts = next(iter(columns.values()))
+    rows = [[part, *(f"{column[part]:.{digits}f}" for column in columns.values())] for part in parts]
+    return table([first, *columns], rows)
+
+
 def memory_table() -> str:
-    """Parts by model and way, then what a pair adds and how many fit."""
-    cases = [(vit, gpus, way) for vit in ("base", "large") for gpus, way in ((8, "DDP"), (8, "fsdp"), (64, "fsdp"))]
-    columns = [memory(count(vit), gpus, way == "fsdp") for vit, gpus, way in cases]
-    head = ["GB", *(f"{vit}, DDP" if way == "DDP" else f"{vit}, fsdp {gpus}" for vit, gpus, way in cases)]
-    rows = [[part, *(f"{column[part]:.2f}" for column in columns)] for part in columns[0]]
-    return table(head, [*rows, ["together", *(f"{sum(column.values()):.2f}" for column in columns)]])
+    """Parts by model and way."""
+    ways = {"DDP": (8, False), "fsdp 8": (8, True), "fsdp 64": (64, True)}
+    columns = {f"{vit}, {way}": memory(count(vit), *kind) for vit in MODELS for way, kind in ways.items()}
+    sums = {name: column | {"together": sum(column.values())} for name, column in columns.items()}
+    return parts_table("GB", sums, 2)
 
 
 def pair_table() -> str:
     """Bytes of a pair, and the largest batch of 80 GB, of which a tenth is left free."""
     rows = []
     for name, kind in CASES.items():
-        found = [count(vit, *kind) for vit in ("base", "large")]
+        found = [count(vit, *kind) for vit in MODELS]
         most = [(72 - sum(memory(c, 8, False).values())) * 1e9 / c.pair_bytes for c in found]
         rows.append([name, *(f"{c.pair_bytes / 1e6:.0f} MB, {int(n)}" for c, n in zip(found, most))])
     return table(["checkpointing of", "base: a pair, pairs in 80 GB", "large"], rows)
 
 
 def traffic_table() -> str:
-    """Bytes that a GPU sends a step, at the released 75 pairs."""
-    cases = [(vit, gpus) for vit in ("base", "large") for gpus in (8, 64, 512)]
-    columns = [traffic(count(vit), gpus, LOCAL_BATCH) for vit, gpus in cases]
-    rows = [[kind, *(f"{column[kind]:.3f}" for column in columns)] for kind in columns[0]]
-    return table(["GB", *(f"{vit}, {gpus} GPUs" for vit, gpus in cases)], rows)
+    """Bytes that a GPU sends a step, at the released pairs a GPU."""
+    cases = [(vit, gpus) for vit in MODELS for gpus in (8, 64, 512)]
+    return parts_table("GB", {f"{vit}, {n} GPUs": traffic(count(vit), n, LOCAL_BATCH) for vit, n in cases}, 3)
 
 
 def training_table(vit: str, cluster: Cluster, whole_batch: bool, decoded: float) -> str:
     """Steps and pairs a second, hours, cores."""
     rows = []
-    for gpus in GPUS:
-        s = step(count(vit), gpus, GLOBAL_BATCH / gpus if whole_batch else LOCAL_BATCH, cluster)
+    for s in steps(count(vit), cluster, whole_batch):
         parts = (s.compute, s.launches, s.update, s.sums, s.exposed, s.seconds)
         times = [f"{hours(pairs, s.rate):,.0f}" for pairs in SETS.values()]
-        row = [gpus, f"{s.pairs:g}", *(f"{1000 * x:.0f}" for x in parts), f"{1 / s.seconds:.2f}", f"{s.rate:,.0f}"]
-        rows.append([*row, *times, f"{s.rate / gpus / decoded:.0f}"])
+        row = [s.gpus, f"{s.pairs:g}", *(f"{1000 * x:.0f}" for x in parts), f"{1 / s.seconds:.2f}", f"{s.rate:,.0f}"]
+        rows.append([*row, *times, f"{s.rate / s.gpus / decoded:.0f}"])
     parts = ["compute ms", "launches ms", "update ms", "all-reduce ms", "exposed ms", "step ms"]
     head = ["GPUs", "pairs a GPU", *parts, "steps/s", "pairs/s", *(f"{name}, h" for name in SETS), "cores a GPU"]
-    return table(head, rows)
-
-
-def training_tables(decoded: float) -> str:
-    """Every model, cluster and kind of batch."""
-    found = []
-    for vit in ("base", "large"):
-        for cluster in CLUSTERS:
-            for whole, kind in ((True, f"{GLOBAL_BATCH:,} pairs a step"), (False, f"{LOCAL_BATCH} pairs a GPU")):
-                found.append(f"**{vit}, {cluster.name}, {kind}**\n\n{training_table(vit, cluster, whole, decoded)}")
-    return "\n\n".join(found)
+    kind = f"{GLOBAL_BATCH:,} pairs a step" if whole_batch else f"{LOCAL_BATCH} pairs a GPU"
+    return f"**{vit}, {cluster.name}, {kind}**\n\n{table(head, rows)}"
 
 
 def limits_table() -> str:
     """Where a GPU does less than 80% of what it does among 8."""
-    rows = [
-        [cluster.name, *(last_efficient(count(vit), cluster, whole) for vit in ("base", "large") for whole in (1, 0))]
-        for cluster in CLUSTERS
-    ]
-    kinds = (f"{GLOBAL_BATCH:,} a step", f"{LOCAL_BATCH} a GPU")
-    return table(["GPUs at most", *(f"{vit}, {kind}" for vit in ("base", "large") for kind in kinds)], rows)
+    cases = [(vit, whole) for vit in MODELS for whole in (True, False)]
+    rows = [[c.name, *(last_efficient(count(vit), c, whole) for vit, whole in cases)] for c in CLUSTERS]
+    head = [f"{vit}, {GLOBAL_BATCH:,} a step" if whole else f"{vit}, {LOCAL_BATCH} a GPU" for vit, whole in cases]
+    return table(["GPUs at most", *head], rows)
 
 
 def capfilt_table(decoded: float) -> str:
     """Pictures a second of a GPU, hours of the sets, cores that keep a GPU busy."""
     rows = []
-    for vit in ("base", "large"):
+    for vit in MODELS:
         for cluster in (CLUSTERS[0], CLUSTERS[1]):
             parts = capfilt(vit, cluster)
             rate = PICTURES / sum(parts.values())
@@ -262,11 +260,13 @@ def check_table(found: dict[str, float]) -> str:
 
 def tables(found: dict[str, float]) -> dict[str, str]:
     """Return every marked part of docs/scale.md."""
+    decoded = found["pictures/s a core, 224 px"]
+    cases = [(vit, cluster, whole) for vit in MODELS for cluster in CLUSTERS for whole in (True, False)]
     return {
         "memory": memory_table(),
         "pairs": pair_table(),
         "traffic": traffic_table(),
-        "training": training_tables(found["pictures/s a core, 224 px"]),
+        "training": "\n\n".join(training_table(*case, decoded) for case in cases),
         "limits": limits_table(),
         "capfilt": capfilt_table(found["pictures/s a core, 384 px"]),
         "check": check_table(found),

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
@@ -42,13 +42,13 @@ class Counts:
     trained: int
     twin: int
     queues: int
-    pair_bytes: float = 0.0
-    step_bytes: float = 0.0
-    gflop: float = 0.0
-    kernels: int = 0
-    gathered: int = 0
-    scattered: int = 0
-    together: int = 0
+    pair_bytes: float
+    step_bytes: float
+    gflop: float
+    kernels: int
+    gathered: int
+    scattered: int
+    together: int
 
 
 def build(vit: Any, image: bool = False, text: bool = False, **settings: Any) -> BLIP_Pretrain:
@@ -146,13 +146,6 @@ def sharded(model: BLIP_Pretrain, uses: Counter[nn.Module]) -> dict[str, int]:
     return {"gathered": gathered, "scattered": scattered, "together": outside + max(map(size, units))}
 
 
-def plain_counts(model: BLIP_Pretrain) -> Counts:
-    """Return what the model's shapes alone tell."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    queues = model.image_queue.numel() + model.text_queue.numel()
-    return Counts(trained, size(model) - trained, WIDTH * queues)
-
-
 @cache
 def count(vit: str, image: bool = False, text: bool = False) -> Counts:
     """Return everything about one ViT, 'base' or 'large', with and without checkpointing of either part."""
@@ -166,6 +159,14 @@ def count_model(make: Callable[[], BLIP_Pretrain]) -> Counts:
         few, _ = run_step(first, BATCHES[0])
     many, kernels = run_step(second, BATCHES[1])
     pair = (many - few) / (BATCHES[1] - BATCHES[0])
-    gflop = sum(part.gflop for part in pretraining_floor(model, [CAPTION] * BATCHES[0])) / BATCHES[0]
-    found = replace(plain_counts(model), pair_bytes=pair, step_bytes=few - BATCHES[0] * pair)
-    return replace(found, gflop=gflop, kernels=kernels, **sharded(model, uses))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Counts(
+        trained=trained,
+        twin=size(model) - trained,
+        queues=WIDTH * (model.image_queue.numel() + model.text_queue.numel()),
+        pair_bytes=pair,
+        step_bytes=few - BATCHES[0] * pair,
+        gflop=sum(part.gflop for part in pretraining_floor(model, [CAPTION] * BATCHES[0])) / BATCHES[0],
+        kernels=kernels,
+        **sharded(model, uses),
+    )
