@@ -101,8 +101,8 @@ def fill(model):
     return model.eval()
 
 
-def build(name, **kwargs):
-    """A tiny model of one kind with formula weights, in eval mode."""
+def build(name, vocab_file="", **kwargs):
+    """A tiny model of one kind with formula weights, in eval mode; by default with bert-base-uncased's vocabulary."""
     spec = golden()["spec"]
     if name in ("retrieval", "pretrain"):
         kwargs["embed_dim"] = spec["embed_dim"]
@@ -111,7 +111,7 @@ def build(name, **kwargs):
         kwargs["queue_size"] = spec["queue_size"]
     if name in ("vqa", "nlvr"):
         kwargs.setdefault("drop_path_rate", 0.0)
-    med_config = {**json.loads(MED_CONFIG.read_text())}
+    med_config = {**json.loads(MED_CONFIG.read_text()), "vocab_file": str(vocab_file)}
     if name == "pretrain":
         med_config["vocab_size"] = 30522
     return fill(MODELS[name](med_config=med_config, image_size=spec["image_size"], vit=spec["vit"], **kwargs))

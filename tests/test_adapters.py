@@ -3,6 +3,7 @@
 import json
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -18,11 +19,13 @@ from engine.config import NLVRConfig, TrainConfig
 from engine.loop import fit
 from engine.results import evaluate_only
 from engine.run import Run
-from formula import build, img
+from formula import build as build_formula
+from formula import img
 from processes import run_in_processes
 from utils import UserError, get_rank
 
 CPU = torch.device("cpu")
+build = partial(build_formula, vocab_file=ROOT / "configs" / "miniature" / "vocab.txt")  # small, for quick checkpoints
 ADAPTED = {"adapter_rank": 2, "adapter_alpha": 4.0}
 IMAGE = img("adapted")
 LOSSES = {
