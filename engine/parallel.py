@@ -7,6 +7,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,10 +62,13 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
             dist.broadcast(parameter, src=0)
     skeleton = _skeleton(model)
     mesh = init_device_mesh(device.type, (get_world_size(),))
+    if device.type == "cpu":
+        _refuse_sums(partial(fully_shard, mesh=mesh))
     for unit in _units(model):
         fully_shard(unit, mesh=mesh)
         if hasattr(unit, "project"):
             as_forward(unit, "project")
+        unit.register_forward_pre_hook(_gather_to_recompute, prepend=True)
     fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if p.dim() == 0})
     object.__setattr__(model, SKELETON, skeleton)
     if isinstance(model, MomentumModel):
@@ -81,6 +85,22 @@ def _own_sharding() -> tuple[Callable[..., Any], Callable[[nn.Module, str], None
         wanted = "parallel: fsdp needs torch 2.7 or newer"
         raise UserError(f"{wanted}, and this is {torch.__version__}; update torch, or set parallel: ddp")
     return fully_shard, register_fsdp_forward_method
+
+
+def _refuse_sums(fully_shard: Callable[[nn.Module], Any]) -> None:
+    """Refuse a gloo that adds gradients up where it is to average them, and tells nobody."""
+    probe = nn.Linear(1, get_world_size(), bias=False, device="meta").to_empty(device="cpu")  # without a random number
+    fully_shard(probe)
+    probe(torch.ones(1, 1)).sum().backward()
+    if (_whole(probe.weight.grad, None) != 1).any():
+        told = f"parallel: fsdp on CPUs needs a newer torch than {torch.__version__}, which adds gradients up"
+        raise UserError(f"{told} instead of averaging them; update torch, or set parallel: ddp")
+
+
+def _gather_to_recompute(unit: nn.Module, _: Any) -> None:
+    """Gather a part that runs again within a backward pass: torch before 2.11 leaves it in shards after another use."""
+    if torch._C._current_graph_task_id() != -1:
+        unit.unshard()  # type: ignore[operator]
 
 
 def _units(model: nn.Module) -> list[nn.Module]:
