@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: demo bootstrap test test-fast lint world clean help
 
 help:
-	@echo "make demo    train a captioner from scratch on a small world, about 10 minutes on 2 cores"
+	@echo "make demo    train a captioner from scratch on a small world, about 7 minutes on 2 cores"
 	@echo "make bootstrap  what captioning and filtering web texts is worth: the paper's first tables, about an hour"
 	@echo "make test    run the tests"
 	@echo "make lint    check the style"
