@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -136,7 +136,7 @@ class Watchdog:
         state = self.state
         state.beat += 1
         state.stack, state.line, state.waits = look_at(sys._current_frames().get(self.main))
-        states = {self.rank: state}
+        states = {self.rank: replace(state)}  # a copy: what was heard must not change with what will be told
         if self.store is not None:
             self.store.set(self.keys[self.rank], json.dumps(asdict(state)))
             self.complete = self.complete or self.store.check(self.keys)
@@ -182,7 +182,7 @@ class Watchdog:
                 f"rank {self.rank} has had no answer from the process group's store for {duration(patience)}, in "
                 f"{self.state}: the process that holds it, rank 0 or torchrun, is stopped or gone"
             )
-        silent = [rank for rank, heard in present.items() if now - heard.told > patience]
+        silent = [rank for rank, heard in present.items() if rank != self.rank and now - heard.told > patience]
         if silent:
             told = f"{name(silent)} gave no sign for {duration(patience)}: stopped, or the machine is gone"
             return f"{told}; the last was in {self.heard[silent[0]].state}"

@@ -148,3 +148,10 @@ def test_a_run_that_was_stopped_as_a_whole_goes_on():
     dog = heard(State(), State())
     dog.forgive(1e6)
     assert dog.verdict(1e6 + 50) == ""
+
+
+def test_every_exchange_is_a_sign():
+    dog = Watchdog(1.0, 0, 2)
+    for _ in range(2):  # without having heard of the other
+        dog.exchange()
+        assert dog.heard[0].told == dog.answered
