@@ -5,7 +5,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class Timing:
 
     ours: list[float]
     theirs: list[float]
-    no_onednn: list[float] = field(default_factory=list)
+    no_onednn: list[float]
 
     @property
     def ratio(self) -> float:
@@ -45,7 +45,7 @@ class Timing:
 
 def alternate(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int) -> Timing:
     """Run each once to warm up, then in turn: theirs by PyTorch's own products, ours by oneDNN's and by them."""
-    timing = Timing([], [])
+    timing = Timing([], [], [])
     plainly = pytorch_products()
     ways = {"theirs": plainly(theirs), "ours": ours, "no_onednn": plainly(ours)}
     for way in ways.values():
