@@ -1,4 +1,4 @@
-"""Bootstrap web pairs: caption every picture, and keep of web and synthetic texts those that match (section 3.3)."""
+"""Bootstrap web pairs: caption every image, and keep of web and synthetic texts those that match (section 3.3)."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -8,20 +8,20 @@ from typing import Any
 
 import torch
 
-from data.pictures import as_rgb
+from bootstrap.shards import Row, Shards, Tally, fingerprint_of, merge, prepare, run_shards
+from bootstrap.tars import Sample, Source, TarOutput, images_of, list_source, located, no_output, tar_source
+from data.images import as_rgb
 from data.pretrain import open_lists
 from data.shards import expand, only_shards
-from engine.bootstrap import Row, Shards, Tally, fingerprint_of, merge, prepare, run_shards
-from engine.config import CapFiltConfig
-from engine.predictor import Captioner, Matcher, load
-from engine.report import write_report
-from engine.run import Run, launch
-from engine.tar_bootstrap import Sample, Source, TarOutput, list_source, located, no_output, pictures_of, tar_source
+from inference.predictor import Captioner, Matcher, load
+from launch.config import CapFiltConfig
+from launch.run import Run, launch
 from models.architecture import settings_of
+from report.page import write_report
 from utils import UserError, is_main_process, on_main_process
 
 EXAMPLES = (
-    "python capfilt.py --set pairs=[web.json] --set image_root=pictures --set captioner=captioner.pth "
+    "python capfilt.py --set pairs=[web.json] --set image_root=images --set captioner=captioner.pth "
     "--set filter=retrieval.pth --output_dir output/capfilt",
     "python -m torch.distributed.run --nproc_per_node=8 capfilt.py --config configs/capfilt.yaml",
 )
@@ -31,14 +31,14 @@ FREE = ("batch_size", "num_workers", "amp", "allow_pickle", "image_root", "stage
 
 
 def make_captions(config: CapFiltConfig, model: Captioner, source: Source, seed: int) -> Callable[[int], list[Row]]:
-    """Return the work of the captioning stage: a shard's pictures, each once, with their captions."""
+    """Return the work of the captioning stage: a shard's images, each once, with their captions."""
     names = ("sample", "top_p", "num_beams", "num_captions", "max_length", "min_length", "repetition_penalty")
     settings = {name: config[name] for name in (*names, "batch_size", "num_workers")}
 
     def work(shard: int) -> list[Row]:
         rows = []
         for samples, errors in source(shard):
-            images = [sample.picture for sample in samples]
+            images = [sample.image for sample in samples]
             found = model.captions(images, names=[sample.name for sample in samples], seed=seed, **settings)
             rows += [row if "error" in row else caption_row(row) for row in found]
             rows += errors
@@ -81,7 +81,7 @@ def by_model(config: CapFiltConfig, model: Matcher) -> Judge:
             found = model.own_probabilities(tokens, [[text for _, text in texts[name]] for name in names])
             return [{"probabilities": row} for row in found]
 
-        images = [sample.picture for sample in samples]
+        images = [sample.image for sample in samples]
         rows = []
         for row in model.rows(images, predict, config.batch_size, config.num_workers, list(texts)):
             if "error" in row:
@@ -96,7 +96,7 @@ def by_model(config: CapFiltConfig, model: Matcher) -> Judge:
 
 
 def keep_all(samples: Sequence[Sample], written: dict[str, Row]) -> list[Row]:
-    """Keep every text of the pictures that could be captioned: the judge of a run that only captions."""
+    """Keep every text of the images that could be captioned: the judge of a run that only captions."""
     rows = []
     for sample in samples:
         if "error" in written.get(sample.name, {}):
@@ -107,7 +107,7 @@ def keep_all(samples: Sequence[Sample], written: dict[str, Row]) -> list[Row]:
 
 
 def texts_of(sample: Sample, written: dict[str, Row]) -> list[tuple[str, str]]:
-    """Return the (source, text) pairs of a picture, its web texts first."""
+    """Return the (source, text) pairs of a image, its web texts first."""
     captions = written.get(sample.name, {}).get("captions", ())
     found = [("web", text) for text in sample.texts] + [("synthetic", text) for text in captions]
     return [(source, text) for source, text in found if text.strip()]
@@ -202,27 +202,27 @@ def report(config: CapFiltConfig, run: Run, shards: Shards, tally: Tally) -> str
     for source, row in scores.items():
         run.print(f"  {source}: {row['kept']} of {row['texts']} texts kept ({row['kept (%)']:.1f}%)")
     if tally.unreadable:
-        run.note(f"{tally.unreadable} pictures could not be read; they are listed in unreadable.jsonl")
+        run.note(f"{tally.unreadable} images could not be read; they are listed in unreadable.jsonl")
     how = f"nucleus sampling, top_p {config.top_p}" if config.sample else f"beam search of width {config.num_beams}"
     if config.stage != "filter":
         run.note(f"synthetic captions by {how}")
     names = [rows[0]["image"] for rows in tally.shown]
     if shards.tars:
-        pictures = {name: as_rgb(data) for name, data in pictures_of(shards.lists[0], names).items()}
+        images = {name: as_rgb(data) for name, data in images_of(shards.lists[0], names).items()}
     else:
-        pictures = {name: Path(config.image_root) / name for name in names}
-    cards = [card(pictures[name], rows) for name, rows in zip(names, tally.shown, strict=True) if name in pictures]
+        images = {name: Path(config.image_root) / name for name in names}
+    cards = [card(images[name], rows) for name, rows in zip(names, tally.shown, strict=True) if name in images]
     page = write_report(run.output_dir, "CapFilt", scores, (), cards, run.notes, histograms=tally.histograms)
     return str(page)
 
 
-def card(picture: Any, rows: list[Row]) -> dict[str, Any]:
-    """Show a picture with its texts, kept ones green, dropped ones red."""
+def card(image: Any, rows: list[Row]) -> dict[str, Any]:
+    """Show a image with its texts, kept ones green, dropped ones red."""
     lines = [
         (f"{row['source']} {row.get('probability', '')}", row["caption"], "good" if row["kept"] else "bad")
         for row in rows
     ]
-    return {"image": picture, "lines": lines}
+    return {"image": image, "lines": lines}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Caption NoCaps pictures, which show objects never seen in training, and score them by domain (paper section 5.2)."""
+"""Caption NoCaps images, which show objects never seen in training, and score them by domain (paper section 5.2)."""
 
 import sys
 from typing import Any
@@ -6,12 +6,13 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from data import create_dataset, create_loader, create_sampler
-from engine.config import NoCapsConfig
-from engine.results import evaluate_only, finish, read_json, write_json
-from engine.run import Run, launch
+from files import read_json, write_json
+from launch.config import NoCapsConfig
+from launch.run import Run, launch
 from metrics.caption import domain_scores
 from models.blip import BLIP_Decoder, blip_decoder
 from train_caption import write_captions
+from training.results import evaluate_only, finish
 from utils import get_rank, get_world_size, on_main_process
 
 EXAMPLES = (
@@ -26,7 +27,7 @@ def evaluate(model: BLIP_Decoder, loaders: dict[str, DataLoader], config: NoCaps
     for split, loader in loaders.items():
         results = write_captions(model, loader, config, repetition_penalty=config.repetition_penalty)
         path = on_main_process(lambda split=split, results=results: write_json(run.result(split), results))
-        run.note(f"captions of the {split} pictures: {path}")
+        run.note(f"captions of the {split} images: {path}")
         if truth := config[f"{split}_gt"]:
             found, left_out = on_main_process(lambda r=results, truth=truth: domain_scores(r, truth, config.java))
             for domain, values in found.items():
@@ -37,7 +38,7 @@ def evaluate(model: BLIP_Decoder, loaders: dict[str, DataLoader], config: NoCaps
 
 
 def examples(dataset: Any, run: Run, count: int = 24) -> list[dict[str, Any]]:
-    """Return pictures with their captions, for the report."""
+    """Return images with their captions, for the report."""
     rows = read_json(run.result("val"))[:count]
     return [{"image": dataset.path(i), "caption": row["caption"]} for i, row in enumerate(rows)]
 

@@ -10,12 +10,13 @@ from torch.utils.data import DataLoader
 
 from data import create_dataset, create_loader, create_sampler
 from data.video import read_frames
-from engine.config import VideoConfig
-from engine.ranking import Scores, two_stage_scores
-from engine.results import evaluate_only, finish, read_json, write_json
-from engine.run import Run, launch
+from files import read_json, write_json
+from inference.ranking import Scores, two_stage_scores
+from launch.config import VideoConfig
+from launch.run import Run, launch
 from metrics.retrieval import video_eval
 from models.blip_retrieval import BLIP_Retrieval, blip_retrieval
+from training.results import evaluate_only, finish
 from utils import all_gather_object, get_rank, get_world_size, on_main_process
 
 EXAMPLES = (

@@ -1,6 +1,7 @@
 """Writes files whole or not at all; a full disk ends in one line that says where to free space."""
 
 import errno
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -51,6 +52,32 @@ def append(path: Path, text: str) -> None:
         with suppress(OSError):
             os.truncate(path, size)
         raise UserError(why_not_written(path, error)) from None
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Write a result file.
+
+    Raises:
+        UserError: the disk is full or the folder may not be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(why_not_written(path, error)) from None
+    text = json.dumps(content, ensure_ascii=False)
+    with write_whole(path) as file:
+        # halves of characters, which annotations may hold, cannot be written as they are
+        file.write(text if _is_whole(text) else json.dumps(content))
+    return path
+
+
+def _is_whole(text: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def read_json(path: Path) -> Any:
+    """Read a result file that `write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def why_not_written(path: Path, error: BaseException) -> str:

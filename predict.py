@@ -1,4 +1,4 @@
-"""Caption, question, match, search and encode your own pictures with any BLIP checkpoint."""
+"""Caption, question, match, search and encode your own images with any BLIP checkpoint."""
 
 import argparse
 import json
@@ -14,11 +14,11 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save as to_bytes
 
-from data.pictures import find_pictures, read_list
-from engine.bootstrap import fingerprint_of
-from engine.explain import explain_rows
-from engine.predictor import load
-from engine.search import Index, find_pictures_by_text, find_texts_by_picture
+from bootstrap.shards import fingerprint_of
+from data.images import find_images, read_list
+from inference.explain import explain_rows
+from inference.predictor import load
+from inference.search import Index, find_images_by_text, find_texts_by_image
 from utils import ProgressLine, UserError, user_message
 
 EXAMPLES = {
@@ -29,8 +29,8 @@ EXAMPLES = {
     "--index holiday.safetensors",
     "features": "python predict.py features holiday/ --output features.safetensors --checkpoint model_base.pth",
 }
-PICTURES = "pictures, folders of them, or lists (.txt, .json, .jsonl)"
-ROWS = ("caption", "vqa", "match")  # a row a picture, as soon as it is known
+IMAGES = "images, folders of them, or lists (.txt, .json, .jsonl)"
+ROWS = ("caption", "vqa", "match")  # a row a image, as soon as it is known
 ENDS = {"features": "needed: ending in .safetensors or .npy"}
 Row = dict[str, Any]
 
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = main.add_subparsers(dest="command", required=True, metavar="caption|vqa|match|search|features")
     caption = _command(commands, "caption", "write captions")
-    caption.add_argument("--num_captions", type=at_least(1), default=1, help="captions of each picture (default: 1)")
+    caption.add_argument("--num_captions", type=at_least(1), default=1, help="captions of each image (default: 1)")
     caption.add_argument("--sample", action="store_true", help="nucleus sampling instead of beam search")
     caption.add_argument("--num_beams", type=at_least(1), help="width of the search; 1 is greedy (default: 3)")
     caption.add_argument(
@@ -76,19 +76,19 @@ def parser() -> argparse.ArgumentParser:
         "--answers", default="", help="file of answers to choose among, .txt or .json; else written freely"
     )
     vqa.add_argument("--k_test", type=at_least(1), default=128, help="answers that are scored whole (default: 128)")
-    match = _command(commands, "match", "tell how well texts describe pictures")
+    match = _command(commands, "match", "tell how well texts describe images")
     match.add_argument("--text", action="append", required=True, help="may be given many times")
-    search = _command(commands, "search", "find pictures by text, or texts by picture", optional=True)
-    search.add_argument("--text", action="append", default=[], help="find pictures by this; may be given many times")
-    search.add_argument("--texts", default="", help="file of texts, .txt or .json: find the best for each picture")
-    search.add_argument("--index", default="", help="file of the pictures' features, kept for the next search")
+    search = _command(commands, "search", "find images by text, or texts by image", optional=True)
+    search.add_argument("--text", action="append", default=[], help="find images by this; may be given many times")
+    search.add_argument("--texts", default="", help="file of texts, .txt or .json: find the best for each image")
+    search.add_argument("--index", default="", help="file of the images' features, kept for the next search")
     search.add_argument(
         "--k_test", type=at_least(1), default=16, help="candidates that matching re-ranks (default: 16)"
     )
     search.add_argument("--top", type=at_least(1), default=5, help="results of each query (default: 5)")
     for command in (match, search):
         command.add_argument("--first_token", choices=("enc", "cls"), help="cls as the released demo (default: enc)")
-    features = _command(commands, "features", "save features of pictures, as .safetensors or .npy")
+    features = _command(commands, "features", "save features of images, as .safetensors or .npy")
     features.add_argument("--kind", choices=("cls", "tokens"), default="cls", help="[CLS] token or all (default: cls)")
     for command in (caption, vqa, match):
         command.add_argument("--explain", default="", metavar="FOLDER", help="write maps of what the model looks at")
@@ -103,14 +103,14 @@ def _command(commands: Any, name: str, text: str, optional: bool = False) -> arg
         name, help=text, description=text.capitalize() + ".", epilog=f"example:\n  {EXAMPLES[name]}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    command.add_argument("pictures", nargs="*" if optional else "+", help=PICTURES)
+    command.add_argument("images", nargs="*" if optional else "+", help=IMAGES)
     command.add_argument("--checkpoint", required=True, help="weights: a path, a URL, or hf:owner/name")
     command.add_argument("--output", default="", help=f"file of the results ({ENDS.get(name, 'default: printed')})")
     if name in ROWS:
-        command.add_argument("--resume", action="store_true", help="leave out pictures that --output already has")
+        command.add_argument("--resume", action="store_true", help="leave out images that --output already has")
     command.add_argument("--overwrite", action="store_true", help="replace an --output that is there")
-    command.add_argument("--batch_size", type=at_least(1), default=16, help="pictures at once (default: 16)")
-    command.add_argument("--num_workers", type=at_least(0), default=0, help="processes that read pictures (default: 0)")
+    command.add_argument("--batch_size", type=at_least(1), default=16, help="images at once (default: 16)")
+    command.add_argument("--num_workers", type=at_least(0), default=0, help="processes that read images (default: 0)")
     command.add_argument("--device", default="", help="cuda or cpu (default: cuda where there is one)")
     command.add_argument("--amp", choices=("", "bf16"), default="", help="bf16 for mixed precision")
     command.add_argument("--image_size", type=at_least(1), help="side of the model's input (default: the checkpoint's)")
@@ -125,7 +125,7 @@ def main() -> int:
     args = parser().parse_args()
     try:
         refuse_output(args)
-        args.pictures = find_pictures(args.pictures) if args.pictures else []
+        args.images = find_images(args.images) if args.images else []
         COMMANDS[args.command](args)
         return 0
     except KeyboardInterrupt:
@@ -155,54 +155,54 @@ def caption(args: argparse.Namespace) -> None:
     model = load_model(args, "caption", "prompt")
     names = ("num_captions", "sample", "num_beams", "max_length", "min_length", "top_p", "repetition_penalty", "seed")
     settings = {name: getattr(args, name) for name in names}
-    run(args, model, lambda pictures: model.captions(pictures, **settings, **reading(args)))
+    run(args, model, lambda images: model.captions(images, **settings, **reading(args)))
 
 
 def vqa(args: argparse.Namespace) -> None:
     """Answer questions."""
     model = load_model(args, "vqa")
     answers = read_list(Path(args.answers), "answer") if args.answers else ()
-    run(args, model, lambda pictures: model.answers(pictures, args.question, answers, args.k_test, **reading(args)))
+    run(args, model, lambda images: model.answers(images, args.question, answers, args.k_test, **reading(args)))
 
 
 def match(args: argparse.Namespace) -> None:
-    """Match pictures and texts."""
+    """Match images and texts."""
     model = load_model(args, "match", "first_token")
-    run(args, model, lambda pictures: model.matches(pictures, args.text, **reading(args)))
+    run(args, model, lambda images: model.matches(images, args.text, **reading(args)))
 
 
 def search(args: argparse.Namespace) -> None:
-    """Find pictures by text, or texts by picture."""
+    """Find images by text, or texts by image."""
     if bool(args.text) == bool(args.texts):
-        raise UserError("give either --text, to find pictures, or --texts with a file, to find texts for pictures")
-    if args.texts and not args.pictures:
-        raise UserError("give the pictures that texts are to be found for")
+        raise UserError("give either --text, to find images, or --texts with a file, to find texts for images")
+    if args.texts and not args.images:
+        raise UserError("give the images that texts are to be found for")
     model = load_model(args, "match", "first_token")
     if args.texts:
         texts = read_list(Path(args.texts), "caption")
-        rows = find_texts_by_picture(model, args.pictures, texts, args.k_test, args.top, **reading(args))
-        tell_errors(write(args, progress(rows, len(args.pictures), "search")), len(args.pictures))
+        rows = find_texts_by_image(model, args.images, texts, args.k_test, args.top, **reading(args))
+        tell_errors(write(args, progress(rows, len(args.images), "search")), len(args.images))
         return
     mark = [fingerprint_of(args.checkpoint), model.image_size, args.vit, args.med_config]
     index = Index(Path(args.index) if args.index else None, json.dumps(mark))
-    tell_errors(index.add(model, args.pictures, **reading(args)), len(args.pictures))
-    collection = index.part(args.pictures)
+    tell_errors(index.add(model, args.images, **reading(args)), len(args.images))
+    collection = index.part(args.images)
     if not collection[0]:
-        raise UserError("there is nothing to search; give pictures, or an --index that has some")
+        raise UserError("there is nothing to search; give images, or an --index that has some")
     tell_errors(
-        write(args, find_pictures_by_text(model, collection, args.text, args.k_test, args.top, args.batch_size)),
+        write(args, find_images_by_text(model, collection, args.text, args.k_test, args.top, args.batch_size)),
         len(collection[0]) + 1,
     )
 
 
 def features(args: argparse.Namespace) -> None:
-    """Save features, with the pictures' names."""
+    """Save features, with the images' names."""
     output = Path(args.output)
     if output.suffix not in (".safetensors", ".npy"):
         raise UserError(f"--output is {args.output!r}; expected a file ending in .safetensors or .npy")
     model = load_model(args, "features")
     rows = list(
-        progress(model.each_features(args.pictures, args.kind, **reading(args)), len(args.pictures), "features")
+        progress(model.each_features(args.images, args.kind, **reading(args)), len(args.images), "features")
     )
     good = [row for row in rows if "error" not in row]
     tell_errors([row for row in rows if "error" in row], len(rows))
@@ -230,21 +230,21 @@ COMMANDS = {"caption": caption, "vqa": vqa, "match": match, "search": search, "f
 
 
 def reading(args: argparse.Namespace) -> dict[str, int]:
-    """Return how pictures are read."""
+    """Return how images are read."""
     return {"batch_size": args.batch_size, "num_workers": args.num_workers}
 
 
 def run(args: argparse.Namespace, model: Any, predict: Callable[[list[Path]], Iterator[Row]]) -> None:
-    """Predict the pictures of a command line and write rows as they come."""
+    """Predict the images of a command line and write rows as they come."""
     done = finished(Path(args.output)) if args.resume and args.output else set()
-    left = [path for path in args.pictures if str(path) not in done]
+    left = [path for path in args.images if str(path) not in done]
     rows = predict(left) if left else iter(())
     if args.explain:
         rows = explain_rows(model, rows, Path(args.explain), args.method, args.layer)
     start = time.monotonic()
     failed = write(args, progress(rows, len(left), args.command), append=args.resume)
     seconds = time.monotonic() - start
-    print(f"{len(left)} pictures in {seconds:.1f} s, {len(left) / max(seconds, 1e-9):.2f} pictures/s", file=sys.stderr)
+    print(f"{len(left)} images in {seconds:.1f} s, {len(left) / max(seconds, 1e-9):.2f} images/s", file=sys.stderr)
     tell_errors(failed, len(left))
 
 
@@ -254,7 +254,7 @@ def progress(rows: Iterable[Row], total: int, title: str) -> Iterator[Row]:
     start = time.monotonic()
     for done, row in enumerate(rows, 1):
         yield row
-        line.update(done, f"{done / (time.monotonic() - start):.2f} pictures/s")
+        line.update(done, f"{done / (time.monotonic() - start):.2f} images/s")
     line.close()
 
 
@@ -297,7 +297,7 @@ def write_lines(file: TextIO, rows: Iterable[Row]) -> list[Row]:
 
 
 def finished(output: Path) -> set[str]:
-    """Return the pictures that an output file already has, and cut off a last line broken by a kill."""
+    """Return the images that an output file already has, and cut off a last line broken by a kill."""
     if not output.is_file():
         return set()
     whole = output.read_bytes()
@@ -312,13 +312,13 @@ def finished(output: Path) -> set[str]:
 
 
 def tell_errors(failed: list[Row], total: int) -> None:
-    """Tell which pictures failed; all of them is an error."""
+    """Tell which images failed; all of them is an error."""
     for row in failed[:5]:
         print(row["error"], file=sys.stderr)
     if failed:
-        print(f"{len(failed)} of {total} pictures could not be used", file=sys.stderr)
+        print(f"{len(failed)} of {total} images could not be used", file=sys.stderr)
     if failed and len(failed) >= total:
-        raise UserError("no picture could be used; see above")
+        raise UserError("no image could be used; see above")
 
 
 if __name__ == "__main__":

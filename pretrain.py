@@ -7,17 +7,17 @@ from typing import Any
 from torch import nn
 
 from data import create_dataset, create_loader, create_sampler
-from engine.accumulate import add_candidates
-from engine.config import PretrainConfig
-from engine.loop import Losses, fit
-from engine.optim import step_lr, warmup_lr
-from engine.progress import Progress
-from engine.results import finish
-from engine.run import Run, launch
 from files import append
+from launch.config import PretrainConfig
+from launch.run import Run, launch
 from models.blip_pretrain import BLIP_Pretrain, blip_pretrain
 from models.momentum import copy_params
 from models.pretrained import load_bert, load_deit, load_vit_in21k
+from training.contrast import add_candidates
+from training.loop import Losses, fit
+from training.optimizer import step_lr, warmup_lr
+from training.progress import Progress
+from training.results import finish
 from utils import UserError, all_gather_object, get_rank, get_world_size
 
 EXAMPLES = (
@@ -25,7 +25,7 @@ EXAMPLES = (
     "python -m torch.distributed.run --nproc_per_node=8 pretrain.py --config configs/pretrain.yaml",
 )
 ALPHA_EPOCHS = 2  # the momentum model's share of the targets grows over this many epochs
-CHANCE_ITM = 0.6365  # matching loss of a model that ignores the picture: entropy of one match among three pairs
+CHANCE_ITM = 0.6365  # matching loss of a model that ignores the image: entropy of one match among three pairs
 STUCK_STEPS = 1000
 CLAMPS = (0.001, 0.5)
 
@@ -38,7 +38,7 @@ def schedule(config: PretrainConfig, progress: Progress) -> float:
 
 
 class BadImages:
-    """Counts and lists the unreadable pictures this process has met, up to a limit, over all parts of a run."""
+    """Counts and lists the unreadable images this process has met, up to a limit, over all parts of a run."""
 
     def __init__(self, limit: int, run: Run):
         self.limit, self.found = limit, set[str]()
@@ -49,7 +49,7 @@ class BadImages:
             self.path.unlink(missing_ok=True)  # an earlier run's
 
     def add(self, named: list[str]) -> None:
-        """Note pictures ("path: reason", '' for none).
+        """Note images ("path: reason", '' for none).
 
         Raises:
             UserError: there are more than the limit.
@@ -61,7 +61,7 @@ class BadImages:
         append(self.path, "".join(f"{line}\n" for line in sorted(new)))
         if len(self.found) > self.limit:
             raise UserError(
-                f"rank {get_rank()}: {len(self.found)} pictures cannot be read, more than max_bad_images "
+                f"rank {get_rank()}: {len(self.found)} images cannot be read, more than max_bad_images "
                 f"{self.limit}; they are listed in {self.path}"
             )
 
@@ -99,7 +99,7 @@ class Watch:
         if progress.step - self.stuck_since >= STUCK_STEPS:
             return self.once(
                 f"the matching loss has stayed at {CHANCE_ITM} since step {self.stuck_since}: matching ignores the "
-                "picture. Start from pretrained encoders (init: released), use a larger global batch, or warm up longer"
+                "image. Start from pretrained encoders (init: released), use a larger global batch, or warm up longer"
             )
         temperature = self.model.temp.item()
         if temperature <= CLAMPS[0] or temperature >= CLAMPS[1]:
@@ -155,7 +155,7 @@ def main(config: PretrainConfig, run: Run) -> None:
         run, config, model, loader, train_step, bad_images.count, schedule=schedule, watch=watch, prepare=prepare
     )
     if bad_images.found:
-        run.note(f"{len(bad_images.found)} unreadable pictures were replaced; they are listed in {bad_images.path}")
+        run.note(f"{len(bad_images.found)} unreadable images were replaced; they are listed in {bad_images.path}")
     finish(run, "Pretraining", scores, list)
 
 

@@ -9,13 +9,14 @@ from torch.utils.data import DataLoader
 
 from data import create_dataset, create_loader, create_sampler
 from data.annotations import find_annotation
-from engine.config import CaptionConfig
-from engine.loop import Losses, fit
-from engine.progress import Progress
-from engine.results import evaluate_only, finish, read_json, write_json
-from engine.run import Run, launch
+from files import read_json, write_json
+from launch.config import CaptionConfig
+from launch.run import Run, launch
 from metrics.caption import caption_scores
 from models.blip import BLIP_Decoder, blip_decoder
+from training.loop import Losses, fit
+from training.progress import Progress
+from training.results import evaluate_only, finish
 from utils import gather_results, get_rank, get_world_size, on_main_process, track
 
 EXAMPLES = (
@@ -26,12 +27,12 @@ EXAMPLES = (
 
 
 def train_step(model: nn.Module, batch: dict[str, Any], progress: Progress) -> Losses:
-    """Language-modelling loss of pictures and captions."""
+    """Language-modelling loss of images and captions."""
     return {"loss_lm": model(batch["image"], batch["caption"])}
 
 
 def write_captions(model: BLIP_Decoder, loader: DataLoader, config: Any, **settings: float) -> list[dict[str, Any]]:
-    """Caption every picture of a split; the same list, in the order of the split, on every process."""
+    """Caption every image of a split; the same list, in the order of the split, on every process."""
     device, results = next(model.parameters()).device, []
     for batch in track(loader, "captioning"):
         captions = model.generate(
@@ -48,7 +49,7 @@ def write_captions(model: BLIP_Decoder, loader: DataLoader, config: Any, **setti
 
 
 def evaluate(model: BLIP_Decoder, loaders: dict[str, DataLoader], config: CaptionConfig, run: Run) -> dict[str, float]:
-    """Caption validation and test pictures, write the results, and score them."""
+    """Caption validation and test images, write the results, and score them."""
     scores: dict[str, float] = {}
     for split, loader in loaders.items():
         results = write_captions(model, loader, config)
@@ -71,12 +72,12 @@ def ground_truth(split: str, config: CaptionConfig) -> str:
 
 
 def best_metric(scores: dict[str, float]) -> float:
-    """CIDEr + Bleu_4 on the validation pictures."""
+    """CIDEr + Bleu_4 on the validation images."""
     return scores["val_CIDEr"] + scores["val_Bleu_4"]
 
 
 def examples(dataset: Any, config: CaptionConfig, run: Run, count: int = 24) -> list[dict[str, Any]]:
-    """Return test pictures with their captions and references, for the report."""
+    """Return test images with their captions and references, for the report."""
     references: dict[str, list[str]] = {}
     for row in read_json(Path(ground_truth("test", config)))["annotations"]:
         references.setdefault(str(row["image_id"]), []).append(row["caption"])

@@ -1,4 +1,4 @@
-"""Fine-tune and evaluate a judge of statements about two pictures, NLVR2 (paper section 5.4)."""
+"""Fine-tune and evaluate a judge of statements about two images, NLVR2 (paper section 5.4)."""
 
 import sys
 from typing import Any
@@ -8,13 +8,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from data import create_dataset, create_loader, create_sampler
-from engine.config import NLVRConfig
-from engine.loop import Losses, fit
-from engine.progress import Progress
-from engine.results import evaluate_only, finish, read_json, write_json
-from engine.run import Run, launch
+from files import read_json, write_json
+from launch.config import NLVRConfig
+from launch.run import Run, launch
 from metrics.classification import accuracy, consistency
 from models.blip_nlvr import BLIP_NLVR, blip_nlvr
+from training.loop import Losses, fit
+from training.progress import Progress
+from training.results import evaluate_only, finish
 from utils import gather_results, get_rank, get_world_size, on_main_process, track
 
 EXAMPLES = (
@@ -24,12 +25,12 @@ EXAMPLES = (
 
 
 def both_images(batch: dict[str, Any]) -> torch.Tensor:
-    """Put the left pictures before the right ones: (2 * batch, 3, H, W)."""
+    """Put the left images before the right ones: (2 * batch, 3, H, W)."""
     return torch.cat((batch["image0"], batch["image1"]))
 
 
 def train_step(model: nn.Module, batch: dict[str, Any], progress: Progress) -> Losses:
-    """Classification loss of statements about pairs of pictures."""
+    """Classification loss of statements about pairs of images."""
     return {"loss_nlvr": model(both_images(batch), batch["sentence"], targets=batch["label"], train=True)}
 
 
@@ -57,7 +58,7 @@ def evaluate(model: BLIP_NLVR, loaders: dict[str, DataLoader], run: Run) -> dict
 
 
 def examples(dataset: Any, run: Run, count: int = 16) -> list[dict[str, Any]]:
-    """Return statements with their pictures and verdicts, for the report."""
+    """Return statements with their images and verdicts, for the report."""
     return [
         {
             "images": dataset.paths(i),
@@ -87,7 +88,7 @@ def main(config: NLVRConfig, run: Run) -> None:
         scores = evaluate_only(run, config, model, evaluate_all)
     else:
         scores = fit(run, config, model, train_loader, train_step, evaluate_all, lambda s: s["val_acc"])
-    finish(run, "Statements about two pictures", scores, lambda: examples(datasets[2], run))
+    finish(run, "Statements about two images", scores, lambda: examples(datasets[2], run))
 
 
 if __name__ == "__main__":

@@ -8,15 +8,16 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from data import create_dataset, create_loader, create_sampler
-from engine.accumulate import add_candidates
-from engine.config import RetrievalConfig
-from engine.loop import Losses, fit
-from engine.progress import Progress
-from engine.ranking import two_stage_scores
-from engine.results import evaluate_only, finish, read_json, write_json
-from engine.run import Run, launch
+from files import read_json, write_json
+from inference.ranking import two_stage_scores
+from launch.config import RetrievalConfig
+from launch.run import Run, launch
 from metrics.retrieval import itm_eval, median_ranks
 from models.blip_retrieval import BLIP_Retrieval, blip_retrieval
+from training.contrast import add_candidates
+from training.loop import Losses, fit
+from training.progress import Progress
+from training.results import evaluate_only, finish
 from utils import UserError, get_rank, get_world_size, on_main_process
 
 DATASETS = {"coco": "retrieval_coco", "flickr": "retrieval_flickr"}
@@ -66,7 +67,7 @@ def evaluate(
 
 
 def best_texts(t2i: Any, dataset: Any, count: int = 5) -> list[dict[str, Any]]:
-    """Return the best pictures of every text, by index, and the right one."""
+    """Return the best images of every text, by index, and the right one."""
     best = (-t2i).argsort(axis=1, kind="stable")[:, :count]
     return [
         {"text": text, "images": row.tolist(), "right": dataset.txt2img[i]}
@@ -75,7 +76,7 @@ def best_texts(t2i: Any, dataset: Any, count: int = 5) -> list[dict[str, Any]]:
 
 
 def examples(dataset: Any, run: Run, count: int = 12) -> list[dict[str, Any]]:
-    """Return texts with the pictures found for them, for the report."""
+    """Return texts with the images found for them, for the report."""
     rows = read_json(run.result("test"))
     return [
         {

@@ -8,14 +8,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from data import create_dataset, create_loader, create_sampler, vqa_collate_fn
-from engine.config import VQAConfig
-from engine.loop import Losses, fit
-from engine.progress import Progress
-from engine.results import evaluate_only, finish, read_json, write_json
-from engine.run import Run, launch
+from files import read_json, write_json
+from launch.config import VQAConfig
+from launch.run import Run, launch
 from metrics.vqa import vqa_accuracy
 from models.blip_vqa import BLIP_VQA, blip_vqa
 from models.tokenizer import TokenBatch, tokenize
+from training.loop import Losses, fit
+from training.progress import Progress
+from training.results import evaluate_only, finish
 from utils import UserError, gather_results, get_rank, get_world_size, on_main_process, track
 
 EXAMPLES = (
@@ -71,7 +72,7 @@ def evaluate(model: BLIP_VQA, loader: DataLoader, config: VQAConfig, run: Run) -
 
 
 def examples(dataset: Any, run: Run, count: int = 24) -> list[dict[str, Any]]:
-    """Return pictures with questions and answers, for the report."""
+    """Return images with questions and answers, for the report."""
     rows = []
     for i, row in enumerate(read_json(run.result("vqa_result"))[:count]):
         entry = dataset.annotation[i]

@@ -1,4 +1,4 @@
-"""Pictures read, augmented and made tensors, a second and core: python -m benchmarks.loading
+"""Images read, augmented and made tensors, a second and core: python -m benchmarks.loading
 
 Ours beside Pillow with torchvision's pipelines, on the photographs that two packages bring, at COCO's size and as a
 camera takes them, and whole batches from workers.
@@ -27,7 +27,7 @@ REPEATS = 3
 BICUBIC = T.InterpolationMode.BICUBIC
 
 
-def write_pictures(folder: Path, side: int) -> list[Path]:
+def write_images(folder: Path, side: int) -> list[Path]:
     """Write the photographs as JPEGs of one longer side."""
     paths = []
     for name in CAPTIONS:
@@ -62,7 +62,7 @@ READERS = {
 
 
 def rate(read: Callable[[Path], torch.Tensor], paths: list[Path]) -> float:
-    """Return pictures a second."""
+    """Return images a second."""
     began, done = time.perf_counter(), 0
     while time.perf_counter() - began < SECONDS / REPEATS:
         for path in paths:
@@ -80,7 +80,7 @@ def rates(paths: list[Path]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-class Pictures(torch.utils.data.Dataset):
+class Images(torch.utils.data.Dataset):
     """The photographs over and over."""
 
     def __init__(self, paths: list[Path], length: int):
@@ -94,8 +94,8 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def worker_rate(paths: list[Path], num_workers: int, batches: int = 20) -> float:
-    """Return pictures a second of a loader's workers, their start left out."""
-    loader = iter(DataLoader(Pictures(paths, 32 * (batches + 1)), batch_size=32, num_workers=num_workers))
+    """Return images a second of a loader's workers, their start left out."""
+    loader = iter(DataLoader(Images(paths, 32 * (batches + 1)), batch_size=32, num_workers=num_workers))
     next(loader)
     began = time.perf_counter()
     for _ in range(batches):
@@ -106,16 +106,16 @@ def worker_rate(paths: list[Path], num_workers: int, batches: int = 20) -> float
 def main() -> int:
     """Measure and print the table."""
     torch.set_num_threads(1)
-    lines = ["| pictures a second | " + " | ".join(SIZES) + " |", "|---" * (len(SIZES) + 1) + "|"]
+    lines = ["| images a second | " + " | ".join(SIZES) + " |", "|---" * (len(SIZES) + 1) + "|"]
     with tempfile.TemporaryDirectory() as folder:
-        paths = {name: write_pictures(Path(folder), side) for name, side in SIZES.items()}
+        paths = {name: write_images(Path(folder), side) for name, side in SIZES.items()}
         columns = {name: rates(found) for name, found in paths.items()}
         for reader in READERS:
             lines.append(f"| {reader}, one core | " + " | ".join(f"{columns[n][reader]:.0f}" for n in SIZES) + " |")
         cells = " | ".join(f"{worker_rate(paths[name], 2):.0f}" for name in SIZES)
         lines.append(f"| ours, batches of 2 workers | {cells} |")
     print("\n".join(lines))
-    write_section("Reading pictures: `python -m benchmarks.loading`", "\n".join(lines))
+    write_section("Reading images: `python -m benchmarks.loading`", "\n".join(lines))
     return 0
 
 

@@ -15,10 +15,10 @@ import torch
 
 from benchmarks.results import write_section
 from benchmarks.rows import word_texts
-from engine.accumulate import add_candidates
-from engine.optim import create_optimizer
 from models.blip_pretrain import BLIP_Pretrain
 from models.med import TextTransformer
+from training.contrast import add_candidates
+from training.optimizer import create_optimizer
 
 BATCHES = (4, 12)  # pairs, far enough apart for the difference to count
 LARGE, PARTS = 16, (1, 2, 4)  # pairs of a large batch, and the parts it comes in
@@ -43,7 +43,7 @@ def peak(pairs: int, parts: int, image: bool, text: bool) -> float:
 
 
 def take_step(model: BLIP_Pretrain, optimizer: torch.optim.Optimizer, batches: list, device: torch.device) -> None:
-    """Take a step as `engine.loop` does; the contrast of several batches is that of one large batch."""
+    """Take a step as `training.loop` does; the contrast of several batches is that of one large batch."""
     optimizer.zero_grad(set_to_none=True)
     for batch in add_candidates(model, batches, device) if len(batches) > 1 else batches:
         losses = model(**{**batch, "image": batch["image"].to(device)}, alpha=0.4)

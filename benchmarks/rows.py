@@ -9,14 +9,14 @@ import numpy as np
 import torch
 
 from benchmarks import floor
-from engine.optim import create_optimizer
-from engine.ranking import match_image, wanted_pairs
+from inference.ranking import match_image, wanted_pairs
 from models.blip import BLIP_Decoder
 from models.blip_itm import BLIP_ITM
 from models.blip_pretrain import MAX_TEXT_TOKENS, BLIP_Pretrain
 from models.blip_vqa import BLIP_VQA
 from models.huggingface import from_huggingface
 from tests import plain
+from training.optimizer import create_optimizer
 
 TOLERANCE, TOLERANCE_BF16 = 1e-4, 1e-2  # of scores; of those above 1 in bfloat16, which has 8 bits, the share
 SMALL_TEXT = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "num_hidden_layers": 12}

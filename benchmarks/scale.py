@@ -41,7 +41,7 @@ LAUNCH = 6e-6  # seconds in which PyTorch starts an operation, without compile o
 FEATURES = 256  # width of a queue's feature
 
 # CapFilt.
-PICTURES, IMAGE_TOKENS, TEXT_TOKENS, NEW_TOKENS, TEXTS = 64, 577, 16, 15, 2
+IMAGES, IMAGE_TOKENS, TEXT_TOKENS, NEW_TOKENS, TEXTS = 64, 577, 16, 15, 2
 OPERATIONS = 30  # that a layer starts for a token of a caption: assumed
 
 
@@ -159,19 +159,19 @@ def last_efficient(counts: Counts, cluster: Cluster, whole_batch: bool, least: f
 
 
 def capfilt(vit: str, cluster: Cluster) -> dict[str, float]:
-    """Return seconds a batch of CapFilt's parts: both ViTs, a caption by sampling, two matches a picture."""
+    """Return seconds a batch of CapFilt's parts: both ViTs, a caption by sampling, two matches a image."""
     sizes = VARIANTS[vit]
     text = MedConfig(encoder_width=sizes["embed_dim"])
     image = floor.vit(IMAGE_TOKENS, sizes["embed_dim"], sizes["depth"], sizes["patch_size"])
     rate = cluster.rate * MFU
     token = floor.text(1, text, IMAGE_TOKENS, TEXT_TOKENS) + floor.head(1, text)
-    read = 2 * PICTURES * text.num_hidden_layers * IMAGE_TOKENS * text.hidden_size  # keys and values
+    read = 2 * IMAGES * text.num_hidden_layers * IMAGE_TOKENS * text.hidden_size  # keys and values
     read += 1e9 * (floor.text_weights(text, True) + floor.head_weights(text))
-    one = max(PICTURES * token / rate, 2 * read / 1e9 / cluster.memory, OPERATIONS * text.num_hidden_layers * LAUNCH)
+    one = max(IMAGES * token / rate, 2 * read / 1e9 / cluster.memory, OPERATIONS * text.num_hidden_layers * LAUNCH)
     return {
-        "images": 2 * PICTURES * (image + floor.projection(IMAGE_TOKENS, text)) / rate,
+        "images": 2 * IMAGES * (image + floor.projection(IMAGE_TOKENS, text)) / rate,
         "captions": NEW_TOKENS * one,
-        "matches": TEXTS * PICTURES * floor.text(TEXT_TOKENS, text, IMAGE_TOKENS) / rate,
+        "matches": TEXTS * IMAGES * floor.text(TEXT_TOKENS, text, IMAGE_TOKENS) / rate,
     }
 
 
@@ -238,19 +238,19 @@ def limits_table() -> str:
 
 
 def capfilt_table(decoded: float) -> str:
-    """Pictures a second of a GPU, hours of the sets, cores that keep a GPU busy."""
+    """Images a second of a GPU, hours of the sets, cores that keep a GPU busy."""
     rows = []
     for vit in MODELS:
         for cluster in (CLUSTERS[0], CLUSTERS[1]):
             parts = capfilt(vit, cluster)
-            rate = PICTURES / sum(parts.values())
+            rate = IMAGES / sum(parts.values())
             times = [f"{pairs / rate / gpus / 3600:,.1f}" for pairs in SETS.values() for gpus in (8, 64)]
             shown = [f"{1000 * x:.0f}" for x in parts.values()]
             name = f"{vit}, {cluster.name.split(',')[0]}"
             rows.append([name, *shown, f"{rate:,.0f}", *times, f"{rate / decoded:.0f}"])
     sizes = [f"{name} on {gpus}, h" for name in SETS for gpus in (8, 64)]
     parts = [f"{name} ms" for name in ("images", "captions", "matches")]
-    return table([f"{PICTURES} pictures", *parts, "pictures/s a GPU", *sizes, "cores a GPU"], rows)
+    return table([f"{IMAGES} images", *parts, "images/s a GPU", *sizes, "cores a GPU"], rows)
 
 
 def check_table(found: dict[str, float]) -> str:
@@ -260,7 +260,7 @@ def check_table(found: dict[str, float]) -> str:
 
 def tables(found: dict[str, float]) -> dict[str, str]:
     """Return every marked part of docs/scale.md."""
-    decoded = found["pictures/s a core, 224 px"]
+    decoded = found["images/s a core, 224 px"]
     cases = [(vit, cluster, whole) for vit in MODELS for cluster in CLUSTERS for whole in (True, False)]
     return {
         "memory": memory_table(),
@@ -268,7 +268,7 @@ def tables(found: dict[str, float]) -> dict[str, str]:
         "traffic": traffic_table(),
         "training": "\n\n".join(training_table(*case, decoded) for case in cases),
         "limits": limits_table(),
-        "capfilt": capfilt_table(found["pictures/s a core, 384 px"]),
+        "capfilt": capfilt_table(found["images/s a core, 384 px"]),
         "check": check_table(found),
     }
 

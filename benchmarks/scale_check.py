@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benchmarks.loading import rate, write_pictures
+from benchmarks.loading import rate, write_images
 from benchmarks.measure import matrix_rate, seconds
 from benchmarks.rows import SMALL_TEXT, training_step, word_texts
 from data.transforms import test_transform, train_transform
-from engine.parallel import wrap
 from models.blip_pretrain import BLIP_Pretrain
 from tests.processes import run_in_processes
+from training.parallel import wrap
 
 PAIRS, STEPS, REPEATS = 4, 6, 5
-SCREEN = 640  # longer side of the pictures that are decoded
+SCREEN = 640  # longer side of the images that are decoded
 
 
 def small_model() -> BLIP_Pretrain:
@@ -50,11 +50,11 @@ def predicted_ratio(alone: float, reduced: float, slowdown: float) -> float:
 
 
 def decode_rates() -> dict[str, float]:
-    """Return pictures a second on one core: as in pretraining, and as CapFilt reads them."""
+    """Return images a second on one core: as in pretraining, and as CapFilt reads them."""
     kinds = {"224 px": train_transform(224, 0.2, reduced_jpeg=True), "384 px": test_transform(384)}
     with tempfile.TemporaryDirectory() as folder:
-        paths = write_pictures(Path(folder), SCREEN)
-        return {f"pictures/s a core, {name}": rate(kind.read, paths) for name, kind in kinds.items()}
+        paths = write_images(Path(folder), SCREEN)
+        return {f"images/s a core, {name}": rate(kind.read, paths) for name, kind in kinds.items()}
 
 
 def check() -> dict[str, float]:

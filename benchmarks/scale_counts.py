@@ -15,9 +15,9 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.rows import pretraining_floor, word_texts
-from engine import parallel
 from models.blip_pretrain import BLIP_Pretrain
 from models.med import TextTransformer
+from training import parallel
 
 WIDTH = 4  # bytes of parameters, gradients, moments and the twin, which stay in float32 under bfloat16
 BATCHES = (8, 16)  # pairs of the two runs whose difference is what a pair keeps

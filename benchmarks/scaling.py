@@ -15,17 +15,17 @@ import torch
 from benchmarks.measure import seconds
 from benchmarks.results import write_section
 from benchmarks.rows import SMALL_TEXT, training_step, word_texts
-from engine.figures import draw_lines
-from engine.ranking import match_image, two_stage_scores
+from inference.ranking import match_image, two_stage_scores
 from models.blip_itm import BLIP_ITM
 from models.blip_pretrain import BLIP_Pretrain
 from models.linear import pytorch_products
+from report.figures import draw_lines
 from tests import plain
 
 FOLDER = Path(__file__).parent
 Points = list[tuple[float, float]]
 REPEATS = 3
-TOKENS = 197  # of a picture of 224 pixels
+TOKENS = 197  # of a image of 224 pixels
 plainly = pytorch_products()
 
 

@@ -27,14 +27,14 @@ def create_dataset(dataset: str, config: Any, min_scale: float = 0.5) -> Any:
     Args:
         dataset: 'pretrain', 'caption_coco', 'nocaps', 'retrieval_coco', 'retrieval_flickr', 'vqa', 'nlvr' or
             'retrieval_msrvtt'.
-        config: mapping of settings, such as `engine.config` has.
-        min_scale: least share of a picture's area in a training crop.
+        config: mapping of settings, such as `launch.config` has.
+        min_scale: least share of a image's area in a training crop.
 
     Returns:
         What the released function returned: train, validation and test datasets as far as the task has them.
 
     Raises:
-        UserError: an unknown name, or annotations or pictures that are missing or wrong.
+        UserError: an unknown name, or annotations or images that are missing or wrong.
     """
     if dataset not in BUILDERS:
         raise UserError(f"dataset is {dataset!r}; expected one of {', '.join(BUILDERS)}")

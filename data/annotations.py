@@ -115,7 +115,7 @@ def shorten(value: Any) -> str:
 
 
 def check_images(root: str | Path, names: Iterable[str], annotation: str | Path) -> None:
-    """Check that pictures, or other files, exist; each folder is listed once, which is fast for many files.
+    """Check that images, or other files, exist; each folder is listed once, which is fast for many files.
 
     Args:
         root: what the names start from.
@@ -158,13 +158,13 @@ def leaves(root: str | Path, name: str) -> bool:
 
 
 def inside(root: str | Path, name: str) -> Path:
-    """Return the path of a picture that a list of pairs names.
+    """Return the path of a image that a list of pairs names.
 
     Raises:
         UserError: it leaves the folder, as `leaves`.
     """
     if leaves(root, name):
-        raise UserError(f"picture {name} leaves the folder {root}; {REMEDY}")
+        raise UserError(f"image {name} leaves the folder {root}; {REMEDY}")
     return Path(root, name)
 
 

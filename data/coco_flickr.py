@@ -1,4 +1,4 @@
-"""COCO, Flickr30k and NoCaps: captions to train on, pictures to caption, pairs and collections for retrieval."""
+"""COCO, Flickr30k and NoCaps: captions to train on, images to caption, pairs and collections for retrieval."""
 
 import re
 from pathlib import Path
@@ -16,13 +16,13 @@ COCO_NAME = re.compile(r"(?:COCO_\w+_)?(\d+)")  # of 2014 and of 2017, without .
 ImageId = int | str
 
 
-class Pictures(Dataset):
-    """An annotation file whose entries name a picture each.
+class Images(Dataset):
+    """An annotation file whose entries name a image each.
 
     Args:
         annotation_file: JSON list of entries with at least `keys`.
-        image_root: what the picture paths start from.
-        transform: RGB picture -> tensor.
+        image_root: what the image paths start from.
+        transform: RGB image -> tensor.
         keys: what every entry must have.
     """
 
@@ -35,22 +35,22 @@ class Pictures(Dataset):
         return len(self.annotation)
 
     def path(self, index: int) -> Path:
-        """Return the path of an entry's picture."""
+        """Return the path of an entry's image."""
         return self.image_root / self.annotation[index]["image"]
 
     def load(self, index: int) -> Any:
-        """Return an entry's picture as a tensor (3, H, W)."""
+        """Return an entry's image as a tensor (3, H, W)."""
         return self.transform.read(self.path(index))
 
 
-class CaptionTrain(Pictures):
-    """Pictures with one caption each: {"image", "caption" (with the prompt), "image_id" (number of the picture)}."""
+class CaptionTrain(Images):
+    """Images with one caption each: {"image", "caption" (with the prompt), "image_id" (number of the image)}."""
 
     def __init__(
         self, annotation_file: str, image_root: str, transform: Transform, prompt: str = "", max_words: int = MAX_WORDS
     ):
         super().__init__(annotation_file, image_root, transform, ("image", "caption"))
-        # validation files list all captions of a picture in one entry; each becomes a pair here
+        # validation files list all captions of a image in one entry; each becomes a pair here
         self.annotation = [
             {**row, "caption": caption} for row in self.annotation for caption in as_list(row["caption"])
         ]
@@ -64,8 +64,8 @@ class CaptionTrain(Pictures):
         return {"image": self.load(index), "caption": caption, "image_id": self.numbers[index]}
 
 
-class CaptionEval(Pictures):
-    """Pictures to caption, each once however often the file lists it: {"image", "image_id"}."""
+class CaptionEval(Images):
+    """Images to caption, each once however often the file lists it: {"image", "image_id"}."""
 
     def __init__(self, annotation_file: str, image_root: str, transform: Transform):
         super().__init__(annotation_file, image_root, transform, ("image",))
@@ -82,7 +82,7 @@ class CaptionEval(Pictures):
             if not isinstance(number, ImageId) or first.setdefault(str(number), row["image"]) != row["image"]:
                 raise UserError(
                     f"annotation file {annotation_file}: the id of {row['image']} is {shorten(number)}, which is "
-                    "another picture's or no number or text; give every picture an 'image_id' of its own"
+                    "another image's or no number or text; give every image an 'image_id' of its own"
                 )
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -100,21 +100,21 @@ def image_id(entry: dict[str, Any]) -> ImageId:
 
 
 class RetrievalTrain(CaptionTrain):
-    """Pairs: {"image", "caption", "idx"}; pairs of one picture have one idx."""
+    """Pairs: {"image", "caption", "idx"}; pairs of one image have one idx."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = super().__getitem__(index)
         return {"image": item["image"], "caption": item["caption"], "idx": item["image_id"]}
 
 
-class RetrievalEval(Pictures):
-    """A collection to search: {"image", "index"}. Entries of one picture are joined.
+class RetrievalEval(Images):
+    """A collection to search: {"image", "index"}. Entries of one image are joined.
 
     Attributes:
         text: all captions.
-        image: all picture names.
-        txt2img: number of a caption -> number of its picture.
-        img2txt: number of a picture -> numbers of its captions.
+        image: all image names.
+        txt2img: number of a caption -> number of its image.
+        img2txt: number of a image -> numbers of its captions.
     """
 
     def __init__(self, annotation_file: str, image_root: str, transform: Transform, max_words: int = MAX_WORDS):
@@ -135,7 +135,7 @@ class RetrievalEval(Pictures):
 
 
 def join_captions(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one entry for each picture, with the captions of all its entries as a list."""
+    """Return one entry for each image, with the captions of all its entries as a list."""
     joined: dict[str, dict[str, Any]] = {}
     for row in rows:
         entry = joined.setdefault(row["image"], {**row, "caption": []})

@@ -1,4 +1,4 @@
-"""NLVR2: statements about two pictures."""
+"""NLVR2: statements about two images."""
 
 import random
 from pathlib import Path
@@ -20,9 +20,9 @@ class NLVR(Dataset):
 
     Args:
         annotation_file: JSON list of {"images": [left, right], "sentence", "label": "True" or "False"}.
-        image_root: what the picture paths start from.
-        transform: RGB picture -> tensor.
-        swap: exchange the pictures, and the words left and right, half the time.
+        image_root: what the image paths start from.
+        transform: RGB image -> tensor.
+        swap: exchange the images, and the words left and right, half the time.
     """
 
     def __init__(self, annotation_file: str, image_root: str, transform: Transform, swap: bool):
@@ -42,7 +42,7 @@ class NLVR(Dataset):
         return len(self.annotation)
 
     def paths(self, index: int) -> list[Path]:
-        """Return the paths of the left and the right picture."""
+        """Return the paths of the left and the right image."""
         return [self.image_root / name for name in self.annotation[index]["images"]]
 
     def __getitem__(self, index: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from utils import ProgressLine, UserError, barrier
 
 CHUNK = 1 << 22  # bytes of a list that are read at once
 MAX_WORDS = 30
-TRIES = 20  # pictures tried in place of an unreadable one
+TRIES = 20  # images tried in place of an unreadable one
 
 
 class PairList:
@@ -27,7 +27,7 @@ class PairList:
 
     Args:
         path: JSON list, or JSON lines, of {"image": path, "caption": text}; or with "url" in place of "image", the
-            picture then being where `picture_of_url` says.
+            image then being where `image_of_url` says.
     """
 
     def __init__(self, path: Path):
@@ -123,18 +123,18 @@ def _encoded_batches(path: Path, size: int = 10_000) -> Iterator[list[bytes]]:
 
 
 def _pair_of(row: Any, place: str) -> tuple[str, str]:
-    """Return an entry's picture path and caption."""
+    """Return an entry's image path and caption."""
     if not isinstance(row, dict) or "caption" not in row or not {"image", "url"} & row.keys():
         keys = sorted(row) if isinstance(row, dict) else type(row).__name__
         raise UserError(f"{place}: has {keys}; expected the keys 'image' (or 'url') and 'caption'")
     key = "image" if "image" in row else "url"
     if not isinstance(row[key], str) or not isinstance(row["caption"], str) or "\0" in row[key]:
         raise UserError(f"{place}: {key} {row[key]!r:.40}, caption {row['caption']!r:.40}; expected texts")
-    return row["image"] if key == "image" else picture_of_url(row["url"]), row["caption"]
+    return row["image"] if key == "image" else image_of_url(row["url"]), row["caption"]
 
 
-def picture_of_url(url: str) -> str:
-    """Return where a downloaded picture is expected under image_root: ab/abcdef....jpg, the URL's SHA-256."""
+def image_of_url(url: str) -> str:
+    """Return where a downloaded image is expected under image_root: ab/abcdef....jpg, the URL's SHA-256."""
     name = hashlib.sha256(url.encode("utf-8", "replace")).hexdigest()[:32]
     return f"{name[:2]}/{name}.jpg"
 
@@ -180,15 +180,15 @@ def _skip_separators(text: str, position: int) -> int:
 
 
 class PairDataset(Dataset):
-    """Pictures and captions of several lists, and of one further list per epoch, in turn.
+    """Images and captions of several lists, and of one further list per epoch, in turn.
 
     Every epoch has the length of the lists plus the longest of the further ones; a shorter one begins again.
-    An unreadable picture is replaced by another pair of the epoch, and named in "bad".
+    An unreadable image is replaced by another pair of the epoch, and named in "bad".
 
     Args:
         train_files: lists of pairs.
-        image_root: what relative picture paths start from; a picture outside of it counts as unreadable.
-        transform: of every picture.
+        image_root: what relative image paths start from; a image outside of it counts as unreadable.
+        transform: of every image.
         turns: further lists, one per epoch.
     """
 
@@ -216,7 +216,7 @@ class PairDataset(Dataset):
         return self.lists[number][index - int(self.starts[number])]
 
     def at(self, epoch: int, index: int) -> dict[str, Any]:
-        """Return {"image", "caption", "bad"}; "bad" names the unreadable pictures met on the way, one a line."""
+        """Return {"image", "caption", "bad"}; "bad" names the unreadable images met on the way, one a line."""
         bad: list[str] = []
         for attempt in range(TRIES):
             image, caption = self.pair(epoch, (index + attempt * 7919) % len(self))
@@ -226,7 +226,7 @@ class PairDataset(Dataset):
                 bad.append(str(error))
                 continue
             return {"image": tensor, "caption": pre_caption(caption, MAX_WORDS), "bad": "\n".join(bad)}
-        raise UserError(f"{TRIES} pictures in a row cannot be read, the first being {bad[0]}; correct image_root")
+        raise UserError(f"{TRIES} images in a row cannot be read, the first being {bad[0]}; correct image_root")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.at(0, index)

@@ -15,7 +15,7 @@ MAX_LEVEL = 10
 def affine(image: Image.Image, a: float, b: float, c: float, d: float, e: float, f: float) -> Image.Image:
     """Take output pixel (x, y) from input (a x + b y + c, d x + e y + f), bilinearly, grey outside."""
     # Pillow places a pixel's centre at + 0.5, the released operations at its index. At the frame they mix the outer
-    # pixels with the grey: Pillow does too when a pixel of grey surrounds the picture, which moves it by 1.
+    # pixels with the grey: Pillow does too when a pixel of grey surrounds the image, which moves it by 1.
     data = (a, b, c + 0.5 * (1 - a - b) + 1, d, e, f + 0.5 * (1 - d - e) + 1)
     framed = ImageOps.expand(image, 1, FILL)
     return framed.transform(image.size, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR, fillcolor=FILL)
@@ -54,7 +54,7 @@ def brightness(image: Image.Image, factor: float) -> Image.Image:
 
 
 def sharpness(image: Image.Image, factor: float) -> Image.Image:
-    """Blend with a smoothed copy: 0 is smooth, 1 the picture itself."""
+    """Blend with a smoothed copy: 0 is smooth, 1 the image itself."""
     return ImageEnhance.Sharpness(image).enhance(factor)
 
 

@@ -24,12 +24,12 @@ from torch.utils.data import Dataset, get_worker_info
 
 from data.pretrain import MAX_WORDS, TRIES
 from data.text import pre_caption
-from data.transforms import BAD_PICTURE, Transform, to_rgb
+from data.transforms import BAD_IMAGE, Transform, to_rgb
 from utils import UserError, get_rank, get_world_size, on_main_process, track
 
 PIPE = "pipe:"
-PICTURES = ("jpg", "jpeg", "png", "webp")
-READ = (*PICTURES, "txt", "json")
+IMAGES = ("jpg", "jpeg", "png", "webp")
+READ = (*IMAGES, "txt", "json")
 LARGEST = 1 << 28  # bytes of a file in a shard
 LONGEST_HEADER = 1 << 20  # bytes
 LONG_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
@@ -42,15 +42,15 @@ class Record:
 
     Attributes:
         name: where it is from: shard and key, for messages.
-        picture: encoded.
+        image: encoded.
         caption: its text.
         key: its files' common name.
-        ending: the picture's.
+        ending: the image's.
         facts: what its .json says.
     """
 
     name: str
-    picture: bytes
+    image: bytes
     caption: str
     key: str
     ending: str
@@ -171,15 +171,15 @@ def read_shard(shard: str) -> Iterator[Record]:
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """Return a file's bytes, if they are no more than a picture may have."""
+    """Return a file's bytes, if they are no more than a image may have."""
     if not 0 <= member.size <= LARGEST:
         raise tarfile.ReadError(f"{member.name} says it has {member.size} bytes; expected at most {LARGEST}")
     return tar.extractfile(member).read()
 
 
 def _record(shard: str, key: str, parts: dict[str, bytes]) -> Iterator[Record]:
-    """Yield the sample that its files make, if they hold a picture and a text."""
-    ending = next((ending for ending in PICTURES if ending in parts), "")
+    """Yield the sample that its files make, if they hold a image and a text."""
+    ending = next((ending for ending in IMAGES if ending in parts), "")
     facts = _facts(parts.get("json", b""))
     text = parts.get("txt", b"").decode("utf-8", "replace") or facts.get("caption")
     if ending and text and isinstance(text, str):
@@ -271,11 +271,11 @@ class TarPairs(Dataset):
     """Pairs of shards, as {"image", "caption", "bad"}.
 
     It is read by `data.sampler.EpochSampler` without shuffling: an index says how far a process is, and the pair
-    comes from the stream of the worker that asks. In place of an unreadable picture comes the pair before it.
+    comes from the stream of the worker that asks. In place of an unreadable image comes the pair before it.
 
     Args:
         names: shards, as `expand` takes them.
-        transform: of every picture.
+        transform: of every image.
         batch_size: of the loader.
         num_pairs: of all shards together; 0 counts them.
         buffer: pairs among which each worker draws the next.
@@ -306,13 +306,13 @@ class TarPairs(Dataset):
         bad, self.stream.problems = self.stream.problems, []
         for record in self.recent:
             try:
-                with Image.open(io.BytesIO(record.picture)) as picture:
-                    tensor = self.transform(to_rgb(picture, self.transform.upright))
-            except BAD_PICTURE as error:
+                with Image.open(io.BytesIO(record.image)) as image:
+                    tensor = self.transform(to_rgb(image, self.transform.upright))
+            except BAD_IMAGE as error:
                 bad.append(f"{record.name}: {error}")
                 continue
             return {"image": tensor, "caption": pre_caption(record.caption, MAX_WORDS), "bad": "\n".join(bad)}
-        raise UserError(f"{len(bad)} pictures in a row cannot be read, the first being {bad[0]}; look at its shard")
+        raise UserError(f"{len(bad)} images in a row cannot be read, the first being {bad[0]}; look at its shard")
 
     def _seek(self, epoch: int, position: int, worker: int, num_workers: int) -> None:
         """Stand before a position of an epoch, from the epoch's beginning if need be."""

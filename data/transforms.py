@@ -1,4 +1,4 @@
-"""From a picture file to a normalised tensor."""
+"""From a image file to a normalised tensor."""
 
 import math
 import struct
@@ -18,7 +18,7 @@ from utils import UserError
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 # What Pillow's decoders raise, besides OSError, at damaged files of one format or another.
-BAD_PICTURE = (
+BAD_IMAGE = (
     OSError, ValueError, SyntaxError, EOFError, LookupError, ArithmeticError, TypeError, AttributeError, RuntimeError,
     AssertionError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
@@ -26,13 +26,13 @@ NARROWEST = 3 / 4  # width over height of a crop, or height over width
 
 
 class Transform(T.Compose):
-    """RGB picture -> float tensor (3, H, W), normalised.
+    """RGB image -> float tensor (3, H, W), normalised.
 
     Args:
         transforms: the steps.
-        smallest: pictures read from JPEG files are decoded at 1/2, 1/4 or 1/8 of their size if neither side is then
-            shorter; 0 decodes whole pictures.
-        upright: read pictures upright, as `open_image`.
+        smallest: images read from JPEG files are decoded at 1/2, 1/4 or 1/8 of their size if neither side is then
+            shorter; 0 decodes whole images.
+        upright: read images upright, as `open_image`.
     """
 
     def __init__(self, transforms: Sequence[Callable], smallest: int = 0, upright: bool = False):
@@ -40,7 +40,7 @@ class Transform(T.Compose):
         self.smallest, self.upright = smallest, upright
 
     def read(self, path: Path) -> torch.Tensor:
-        """Open a picture and transform it; errors as `open_image`."""
+        """Open a image and transform it; errors as `open_image`."""
         return self(open_image(path, self.upright, self.smallest))
 
 
@@ -71,16 +71,16 @@ def test_transform(image_size: int, upright: bool = False) -> Transform:
 
 
 def open_image(path: Path, upright: bool = False, smallest: int = 0) -> Image.Image:
-    """Read a picture as RGB: its first frame, whatever its name ends in, without its transparency.
+    """Read a image as RGB: its first frame, whatever its name ends in, without its transparency.
 
     Args:
-        path: of the picture.
+        path: of the image.
         upright: turn it as its EXIF data say, and scale 16 bits to 8; without, both are as in the released code,
             which leaves EXIF aside and clips.
         smallest: as `Transform`.
 
     Raises:
-        UserError: it is missing, truncated, no picture, or of more than 179 megapixels, Pillow's limit.
+        UserError: it is missing, truncated, no image, or of more than 179 megapixels, Pillow's limit.
     """
     try:
         with Image.open(path) as image:
@@ -88,13 +88,13 @@ def open_image(path: Path, upright: bool = False, smallest: int = 0) -> Image.Im
                 image.draft(None, (smallest, smallest))
             return to_rgb(image, upright)
     except FileNotFoundError:
-        raise UserError(f"picture {path} does not exist; correct its path, or image_root") from None
-    except BAD_PICTURE as error:
-        raise UserError(f"picture {path} cannot be read ({error}); replace it or take it out") from None
+        raise UserError(f"image {path} does not exist; correct its path, or image_root") from None
+    except BAD_IMAGE as error:
+        raise UserError(f"image {path} cannot be read ({error}); replace it or take it out") from None
 
 
 def to_rgb(image: Image.Image, upright: bool = False) -> Image.Image:
-    """Turn an open picture to RGB, as `open_image`."""
+    """Turn an open image to RGB, as `open_image`."""
     if upright:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16") or image.mode == "I":

@@ -1,4 +1,4 @@
-"""VQA v2 and Visual Genome: questions about pictures, with people's answers."""
+"""VQA v2 and Visual Genome: questions about images, with people's answers."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ class Questions(Dataset):
 
     Args:
         annotation_files: JSON lists of {"image", "question", "question_id"}, "dataset" being "vqa" or "vg".
-        roots: folder of the pictures of each dataset.
-        transform: RGB picture -> tensor.
+        roots: folder of the images of each dataset.
+        transform: RGB image -> tensor.
         keys: what every entry must have.
     """
 
@@ -46,7 +46,7 @@ class Questions(Dataset):
         return len(self.annotation)
 
     def path(self, index: int) -> Path:
-        """Return the path of a question's picture."""
+        """Return the path of a question's image."""
         entry = self.annotation[index]
         return Path(self.roots[entry["dataset"]]) / entry["image"]
 

@@ -1,4 +1,4 @@
-"""A web page to caption, question, match and search pictures: python -m demo.app
+"""A web page to caption, question, match and search images: python -m demo.app
 
 Without checkpoints it shows the small model that comes with the project, which knows a world of coloured shapes.
 """
@@ -17,23 +17,23 @@ from typing import Any
 
 from PIL import Image
 
-from data.miniature_scene import draw_scene, render
-from data.pictures import find_pictures
-from data.transforms import BAD_PICTURE, open_image
+from data.images import find_images
+from data.transforms import BAD_IMAGE, open_image
 from demo.limits import BodyLimit
-from engine.explain import explain, sheet
-from engine.predictor import Predictor, load
-from engine.search import Index, find_pictures_by_text
+from inference.explain import explain, sheet
+from inference.predictor import Predictor, load
+from inference.search import Index, find_images_by_text
+from miniature.scene import draw_scene, render
 from utils import UserError, user_message
 
 MINIATURE = Path(__file__).resolve().parent.parent / "configs" / "miniature"
 SHIPPED = {"caption": MINIATURE / "model.safetensors", "vqa": MINIATURE / "vqa.safetensors",
            "match": MINIATURE / "model.safetensors"}  # fmt: skip
 MAX_MEGAPIXELS = 100
-MAX_MEGAPIXELS_OF_ALL = 2500  # pictures of one search: about a minute of decoding
+MAX_MEGAPIXELS_OF_ALL = 2500  # images of one search: about a minute of decoding
 SHOWN_SIDE = 1024  # pixels
 MAX_TEXT = 300  # characters
-MAX_FILES = 200  # pictures of one search
+MAX_FILES = 200  # images of one search
 MAX_UPLOAD = "50mb"
 KEPT_SECONDS = 3600  # that uploads and results stay on the disk
 EXAMPLES = 6
@@ -46,7 +46,7 @@ class Page:
     Args:
         checkpoints: task -> checkpoint; '' for the shipped miniature model.
         device: "cuda", "cpu", or '' for a GPU where there is one.
-        folder: pictures that can be searched without uploading any; '' for none.
+        folder: images that can be searched without uploading any; '' for none.
     """
 
     def __init__(self, checkpoints: dict[str, str], device: str = "", folder: str = ""):
@@ -60,68 +60,68 @@ class Page:
         """Load the models and look at the folder, so that mistakes show before the page does.
 
         Raises:
-            UserError: a checkpoint does not fit its task, or the folder holds no picture.
+            UserError: a checkpoint does not fit its task, or the folder holds no image.
         """
         if self.folder:
-            find_pictures([self.folder])
+            find_images([self.folder])
         self.models = {task: load(task, source, self.device) for task, source in self.sources.items()}
 
     def caption(self, path: str | None, sample: bool, number: float) -> tuple[str, Image.Image]:
         """Return captions with their log-probabilities, and maps of the best."""
-        picture = read_picture(path)
+        image = read_image(path)
         with self.lock:
             model = self.models["caption"]
             settings = {"sample": bool(sample), "num_captions": int(number), "num_beams": max(int(number), 3)}
-            captions = model.caption(picture, **settings)[0]["captions"]
+            captions = model.caption(image, **settings)[0]["captions"]
             best = captions[0]["caption"]
-            maps = own(sheet(picture, best, explain(model, picture, best)))
+            maps = own(sheet(image, best, explain(model, image, best)))
         return table(
             ("caption", "log-probability"), [(row["caption"], f"{row['log_prob']:.2f}") for row in captions]
         ), maps
 
     def ask(self, path: str | None, question: str) -> tuple[str, Image.Image]:
         """Return an answer, and maps of the question's words."""
-        picture, question = read_picture(path), read_text(question, "question")
+        image, question = read_image(path), read_text(question, "question")
         with self.lock:
             model = self.models["vqa"]
-            found = model.answer(picture, question)[0]["answers"][0]
+            found = model.answer(image, question)[0]["answers"][0]
             words = f"{question}  {found['answer']}"
-            maps = own(sheet(picture, words, explain(model, picture, question, found["answer"])))
+            maps = own(sheet(image, words, explain(model, image, question, found["answer"])))
         return table(("answer", "log-probability"), [(found["answer"], f"{found['log_prob']:.2f}")]), maps
 
     def match(self, path: str | None, text: str) -> tuple[str, Image.Image]:
-        """Return how well a text describes a picture, and maps of its words."""
-        picture, text = read_picture(path), read_text(text, "text")
+        """Return how well a text describes a image, and maps of its words."""
+        image, text = read_image(path), read_text(text, "text")
         with self.lock:
             model = self.models["match"]
-            found = model.match(picture, text)[0]["matches"][0]
-            maps = own(sheet(picture, text, explain(model, picture, text)))
+            found = model.match(image, text)[0]["matches"][0]
+            maps = own(sheet(image, text, explain(model, image, text)))
         return table(
             ("matching probability", "cosine"), [(f"{found['probability']:.1%}", f"{found['cosine']:.3f}")]
         ), maps
 
     def search(self, files: Sequence[str] | None, text: str) -> tuple[str, list[tuple[Image.Image, str]]]:
-        """Return the pictures that a text describes best, of those uploaded or of the page's folder."""
+        """Return the images that a text describes best, of those uploaded or of the page's folder."""
         text = read_text(text, "text")
         if files and len(files) > MAX_FILES:
-            raise UserError(f"{len(files)} pictures are too many for this page; give at most {MAX_FILES}")
+            raise UserError(f"{len(files)} images are too many for this page; give at most {MAX_FILES}")
         with self.lock:
             model = self.models["match"]
             check_sizes(files or ())
-            collection, errors = self.pictures(model, files)
+            collection, errors = self.images(model, files)
             if not collection[0]:
-                raise UserError("there is no picture to search; upload some")
-            found = find_pictures_by_text(model, collection, [text], top=8)[0]["images"]
+                raise UserError("there is no image to search; upload some")
+            found = find_images_by_text(model, collection, [text], top=8)[0]["images"]
         gallery = [(own(shown(Path(row["image"]))), f"{row['probability']:.1%}") for row in found]
         left_out = f", {len(errors)} could not be read" if errors else ""
-        return f"searched {len(collection[0])} pictures{left_out}", gallery
+        return f"searched {len(collection[0])} images{left_out}", gallery
 
-    def pictures(self, model: Any, files: Sequence[str] | None) -> tuple[tuple[list[str], Any], list[dict]]:
-        """Return names and features of uploaded pictures, or of those in the page's folder, which are indexed once."""
+    def images(self, model: Any, files: Sequence[str] | None) -> tuple[tuple[list[str], Any], list[dict]]:
+        """Return names and features of uploaded images, or of those in the page's folder, which are indexed once."""
         if files:
             index, paths = Index(None, ""), [Path(name) for name in files]
         else:
-            index, paths = self.index, find_pictures([self.folder]) if self.folder else []
+            index, paths = self.index, find_images([self.folder]) if self.folder else []
         errors = index.add(model, paths)
         return (index.part(paths) if paths else ([], None)), errors
 
@@ -143,42 +143,42 @@ class Page:
         )
 
 
-def read_picture(path: str | None) -> Image.Image:
-    """Read an uploaded picture, a large one reduced.
+def read_image(path: str | None) -> Image.Image:
+    """Read an uploaded image, a large one reduced.
 
     Raises:
-        UserError: there is none, it is no picture, or it is larger than the page takes.
+        UserError: there is none, it is no image, or it is larger than the page takes.
     """
     if not path:
-        raise UserError("there is no picture yet; upload one, or click an example")
+        raise UserError("there is no image yet; upload one, or click an example")
     _refuse_large(megapixels(path))
     return shown(Path(path))
 
 
 def megapixels(path: str) -> float:
-    """Return a picture's size, without decoding it.
+    """Return a image's size, without decoding it.
 
     Raises:
-        UserError: it is no picture.
+        UserError: it is no image.
     """
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return image.width * image.height / 1e6
-    except BAD_PICTURE:
-        raise UserError("this file is no picture that can be read; upload a JPEG or PNG") from None
+    except BAD_IMAGE:
+        raise UserError("this file is no image that can be read; upload a JPEG or PNG") from None
 
 
 def _refuse_large(found: float) -> None:
     if found > MAX_MEGAPIXELS:
-        raise UserError(f"the picture has {found:.0f} megapixels; upload one of at most {MAX_MEGAPIXELS}")
+        raise UserError(f"the image has {found:.0f} megapixels; upload one of at most {MAX_MEGAPIXELS}")
 
 
 def check_sizes(files: Sequence[str]) -> None:
     """Refuse uploads that would keep the page busy for long.
 
     Raises:
-        UserError: one of the pictures, or all together, are larger than the page takes.
+        UserError: one of the images, or all together, are larger than the page takes.
     """
     total = 0.0
     for name in files:
@@ -193,19 +193,19 @@ def check_sizes(files: Sequence[str]) -> None:
 
 
 def shown(path: Path) -> Image.Image:
-    """Read a picture, a large one reduced."""
-    picture = open_image(path, upright=True, smallest=SHOWN_SIDE)
-    picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
-    return picture
+    """Read a image, a large one reduced."""
+    image = open_image(path, upright=True, smallest=SHOWN_SIDE)
+    image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+    return image
 
 
-def own(picture: Image.Image) -> Image.Image:
-    """Mark a resulting picture as one request's own.
+def own(image: Image.Image) -> Image.Image:
+    """Mark a resulting image as one request's own.
 
-    Gradio keeps equal pictures in one file, and writes it anew while another request may be reading it.
+    Gradio keeps equal images in one file, and writes it anew while another request may be reading it.
     """
-    picture.info["request"] = uuid.uuid4().hex
-    return picture
+    image.info["request"] = uuid.uuid4().hex
+    return image
 
 
 def read_text(text: str | None, name: str) -> str:
@@ -241,8 +241,8 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def example_pictures(folder: Path) -> list[str]:
-    """Draw pictures of the miniature world."""
+def example_images(folder: Path) -> list[str]:
+    """Draw images of the miniature world."""
     rng, paths = random.Random(7), []
     for number in range(EXAMPLES):
         path = folder / f"example_{number + 1}.png"
@@ -291,42 +291,42 @@ def _textbox(gradio: Any, label: str, placeholder: str) -> Any:
 
 
 def uploaded(payload: Any) -> str | None:
-    """Return the path of an uploaded picture; a request may name any file of this machine, and gets none of them."""
+    """Return the path of an uploaded image; a request may name any file of this machine, and gets none of them."""
     from gradio import Error
     from gradio.utils import get_upload_folder
 
     if not payload:
         return None
     if not payload.path or not Path(payload.path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
-        raise Error("this picture was not uploaded; upload it", print_exception=False, title="Not done")
+        raise Error("this image was not uploaded; upload it", print_exception=False, title="Not done")
     return payload.path
 
 
 def _task(gradio: Any, name: str, function: Callable[..., Any], inputs: list[Any], examples: Sequence[str]) -> None:
-    """Lay out a task: picture and settings left, result and maps right."""
+    """Lay out a task: image and settings left, result and maps right."""
     with gradio.Row():
         with gradio.Column():
-            picture = gradio.Image(label="Picture", type="filepath", sources=["upload", "clipboard"], height=300,
-                                   image_mode=None, elem_id=f"{name.lower()}-picture")  # fmt: skip
-            picture.preprocess = uploaded  # what is no picture is told by us
+            image = gradio.Image(label="Image", type="filepath", sources=["upload", "clipboard"], height=300,
+                                   image_mode=None, elem_id=f"{name.lower()}-image")  # fmt: skip
+            image.preprocess = uploaded  # what is no image is told by us
             for item in inputs:
                 item.render()
             button = gradio.Button(name, variant="primary", elem_id=f"{name.lower()}-button")
-            gradio.Examples([[path] for path in examples], picture, label="Examples from the miniature world")
+            gradio.Examples([[path] for path in examples], image, label="Examples from the miniature world")
         with gradio.Column():
             result = gradio.HTML(elem_id=f"{name.lower()}-result")
             gradio.Markdown("What the model looks at, word by word")
             maps = gradio.Image(show_label=False, interactive=False, format="png", elem_id=f"{name.lower()}-maps")
-    button.click(function, [picture, *inputs], [result, maps], concurrency_id="model", api_name=name.lower())
+    button.click(function, [image, *inputs], [result, maps], concurrency_id="model", api_name=name.lower())
 
 
 def _search(gradio: Any, page: Page) -> None:
     """Lay out the search."""
     with gradio.Row():
         with gradio.Column():
-            files = gradio.File(label="Pictures", file_count="multiple", elem_id="files")
+            files = gradio.File(label="Images", file_count="multiple", elem_id="files")
             if page.folder:
-                gradio.HTML(f"<p>Without uploads, the pictures of {escape(page.folder)} are searched.</p>")
+                gradio.HTML(f"<p>Without uploads, the images of {escape(page.folder)} are searched.</p>")
             text = gradio.Textbox(label="Text", placeholder="a red circle", elem_id="query")
             button = gradio.Button("Search", variant="primary", elem_id="search-button")
         with gradio.Column():
@@ -342,7 +342,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for task, text in (("caption", "captions"), ("vqa", "answers"), ("match", "matching and search")):
         parser.add_argument(f"--{task}", default="", metavar="CHECKPOINT", help=f"weights for {text}: path, URL or hf:")
-    parser.add_argument("--folder", default="", help="pictures that can be searched without uploading any")
+    parser.add_argument("--folder", default="", help="images that can be searched without uploading any")
     parser.add_argument("--device", default="", help="cuda or cpu (default: cuda where there is one)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: 7860)")
@@ -351,7 +351,7 @@ def main() -> int:
         page = Page({task: getattr(args, task) for task in SHIPPED}, args.device, args.folder)
         with tempfile.TemporaryDirectory() as folder:
             page.start()
-            examples = example_pictures(Path(folder))
+            examples = example_images(Path(folder))
             build(page, examples).launch(
                 server_name=args.host, server_port=args.port, max_file_size=MAX_UPLOAD, allowed_paths=[folder],
                 css=STYLE, app_kwargs={"middleware": [body_limit()]},

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from demo.bootstrap_table import SETS, write_tables
-from engine.config import PretrainConfig, load_config
+from launch.config import PretrainConfig, load_config
 from models.blip_pretrain import blip_pretrain
 from models.pretrained import load_pretrained
 from utils import UserError
@@ -40,9 +40,9 @@ class Plan:
     Args:
         seeds: runs of everything but the world.
         level: of the world.
-        train: pictures with five human captions each.
-        web: pictures with one web text each, of which 45% do not match.
-        test: pictures that every model captions and ranks.
+        train: images with five human captions each.
+        web: images with one web text each, of which 45% do not match.
+        test: images that every model captions and ranks.
         rows: pairs of one pass of pretraining, whatever the set's size: repeated or left out at random.
         passes: of pretraining.
         tuning: passes of fine-tuning over the human pairs.
@@ -87,7 +87,7 @@ def all_stages(root: Path, plan: Plan) -> list[Stage]:
     """Return every stage, in an order in which they could run one by one."""
     counts = {"train": plan.train, "val": 8, "test": plan.test, "web": plan.web, "level": plan.level, "seed": 1}
     options = [word for name, count in counts.items() for word in (f"--{name}", str(count))]
-    world = Stage("world", command=["-m", "data.miniature", "--output", str(root / "world"), *options])
+    world = Stage("world", command=["-m", "miniature.world", "--output", str(root / "world"), *options])
     return [world, *(stage for seed in range(plan.seeds) for stage in seed_stages(root, plan, seed))]
 
 
@@ -152,12 +152,12 @@ def script_stage(
 
 
 def world_settings(root: Path) -> dict:
-    """Return where pictures and annotations are."""
+    """Return where images and annotations are."""
     return {"image_root": root / "world", "ann_root": root / "world" / "annotations"}
 
 
 def tuning_settings(root: Path, plan: Plan, tool: str) -> dict:
-    """Return the settings of fine-tuning on the human captions; nothing but the validation pictures is evaluated."""
+    """Return the settings of fine-tuning on the human captions; nothing but the validation images is evaluated."""
     annotations = root / "world" / "annotations"
     settings = world_settings(root) | {"max_epoch": plan.tuning, "eval_every": plan.tuning, "warmup": plan.warmup}
     settings |= {"init_lr": "3e-4", "train_file": annotations / "coco_karpathy_train.json"}
@@ -181,7 +181,7 @@ def start_weights(path: Path, seed: int) -> None:
     """Write the weights that every pretraining of a seed starts from.
 
     As the paper's image encoder starts from ImageNet's, ours starts from the miniature model's, made on other
-    pictures; the text transformer, which BERT's weights begin, here begins from random ones.
+    images; the text transformer, which BERT's weights begin, here begins from random ones.
     """
     torch.manual_seed(seed)
     config = load_config(PretrainConfig, f"{CONFIGS}/pretrain.yaml")

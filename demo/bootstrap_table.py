@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from data.miniature_text import caption_is_exact
 from demo.exact import exact_shares
 from demo.noise import count, scores
-from engine.figures import draw_means
+from miniature.text import caption_is_exact
+from report.figures import draw_means
 
 Values = dict[str, dict[str, list[float]]]  # set -> column -> one value a seed
 
@@ -70,7 +70,7 @@ def model_scores(root: Path, seed: int, name: str) -> dict[str, float]:
     """Return the scores of the model pretrained on one set, and how many of the set's texts are right."""
     here, scenes = root / f"seed{seed}" / name, read_scenes(root)
     captions = json.loads((here / "caption" / "result" / "test.json").read_text())
-    exact, total = exact_shares(captions, scenes)["all test pictures"]
+    exact, total = exact_shares(captions, scenes)["all test images"]
     retrieval = last_row(here / "retrieval" / "evaluate.txt")
     pairs = [json.loads(line) for line in (here / "pairs.jsonl").read_text().splitlines()]
     found = (
@@ -109,13 +109,13 @@ def share(rows: Sequence[dict], holds: Callable[[dict], bool]) -> float:
 
 
 def is_right(pair: dict, scenes: dict[str, dict]) -> bool:
-    """Tell whether a text names exactly the shapes and colours of its picture."""
+    """Tell whether a text names exactly the shapes and colours of its image."""
     items = scenes[pair["image"]]["items"]
     return caption_is_exact(pair["caption"], [(item["color"], item["shape"]) for item in items])
 
 
 def read_scenes(root: Path) -> dict[str, dict]:
-    """Return what every picture of the world shows."""
+    """Return what every image of the world shows."""
     return json.loads((root / "world" / "scenes.json").read_text())
 
 

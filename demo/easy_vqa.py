@@ -18,7 +18,7 @@ def convert(questions: tuple[list[str], list[str], list[int]], images: dict[int,
 
 
 def main() -> int:
-    """Write train.json, what of it asks for a shape or names one, test.json, answers.json, and link the pictures."""
+    """Write train.json, what of it asks for a shape or names one, test.json, answers.json, and link the images."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", default="output/easy_vqa")
     folder, root = Path(parser.parse_args().output), Path(easy_vqa.__file__).parent / "data"
@@ -30,8 +30,8 @@ def main() -> int:
     files = {"train": train, "what_shape": what, "named_shape": named, "test": test, "answers": easy_vqa.get_answers()}
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
-    if not (folder / "pictures").exists():
-        (folder / "pictures").symlink_to(root)
+    if not (folder / "images").exists():
+        (folder / "images").symlink_to(root)
     print(f"wrote {len(train)} and {len(test)} questions to {folder}")
     return 0
 

@@ -1,4 +1,4 @@
-"""Tell how many captions of miniature test pictures name exactly the right shapes and colours.
+"""Tell how many captions of miniature test images name exactly the right shapes and colours.
 
     python -m demo.exact --results output/demo --world output/miniature
 """
@@ -10,18 +10,18 @@ from pathlib import Path
 
 import torch
 
-from data.miniature_scene import unseen_pairs
-from data.miniature_text import caption_is_exact
+from miniature.scene import unseen_pairs
+from miniature.text import caption_is_exact
 
 
 def exact_shares(results: list[dict], scenes: dict[str, dict]) -> dict[str, tuple[int, int]]:
-    """Return (exact, all) counts of test captions: of all pictures, of those without and with an unseen pair."""
-    counts = {"all test pictures": [0, 0], "pairs seen in training": [0, 0], "a pair never seen": [0, 0]}
+    """Return (exact, all) counts of test captions: of all images, of those without and with an unseen pair."""
+    counts = {"all test images": [0, 0], "pairs seen in training": [0, 0], "a pair never seen": [0, 0]}
     for row in results:
         items = scenes[f"images/test/{row['image_id']:07d}.jpg"]["items"]
         pairs = [(item["color"], item["shape"]) for item in items]
         group = "a pair never seen" if unseen_pairs() & set(pairs) else "pairs seen in training"
-        for name in ("all test pictures", group):
+        for name in ("all test images", group):
             counts[name][0] += caption_is_exact(row["caption"], pairs)
             counts[name][1] += 1
     return {name: (right, total) for name, (right, total) in counts.items()}

@@ -1,4 +1,4 @@
-"""Tell how well CapFilt's filter found the web texts of the miniature world that do not match their pictures.
+"""Tell how well CapFilt's filter found the web texts of the miniature world that do not match their images.
 
     python -m demo.noise --results output/capfilt --world output/miniature
 """

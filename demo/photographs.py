@@ -48,7 +48,7 @@ num_workers: 2
 
 
 def write_photographs(folder: Path) -> Path:
-    """Write pictures, annotations, ground truth and configuration; returns the configuration's path.
+    """Write images, annotations, ground truth and configuration; returns the configuration's path.
 
     Raises:
         UserError: one of the two packages is missing.

@@ -14,7 +14,7 @@ from typing import Any
 
 from utils import UserError
 
-Captions = dict[int, list[str]]  # captions of a picture, under its place in the ground truth
+Captions = dict[int, list[str]]  # captions of a image, under its place in the ground truth
 NO_JAVA = "needs Java, and no `java` was found on the PATH"
 TOKENIZER_SECONDS = 900
 
@@ -29,7 +29,7 @@ TOKEN = re.compile(
 def caption_scores(
     results: list[dict], gt_file: str | Path, java: bool = True
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Score one caption a picture against its references.
+    """Score one caption a image against its references.
 
     Args:
         results: {"image_id": int or str, "caption": str} rows. Of rows with the same id the first counts;
@@ -44,7 +44,7 @@ def caption_scores(
             tokenizer took its place, with which the scores may differ slightly from published ones.
 
     Raises:
-        UserError: the file is not of the format, or pictures of it have no result.
+        UserError: the file is not of the format, or images of it have no result.
     """
     references, predictions, _ = _pair(results, _read_ground_truth(gt_file), gt_file)
     references, predictions, left_out = _tokenize_both(references, predictions, java)
@@ -55,7 +55,7 @@ def caption_scores(
 def domain_scores(
     results: list[dict], gt_file: str | Path, java: bool = True
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Score captions for each value of "domain" among the pictures (NoCaps) and "overall".
+    """Score captions for each value of "domain" among the images (NoCaps) and "overall".
 
     Args and errors are those of `caption_scores`. Each domain is a corpus of its own, so the CIDEr of the
     whole is not the mean of the domains'. Without domains only "overall" is there.
@@ -109,7 +109,7 @@ def _read_ground_truth(gt_file: str | Path) -> dict[str, Any]:
 
 
 def _pair(results: list[dict], truth: dict, gt_file: str | Path) -> tuple[Captions, Captions, list[str]]:
-    """Bring both sides under the same keys; ids are compared as text, so 7 and "7" are one picture."""
+    """Bring both sides under the same keys; ids are compared as text, so 7 and "7" are one image."""
     found: dict[str, str] = {}
     for row in results:
         if not {"image_id", "caption"} <= row.keys():
@@ -122,8 +122,8 @@ def _pair(results: list[dict], truth: dict, gt_file: str | Path) -> tuple[Captio
     if missing:
         first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise UserError(
-            f"{len(missing)} of the {len(wanted)} pictures of {gt_file} have no caption in the results "
-            f"(image_id {first}); caption every picture, or give the ground truth that belongs to them"
+            f"{len(missing)} of the {len(wanted)} images of {gt_file} have no caption in the results "
+            f"(image_id {first}); caption every image, or give the ground truth that belongs to them"
         )
     keys = list(wanted)
     return dict(enumerate(wanted.values())), {i: [found[key]] for i, key in enumerate(keys)}, keys

@@ -17,7 +17,7 @@ def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
 
 
 def consistency(sentences: Sequence[str], predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Return the share of sentences that are judged rightly for every pair of pictures, in [0, 1].
+    """Return the share of sentences that are judged rightly for every pair of images, in [0, 1].
 
     Args:
         sentences: (examples,) the sentence of each example.

@@ -1,4 +1,4 @@
-"""Recall and median rank of retrieval between pictures (or videos) and texts."""
+"""Recall and median rank of retrieval between images (or videos) and texts."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,13 +17,13 @@ def itm_eval(
     """Return recall at 1, 5 and 10 of both directions, in percent.
 
     Args:
-        scores_i2t: (pictures, texts), higher is nearer.
-        scores_t2i: (texts, pictures).
-        txt2img: the picture of each text.
-        img2txt: the texts of each picture; finding the best-ranked one counts.
+        scores_i2t: (images, texts), higher is nearer.
+        scores_t2i: (texts, images).
+        txt2img: the image of each text.
+        img2txt: the texts of each image; finding the best-ranked one counts.
 
     Returns:
-        txt_r1, txt_r5, txt_r10 (texts found for pictures), txt_r_mean, the same for img_ (pictures found for
+        txt_r1, txt_r5, txt_r10 (texts found for images), txt_r_mean, the same for img_ (images found for
         texts), and r_mean, the mean of both means.
 
     Raises:
@@ -39,7 +39,7 @@ def median_ranks(
     txt2img: Mapping[int, int],
     img2txt: Mapping[int, Sequence[int]],
 ) -> dict[str, float]:
-    """Return the median rank of the right text (txt_mdR) and picture (img_mdR), 1 at best.
+    """Return the median rank of the right text (txt_mdR) and image (img_mdR), 1 at best.
 
     Arguments and errors are those of `itm_eval`.
     """
@@ -55,7 +55,7 @@ def video_eval(
 ) -> dict[str, float]:
     """Return recalls in percent and median ranks of both directions.
 
-    Arguments and errors are those of `itm_eval`, with videos for pictures.
+    Arguments and errors are those of `itm_eval`, with videos for images.
 
     Returns:
         txt_r1, txt_r5, txt_r10, txt_r_mean, txt_mdR, the same for vid_ (videos found for texts), and r_mean.
@@ -89,7 +89,7 @@ def _ranks(scores: np.ndarray, right: Sequence[Sequence[int]]) -> np.ndarray:
     ranks = np.empty(len(scores), dtype=np.int64)
     for n, (row, columns) in enumerate(zip(scores, right, strict=True)):
         if not len(columns):
-            raise UserError(f"row {n} of the retrieval scores has no right answer; give every picture a text")
+            raise UserError(f"row {n} of the retrieval scores has no right answer; give every image a text")
         best = max(columns, key=lambda column: (row[column], column))
         # Of equal scores the later column comes first, as in a sorted row read backwards.
         ranks[n] = (row > row[best]).sum() + (row[best + 1 :] == row[best]).sum()

@@ -12,16 +12,15 @@ from test_compile import QUESTIONS, TEXTS
 from torch.utils.data import DataLoader, Dataset
 
 from data import create_loader, create_sampler
-from data.miniature import write_miniature
-from engine import adapters
-from engine.checkpoint import BEST, LAST, WEIGHTS
-from engine.config import NLVRConfig, TrainConfig
-from engine.loop import fit
-from engine.results import evaluate_only
-from engine.run import Run
 from formula import build as build_formula
 from formula import img
+from launch.config import NLVRConfig, TrainConfig
+from launch.run import BEST, LAST, WEIGHTS, Run
+from miniature.world import write_miniature
 from processes import run_in_processes
+from training import adapters
+from training.loop import fit
+from training.results import evaluate_only
 from utils import UserError, get_rank
 
 CPU = torch.device("cpu")
@@ -160,7 +159,7 @@ def test_two_processes_train_the_same_adapters(tmp_path):
 
 
 def test_predictions_of_the_plain_checkpoint_are_those_of_the_run(tmp_path):
-    """By the command lines: predict.py says of the test pictures what the run's own evaluation said."""
+    """By the command lines: predict.py says of the test images what the run's own evaluation said."""
     world, out = write_miniature(tmp_path / "world", 1, num_train=8, num_val=2, num_test=4, num_web=0), tmp_path / "out"
     roots = {"image_root": world, "ann_root": world / "annotations", "coco_gt_root": world / "annotations"}
     run = {"max_epoch": 1, "batch_size": 8, "init_lr": 0.02, "warmup": 0, "adapter_rank": 4, "java": "false"}
@@ -171,8 +170,8 @@ def test_predictions_of_the_plain_checkpoint_are_those_of_the_run(tmp_path):
 
     def predicted(checkpoint):
         rows = tmp_path / f"{checkpoint.parent.name}.jsonl"
-        pictures = [world / name for name in dict.fromkeys(names)]
-        assert run_here("predict.py", "caption", *pictures, "--checkpoint", checkpoint, "--output", rows)[0] == 0
+        images = [world / name for name in dict.fromkeys(names)]
+        assert run_here("predict.py", "caption", *images, "--checkpoint", checkpoint, "--output", rows)[0] == 0
         return [json.loads(line)["captions"][0]["caption"] for line in rows.read_text().splitlines()]
 
     assert predicted(out / "model.pth") == said

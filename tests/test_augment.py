@@ -1,4 +1,4 @@
-"""Augmentations against the golden pictures, and the randomness of training samples."""
+"""Augmentations against the golden images, and the randomness of training samples."""
 
 import random
 
@@ -17,12 +17,12 @@ from formula import arrays
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operation(name, sign):
-    picture = arrays()["aug/picture"]
-    found = np.asarray(apply_operation(Image.fromarray(picture), name, 5, sign)).astype(int)
+    image = arrays()["aug/picture"]
+    found = np.asarray(apply_operation(Image.fromarray(image), name, 5, sign)).astype(int)
     assert np.abs(found - arrays()[f"aug/{name}{sign:+d}"].astype(int)).max() <= 1  # the frame's edge included
 
 
-class Pictures:
+class Images:
     def __len__(self):
         return 8
 
@@ -32,23 +32,23 @@ class Pictures:
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_only():
-    first = SeededDataset(Pictures(), 1)
+    first = SeededDataset(Images(), 1)
     state, torch_state = random.getstate(), torch.get_rng_state()
     sample = first[0, 3]
     assert random.getstate() == state and torch.equal(torch.get_rng_state(), torch_state)
     random.random(), torch.rand(1)
     assert torch.equal(first[0, 3], sample)
     assert not torch.equal(first[1, 3], sample)
-    assert not torch.equal(SeededDataset(Pictures(), 2)[0, 3], sample)
+    assert not torch.equal(SeededDataset(Images(), 2)[0, 3], sample)
 
 
 def test_half_of_the_drawn_operations_are_applied():
     random.seed(0)
     counts = {"changed": 0}
-    picture = Image.fromarray(arrays()["aug/picture"])
+    image = Image.fromarray(arrays()["aug/picture"])
     for _ in range(400):
-        counts["changed"] += RandomAugment()(picture) is not picture
-    # untouched: twice (not applied, or Identity, which returns the picture itself): (1/2 + 1/2 * 1/10) ** 2 = 0.3025
+        counts["changed"] += RandomAugment()(image) is not image
+    # untouched: twice (not applied, or Identity, which returns the image itself): (1/2 + 1/2 * 1/10) ** 2 = 0.3025
     assert counts["changed"] / 400 == pytest.approx(1 - 0.3025, abs=0.07)
 
 

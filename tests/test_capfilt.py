@@ -1,4 +1,4 @@
-"""CapFilt by its command line: kills, numbers of processes, stages, bad pictures, and a million pairs."""
+"""CapFilt by its command line: kills, numbers of processes, stages, bad images, and a million pairs."""
 
 import json
 import resource
@@ -9,17 +9,17 @@ import pytest
 from PIL import Image
 from scripts import ROOT, lines, run, run_and_signal, run_here, settings
 
-from data.miniature import write_miniature
-from data.pretrain import PairDataset, picture_of_url
+from bootstrap.shards import Distinct, Shards, merge, run_shards
+from data.pretrain import PairDataset, image_of_url
 from data.transforms import test_transform as make_transform
-from engine.bootstrap import Distinct, Shards, merge, run_shards
+from miniature.world import write_miniature
 
 MODEL = str(ROOT / "configs" / "miniature" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
 def web(tmp_path_factory):
-    """60 web pairs, the fifth picture of which is broken."""
+    """60 web pairs, the fifth image of which is broken."""
     folder = tmp_path_factory.mktemp("world")
     write_miniature(folder, level=1, num_train=4, num_val=2, num_test=2, num_web=60)
     rows = json.loads((folder / "annotations" / "pretrain_web.json").read_text())
@@ -134,16 +134,16 @@ def test_beams_and_several_captions(web, tmp_path):
 
 
 def test_lists_of_urls(web, tmp_path):
-    """Pictures downloaded to where their URL says; in JSON lines."""
+    """Images downloaded to where their URL says; in JSON lines."""
     rows = []
     for number, row in enumerate(web[1][:4]):
         url = f"https://example.org/{number}.jpg"
-        path = tmp_path / "pictures" / picture_of_url(url)
+        path = tmp_path / "images" / image_of_url(url)
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.open(web[0] / row["image"]).save(path)
         rows.append(json.dumps({"url": url, "caption": row["caption"]}))
     (tmp_path / "web.jsonl").write_text("\n".join(rows))
-    words = arguments(web, tmp_path / "out", pairs=f"[{tmp_path / 'web.jsonl'}]", image_root=tmp_path / "pictures")
+    words = arguments(web, tmp_path / "out", pairs=f"[{tmp_path / 'web.jsonl'}]", image_root=tmp_path / "images")
     assert run_here("capfilt.py", *words)[0] == 0
     assert lines(tmp_path / "out" / "unreadable.jsonl") == 0
 

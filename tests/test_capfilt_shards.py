@@ -8,12 +8,12 @@ import tracemalloc
 import pytest
 from scripts import ROOT, lines, run_and_signal, run_here, settings
 
+from bootstrap.shards import Shards, merge, run_shards
+from bootstrap.tars import TarOutput, tar_source
 from capfilt import make_texts
-from data.miniature import write_miniature
 from data.shards import TarPairs, count_pairs, read_shard
 from data.transforms import test_transform as make_transform
-from engine.bootstrap import Shards, merge, run_shards
-from engine.tar_bootstrap import TarOutput, tar_source
+from miniature.world import write_miniature
 from utils import UserError
 
 MODEL = str(ROOT / "configs" / "miniature" / "model.safetensors")
@@ -21,11 +21,11 @@ NUM_PAIRS, BROKEN = 24, 4
 
 
 def write_tar(path, samples):
-    """Write (key, ending, picture, text) as img2dataset does."""
+    """Write (key, ending, image, text) as img2dataset does."""
     with tarfile.open(path, "w") as tar:
-        for key, ending, picture, text in samples:
+        for key, ending, image, text in samples:
             facts = json.dumps({"caption": text, "url": f"https://example.org/{key}", "status": "success"}).encode()
-            for name, content in ((ending, picture), ("txt", text.encode()), ("json", facts)):
+            for name, content in ((ending, image), ("txt", text.encode()), ("json", facts)):
                 header = tarfile.TarInfo(f"{key}.{name}")
                 header.size, header.mtime, header.uid = len(content), 1234, 7
                 tar.addfile(header, io.BytesIO(content))
@@ -33,7 +33,7 @@ def write_tar(path, samples):
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
-    """Web pairs, the fifth picture of which is broken."""
+    """Web pairs, the fifth image of which is broken."""
     folder = tmp_path_factory.mktemp("world")
     write_miniature(folder, level=1, num_train=4, num_val=2, num_test=2, num_web=NUM_PAIRS)
     rows = json.loads((folder / "annotations" / "pretrain_web.json").read_text())
@@ -79,17 +79,17 @@ def whole(web, tmp_path_factory):
     return folder
 
 
-def test_every_kept_text_is_a_pair_with_the_picture_as_it_was(samples, whole):
+def test_every_kept_text_is_a_pair_with_the_image_as_it_was(samples, whole):
     kept, dropped, (bad,) = read(whole), rows_of(whole / "dropped.jsonl"), rows_of(whole / "unreadable.jsonl")
-    pictures = {key: picture for key, _, picture, _ in samples}
-    assert bad["image"] == samples[BROKEN][0] and "00000.tar: 000000004: a picture cannot be read" in bad["error"]
+    images = {key: image for key, _, image, _ in samples}
+    assert bad["image"] == samples[BROKEN][0] and "00000.tar: 000000004: a image cannot be read" in bad["error"]
     for source in ("web", "synthetic"):
         found = [r.facts["key"] for r in kept if r.facts["source"] == source]
         found += [row["image"] for row in dropped if row["source"] == source]
-        assert sorted(found) == sorted(set(pictures) - {bad["image"]})
+        assert sorted(found) == sorted(set(images) - {bad["image"]})
     for record in kept:
         facts = record.facts
-        assert record.picture == pictures[facts["key"]] and record.caption == facts["caption"]
+        assert record.image == images[facts["key"]] and record.caption == facts["caption"]
         assert facts["url"] == f"https://example.org/{facts['key']}" and 0.5 <= facts["probability"] <= 1
     assert kept and dropped and len({record.key for record in kept}) == len(kept)
     with tarfile.open(whole / "bootstrapped" / "00000.tar") as tar:
@@ -111,7 +111,7 @@ def test_other_shards_batches_and_a_pipe_give_the_same_texts(samples, whole, tmp
     words = arguments(tmp_path / "out", f"pipe:cat {tmp_path}/all.tar", batch_size=7, shard_size=10)
     assert run_here("capfilt.py", *words)[0] == 0
     one, other = read(whole), read(tmp_path / "out")
-    assert [(r.key, r.caption, r.picture) for r in one] == [(r.key, r.caption, r.picture) for r in other]
+    assert [(r.key, r.caption, r.image) for r in one] == [(r.key, r.caption, r.image) for r in other]
     for a, b in zip(one, other, strict=True):
         assert a.facts["probability"] == pytest.approx(b.facts["probability"], abs=2e-4)
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.checkpoint import load_last, rng_state, save_atomic, save_last, set_rng_state
 from processes import run_in_processes
+from training.checkpoint import load_last, rng_state, save_atomic, save_last, set_rng_state
 from utils import UserError
 
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import config as c
+from launch import config as c
 from utils import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"

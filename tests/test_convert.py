@@ -18,8 +18,8 @@ from transformers import (
     BlipProcessor,
 )
 
-from data.miniature_scene import draw_scene, render
 from formula import arr
+from miniature.scene import draw_scene, render
 from models import convert
 from models.architecture import settings_of
 from models.blip import blip_decoder
@@ -138,7 +138,7 @@ def test_vqa_of_two_widths_has_no_place_there(tmp_path):
 
 
 @torch.no_grad()
-def test_their_processor_and_model_see_a_picture_as_ours(tmp_path):
+def test_their_processor_and_model_see_a_image_as_ours(tmp_path):
     """The shipped model and its vocabulary, through their processor: the same probability."""
     convert.to_hub(str(MODEL), tmp_path / "hub", "match")
     other, processor = (

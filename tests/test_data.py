@@ -18,21 +18,21 @@ from data.vqa import VQATest, VQATrain
 from formula import golden
 from utils import UserError
 
-PICTURES = ("COCO_val2014_000000000007.jpg", "b.jpg", "c.jpg")
+IMAGES = ("COCO_val2014_000000000007.jpg", "b.jpg", "c.jpg")
 SIZE = 16
 SQUARE = transforms.test_transform(SIZE)
 
 
 @pytest.fixture
 def root(tmp_path):
-    """Three plain pictures, whose grey tells which is which."""
-    for number, name in enumerate(PICTURES):
+    """Three plain images, whose grey tells which is which."""
+    for number, name in enumerate(IMAGES):
         Image.new("RGB", (20, 12), (60 * number,) * 3).save(tmp_path / name)
     return tmp_path
 
 
 def grey(image):
-    """Number of the picture that a normalised tensor shows."""
+    """Number of the image that a normalised tensor shows."""
     return round(float((image[0] * STD[0] + MEAN[0]).mean() * 255 / 60))
 
 
@@ -59,14 +59,14 @@ def test_exchange_left_right():
     assert exchange_left_right(text) == "the right image, left of the leftmost one, right-hand"
 
 
-# Pictures.
+# Images.
 
 
 def test_evaluation_squares_bicubically_and_normalises():
-    picture = Image.fromarray(np.random.RandomState(0).randint(0, 255, (30, 50, 3), np.uint8))
-    pixels = np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC), np.float32) / 255
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (30, 50, 3), np.uint8))
+    pixels = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC), np.float32) / 255
     expected = torch.from_numpy((pixels - np.float32(MEAN)) / np.float32(STD)).permute(2, 0, 1)
-    torch.testing.assert_close(SQUARE(picture), expected)
+    torch.testing.assert_close(SQUARE(image), expected)
 
 
 def test_training_crops_as_much_as_asked():
@@ -77,12 +77,12 @@ def test_training_crops_as_much_as_asked():
         crop = train_transform(32, min_scale).transforms[0]
         return [float(np.ptp(np.asarray(crop(ramp)))) / 199 for _ in range(60)]
 
-    # a side is at least sqrt(0.5 * 3 / 4) = 0.61 of the picture's at scale 0.5, and 0.39 at 0.2
+    # a side is at least sqrt(0.5 * 3 / 4) = 0.61 of the image's at scale 0.5, and 0.39 at 0.2
     assert 0.58 < min(spans(0.5)) < 0.75 and 0.36 < min(spans(0.2)) < 0.56
     torch.testing.assert_close(train_transform(SIZE, augment=False)(ramp), SQUARE(ramp))
 
 
-def test_pictures_open_as_rgb_without_turning(tmp_path):
+def test_images_open_as_rgb_without_turning(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # "turn by a quarter"
     Image.new("L", (20, 10), 90).save(tmp_path / "grey.jpg", exif=exif)
@@ -90,7 +90,7 @@ def test_pictures_open_as_rgb_without_turning(tmp_path):
     assert (image.mode, image.size) == ("RGB", (20, 10))
 
 
-def test_bad_pictures_are_named(root):
+def test_bad_images_are_named(root):
     whole = (root / "b.jpg").read_bytes()
     (root / "short.jpg").write_bytes(whole[: len(whole) // 2])
     for name, words in (("absent.jpg", "does not exist"), ("short.jpg", "cannot be read")):
@@ -103,9 +103,9 @@ def test_bad_pictures_are_named(root):
 
 def test_caption_train(root):
     rows = [
-        {"image": PICTURES[1], "caption": "A DOG! (runs)", "image_id": "coco_9"},
-        {"image": PICTURES[2], "caption": "two cats", "image_id": "coco_3"},
-        {"image": PICTURES[1], "caption": "one dog", "image_id": "coco_9"},
+        {"image": IMAGES[1], "caption": "A DOG! (runs)", "image_id": "coco_9"},
+        {"image": IMAGES[2], "caption": "two cats", "image_id": "coco_3"},
+        {"image": IMAGES[1], "caption": "one dog", "image_id": "coco_9"},
     ]
     dataset = CaptionTrain(write(root, rows), root, SQUARE, "a picture of ")
     captions = [f"a picture of {text}" for text in ("a dog runs", "two cats", "one dog")]
@@ -117,7 +117,7 @@ def test_caption_train(root):
 
 
 def test_a_validation_file_can_be_trained_on(root):
-    rows = [{"image": PICTURES[0], "caption": ["one", "two"]}, {"image": PICTURES[1], "caption": ["three"]}]
+    rows = [{"image": IMAGES[0], "caption": ["one", "two"]}, {"image": IMAGES[1], "caption": ["three"]}]
     dataset = CaptionTrain(write(root, rows), root, SQUARE)
     assert [(dataset[i]["caption"], dataset[i]["image_id"]) for i in range(3)] == [("one", 0), ("two", 0), ("three", 1)]
 
@@ -138,29 +138,29 @@ def test_image_id(entry, expected):
     assert image_id(entry) == expected
 
 
-def test_caption_eval_takes_a_picture_once(root):
-    rows = [{"image": name} for name in (PICTURES[0], PICTURES[1], PICTURES[0], PICTURES[2])]
+def test_caption_eval_takes_a_image_once(root):
+    rows = [{"image": name} for name in (IMAGES[0], IMAGES[1], IMAGES[0], IMAGES[2])]
     dataset = CaptionEval(write(root, rows), root, SQUARE)
     assert [dataset[i]["image_id"] for i in range(len(dataset))] == [7, "b", "c"]
     assert [grey(dataset[i]["image"]) for i in range(3)] == [0, 1, 2]
     assert dataset.path(2) == root / "c.jpg"
 
 
-def test_two_pictures_cannot_have_one_id(root):
-    rows = [{"image": PICTURES[1], "image_id": 5}, {"image": PICTURES[2], "image_id": "5"}]
-    with pytest.raises(UserError, match=r"c\.jpg is '5'.*another picture's.*'image_id' of its own"):
+def test_two_images_cannot_have_one_id(root):
+    rows = [{"image": IMAGES[1], "image_id": 5}, {"image": IMAGES[2], "image_id": "5"}]
+    with pytest.raises(UserError, match=r"c\.jpg is '5'.*another image's.*'image_id' of its own"):
         CaptionEval(write(root, rows), root, SQUARE)
 
 
 def test_retrieval_eval(root):
     rows = [
-        {"image": PICTURES[0], "caption": ["A dog.", "Two dogs"]},
-        {"image": PICTURES[1], "caption": "one line per caption"},
-        {"image": PICTURES[1], "caption": "and again"},
+        {"image": IMAGES[0], "caption": ["A dog.", "Two dogs"]},
+        {"image": IMAGES[1], "caption": "one line per caption"},
+        {"image": IMAGES[1], "caption": "and again"},
     ]
     dataset = RetrievalEval(write(root, rows), root, SQUARE)
     assert dataset.text == ["a dog", "two dogs", "one line per caption", "and again"]
-    assert dataset.image == list(PICTURES[:2]) and len(dataset) == 2
+    assert dataset.image == list(IMAGES[:2]) and len(dataset) == 2
     assert dataset.txt2img == {0: 0, 1: 0, 2: 1, 3: 1}
     assert dataset.img2txt == {0: [0, 1], 1: [2, 3]}
     assert dataset[1]["index"] == 1 and grey(dataset[1]["image"]) == 1
@@ -172,11 +172,11 @@ def test_retrieval_eval(root):
 def test_vqa_train(root):
     ten = ["yes"] * 7 + ["no"] * 2 + ["red"]
     rows = [
-        {"dataset": "vqa", "image": PICTURES[0], "question": "Is it (so)?", "question_id": 1, "answer": ten},
-        {"dataset": "vg", "image": PICTURES[1], "question": "What?", "question_id": 2, "answer": "a dog"},
+        {"dataset": "vqa", "image": IMAGES[0], "question": "Is it (so)?", "question_id": 1, "answer": ten},
+        {"dataset": "vg", "image": IMAGES[1], "question": "What?", "question_id": 2, "answer": "a dog"},
     ]
     (root / "genome").mkdir()
-    (root / PICTURES[1]).rename(root / "genome" / PICTURES[1])
+    (root / IMAGES[1]).rename(root / "genome" / IMAGES[1])
     dataset = VQATrain([write(root, rows)], {"vqa": root, "vg": root / "genome"}, SQUARE)
     batch = vqa_collate_fn([dataset[0], dataset[1]])
     assert batch["question"] == ["is it so?", "what?"] and batch["n"] == [3, 1]
@@ -186,7 +186,7 @@ def test_vqa_train(root):
 
 
 def test_vqa_test(root):
-    rows = [{"image": PICTURES[2], "question": "What?", "question_id": 12}]
+    rows = [{"image": IMAGES[2], "question": "What?", "question_id": 12}]
     file, answers = write(root, rows), write(root, ["yes", "no"], "answers.json")
     dataset = VQATest(file, {"vqa": root, "vg": root}, SQUARE, answers)
     assert (dataset[0]["question"], dataset[0]["question_id"], dataset.answer_list) == ("what?", 12, ["yes", "no"])
@@ -201,7 +201,7 @@ def test_vqa_test(root):
 
 
 def test_nlvr(root):
-    rows = [{"images": list(PICTURES[1:]), "sentence": "The LEFT one is right.", "label": "True"}]
+    rows = [{"images": list(IMAGES[1:]), "sentence": "The LEFT one is right.", "label": "True"}]
     dataset = NLVR(write(root, rows), root, SQUARE, swap=True)
     items = [dataset[0] for _ in range(40)]
     seen = {(grey(item["image0"]), grey(item["image1"]), item["sentence"]) for item in items}
@@ -255,8 +255,8 @@ def test_encodings(tmp_path):
         read_annotation(tmp_path / "none.json", ("image",))
 
 
-def test_missing_pictures_are_counted_and_named(root):
-    rows = [{"image": name, "caption": "x"} for name in (*PICTURES, "sub/z.jpg", "y.jpg", "x.jpg", "w.jpg", "w.jpg")]
+def test_missing_images_are_counted_and_named(root):
+    rows = [{"image": name, "caption": "x"} for name in (*IMAGES, "sub/z.jpg", "y.jpg", "x.jpg", "w.jpg", "w.jpg")]
     with pytest.raises(UserError, match=r"4 of 7 files do not exist: \S*sub/z\.jpg, \S*w\.jpg, \S*x\.jpg, \.\.\.; "):
         CaptionTrain(write(root, rows), root, SQUARE)
 
@@ -287,14 +287,14 @@ def settings(root, **changes):
 
 
 def test_create_dataset_on_own_files(root):
-    rows = [{"image": name, "caption": ["one two three", "four"]} for name in PICTURES]
+    rows = [{"image": name, "caption": ["one two three", "four"]} for name in IMAGES]
     own = dict.fromkeys(("train_file", "val_file", "test_file"), write(root, rows, "own.json"))
     train, val, test = create_dataset("caption_coco", settings(root, **own, max_words=2))
     assert (len(train), len(val), len(test)) == (6, 3, 3)
     assert train[0]["caption"] == "a one two" and train[0]["image"].shape == (3, SIZE, SIZE)
     train, val, _ = create_dataset("retrieval_flickr", settings(root, **own, max_words=2))
     assert (len(train), val.text[:2], train[0]["caption"]) == (6, ["one two", "four"], "one two")
-    statement = {"images": list(PICTURES[:2]), "sentence": "x", "label": "True"}
+    statement = {"images": list(IMAGES[:2]), "sentence": "x", "label": "True"}
     own = dict.fromkeys(own, write(root, [statement], "nlvr.json"))
     train, val, test = create_dataset("nlvr", settings(root, **own))
     assert (train.swap, val.swap, test.swap) == (True, False, False)
@@ -304,17 +304,17 @@ def test_create_dataset_on_own_files(root):
 def test_create_dataset_by_released_names(root):
     for prefix in ("coco_karpathy", "flickr30k"):
         for split in ("train", "val", "test"):
-            write(root, [{"image": PICTURES[0], "caption": split}], f"{prefix}_{split}.json")
+            write(root, [{"image": IMAGES[0], "caption": split}], f"{prefix}_{split}.json")
     for name in ("retrieval_coco", "retrieval_flickr"):
         _, val, test = create_dataset(name, settings(root))
         assert (val.text, test.text) == (["val"], ["test"])
     for split, number in (("val", 3), ("test", 4)):
-        write(root, [{"image": PICTURES[1], "img_id": number}], f"nocaps_{split}.json")
+        write(root, [{"image": IMAGES[1], "img_id": number}], f"nocaps_{split}.json")
     assert [part[0]["image_id"] for part in create_dataset("nocaps", settings(root))] == [3, 4]
 
 
 def test_create_dataset_vqa(root):
-    row = {"image": PICTURES[0], "question": "What?", "question_id": 1, "answer": ["dog"]}
+    row = {"image": IMAGES[0], "question": "What?", "question_id": 1, "answer": ["dog"]}
     write(root, [row] * 2, "vqa_train.json"), write(root, [row], "mine.json"), write(root, [row], "vqa_test.json")
     config = settings(root, vqa_root=str(root), vg_root=str(root), train_files=["vqa_train", "mine"])
     train, test = create_dataset("vqa", {**config, "inference": "generate"})  # which needs no list of answers

@@ -12,19 +12,18 @@ from faults import differences
 from PIL import Image
 from scripts import TINY, run_here, settings
 
-import engine.loop
+import launch.watchdog
 import predict
 import pretrain
-from data.miniature import write_miniature
+from bootstrap import shards as bootstrap
 from data.pretrain import build_index
-from engine import bootstrap
-from engine.checkpoint import save_atomic
-from engine.config import NLVRConfig, save_config
-from engine.explain import save_picture
-from engine.report import write_report
-from engine.results import write_json
-from engine.run import Run
-from files import append, disk_is_full, write_whole
+from files import append, disk_is_full, write_json, write_whole
+from inference.explain import save_image
+from launch.config import NLVRConfig, save_config
+from launch.run import Run
+from miniature.world import write_miniature
+from report.page import write_report
+from training.checkpoint import save_atomic
 from utils import UserError
 
 OLD = '{"epoch": 0, "a": "old"}\n'
@@ -76,7 +75,7 @@ RUN = [
 OTHERS = [
     ("shard.jsonl", lambda path: bootstrap.write_shard(path, [{"image": "a.jpg"}])),
     ("bootstrapped.jsonl", merged),
-    ("map.png", lambda path: save_picture(Image.new("RGB", (8, 8)), path)),
+    ("map.png", lambda path: save_image(Image.new("RGB", (8, 8)), path)),
     ("features.npy", lambda path: predict.save_features(path, ["a"], np.zeros((1, 9)))),
 ]
 
@@ -150,14 +149,14 @@ def test_a_run_whose_disk_fills_goes_on_to_the_same_end(world, whole, tmp_path, 
     """From its fifth step on, or the next time it evaluates, saves or reports, nothing can be written."""
     folder = tmp_path / "out"
     disk = contextlib.ExitStack()
-    begin = engine.watchdog.Watchdog.enter
+    begin = launch.watchdog.Watchdog.enter
 
     def enter(self, name, step):
         begin(self, name, step)
         if name == phase and (step == 5 or step > 5 and phase != "a step") and not hasattr(disk, "full"):
             disk.full = disk.enter_context(full_disk())
 
-    monkeypatch.setattr(engine.watchdog.Watchdog, "enter", enter)
+    monkeypatch.setattr(launch.watchdog.Watchdog, "enter", enter)
     with disk:
         code, told = run_here("train_nlvr.py", *arguments(world, folder))
     errors = [line for line in told.splitlines() if line.startswith("error: ")]

@@ -2,8 +2,8 @@
 
 import torch
 
-from engine.ranking import two_stage_scores
 from formula import arr, assert_close, build, expected, golden
+from inference.ranking import two_stage_scores
 from processes import run_in_processes
 
 IMAGES = torch.stack([arr(f"a:eval{i}", (3, 48, 48)) for i in range(6)])

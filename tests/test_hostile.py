@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from bootstrap.shards import Shards
+from bootstrap.tars import list_source
 from data.annotations import inside, leaves
 from data.coco_flickr import CaptionEval, CaptionTrain, RetrievalEval
 from data.nlvr import NLVR
@@ -21,12 +23,10 @@ from data.pretrain import PairDataset, open_lists
 from data.transforms import test_transform as square
 from data.video import VideoDataset
 from data.vqa import VQATrain
-from engine.bootstrap import Shards
-from engine.checkpoint import load_last
-from engine.tar_bootstrap import list_source
 from models.architecture import settings_of
 from models.pretrained import load_pretrained
 from models.weights import read_state_dict
+from training.checkpoint import load_last
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -173,7 +173,7 @@ def test_safetensors_that_lie(tmp_path, lie):
 
 @pytest.fixture
 def folders(tmp_path):
-    """An image folder with a picture, a picture outside, and a link to that from inside."""
+    """An image folder with a image, a image outside, and a link to that from inside."""
     root = tmp_path / "images"
     (root / "sub").mkdir(parents=True)
     for path in (root / "a.jpg", root / "sub" / "b.jpg", tmp_path / "secret.jpg"):
@@ -224,13 +224,13 @@ def test_annotations_stay_in_their_folder(folders, tmp_path, kind):
         (folders / "a.jpg.mp4").write_bytes(b"")
     for name in ("a.jpg", str(folders / "a.jpg")):
         assert len(DATASETS[kind](file, str(folders), name)) == 1
-    if kind not in ("video", "nlvr"):  # the latter's other picture is not here
+    if kind not in ("video", "nlvr"):  # the latter's other image is not here
         secret = str(tmp_path / "secret.jpg")
         assert len(DATASETS[kind](file, "", secret)) == 1 and len(DATASETS[kind](file, "/", secret)) == 1
 
 
 def test_lists_of_pairs_stay_in_their_folder(folders, tmp_path):
-    """A picture outside counts as unreadable, in pretraining and in CapFilt."""
+    """A image outside counts as unreadable, in pretraining and in CapFilt."""
     secret = str(tmp_path / "secret.jpg")
     names = ["a.jpg", "../secret.jpg", secret, "link.jpg"]
     (tmp_path / "pairs.json").write_text(json.dumps([{"image": name, "caption": "x"} for name in names]))

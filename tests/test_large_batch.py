@@ -5,13 +5,13 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import train_retrieval
-from engine.accumulate import add_candidates
-from engine.config import RetrievalConfig
-from engine.loop import Loop
-from engine.progress import Progress
-from engine.run import Run
 from formula import arr, build
+from launch.config import RetrievalConfig
+from launch.run import Run
 from processes import run_in_processes
+from training.contrast import add_candidates
+from training.loop import Loop
+from training.progress import Progress
 
 CPU = torch.device("cpu")
 ALPHA, STEPS, PAIRS = 0.4, 2, 8

@@ -13,7 +13,7 @@ from utils import UserError, user_message
 
 
 class Noise:
-    """Augmented pictures of noise."""
+    """Augmented images of noise."""
 
     def __init__(self, length=11):
         self.length, self.transform = length, train_transform(16)
@@ -81,7 +81,7 @@ def test_processes_share_an_epoch_and_an_evaluation():
 
 
 class Missing:
-    """One picture that is not there."""
+    """One image that is not there."""
 
     def __init__(self, path):
         self.path = path
@@ -99,7 +99,7 @@ def test_an_error_of_a_worker_is_one_line(tmp_path, num_workers, shuffle):
     state = random.getstate()
     with pytest.raises(UserError) as error:
         next(iter(loader(num_workers, shuffle, Missing(tmp_path / "absent.jpg"))))
-    expected = f"picture {tmp_path / 'absent.jpg'} does not exist; correct its path, or image_root"
+    expected = f"image {tmp_path / 'absent.jpg'} does not exist; correct its path, or image_root"
     assert user_message(error.value) == expected
     assert random.getstate() == state
 

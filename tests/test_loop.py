@@ -8,10 +8,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from data import create_loader, create_sampler
-from engine.config import TrainConfig
-from engine.loop import fit
-from engine.run import Run
+from launch.config import TrainConfig
+from launch.run import Run
 from processes import run_in_processes
+from training.loop import fit
 from utils import UserError
 
 CPU = torch.device("cpu")

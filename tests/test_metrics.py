@@ -97,7 +97,7 @@ def test_perfect_captions_and_silence(tmp_path, no_java, capfd):
 
 
 def test_duplicate_and_foreign_ids(tmp_path, no_java):
-    """The first of several captions of a picture counts; ids outside the ground truth do not."""
+    """The first of several captions of a image counts; ids outside the ground truth do not."""
     truth = ground_truth(tmp_path)
     expected = caption_scores(result_rows(), truth)[0]
     more = [*result_rows(), {"image_id": 7, "caption": "nonsense"}, {"image_id": 99, "caption": "elsewhere"}]
@@ -106,8 +106,8 @@ def test_duplicate_and_foreign_ids(tmp_path, no_java):
 
 
 def test_missing_captions_are_named(tmp_path):
-    """Pictures without a caption are counted and the first are named."""
-    with pytest.raises(UserError, match=r"3 of the 4 pictures.*7, x9, 13"):
+    """Images without a caption are counted and the first are named."""
+    with pytest.raises(UserError, match=r"3 of the 4 images.*7, x9, 13"):
         caption_scores([{"image_id": 12, "caption": "a wave"}], ground_truth(tmp_path))
 
 

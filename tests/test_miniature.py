@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import miniature, miniature_text
-from data.miniature_scene import COLORS, SHAPES, SIZES, Item, Scene, draw_scene, render, seen_pairs, unseen_pairs
 from data.text import exchange_left_right
+from miniature import text as miniature_text
+from miniature import world as miniature
+from miniature.scene import COLORS, SHAPES, SIZES, Item, Scene, draw_scene, render, seen_pairs, unseen_pairs
 from models.tokenizer import init_tokenizer
 from utils import UserError
 
@@ -66,7 +67,7 @@ def every_text(world: Path) -> set[str]:
     return texts
 
 
-# Pictures.
+# Images.
 
 
 def test_same_arguments_give_the_same_bytes_and_another_seed_others(world: Path, tmp_path: Path) -> None:
@@ -78,7 +79,7 @@ def test_same_arguments_give_the_same_bytes_and_another_seed_others(world: Path,
     assert (other / "scenes.json").read_text() != (again / "scenes.json").read_text()
 
 
-def test_every_picture_has_the_size_asked_for_and_an_id_of_its_own(world: Path, scenes: dict, tmp_path: Path) -> None:
+def test_every_image_has_the_size_asked_for_and_an_id_of_its_own(world: Path, scenes: dict, tmp_path: Path) -> None:
     assert {Image.open(world / name).size for name in scenes} == {(64, 64)}
     assert len({int(Path(name).stem) for name in scenes}) == len(scenes) == sum(COUNTS.values())
     assert Counter(Path(name).parent.name for name in scenes) == {"train": 120, "val": 30, "test": 200, "web": 200}
@@ -107,20 +108,20 @@ def test_objects_do_not_overlap_and_stay_inside(scenes: dict) -> None:
 @pytest.mark.parametrize("color", COLORS)
 def test_an_object_shows_its_colour_at_its_place_only(color: str) -> None:
     item = Item(color, "square", "small", 0.25, 0.7)
-    picture = np.asarray(render(Scene((item,), "plain", (128, 128)))).astype(int)
-    is_color = np.abs(picture - COLORS[color]).max(axis=2) < 8
+    image = np.asarray(render(Scene((item,), "plain", (128, 128)))).astype(int)
+    is_color = np.abs(image - COLORS[color]).max(axis=2) < 8
     rows, columns = np.nonzero(is_color)
     assert abs(columns.mean() / 64 - 0.25) < 0.02 and abs(rows.mean() / 64 - 0.7) < 0.02
     assert 18 <= np.ptp(rows) <= 24 and 18 <= np.ptp(columns) <= 24
-    assert (picture[~is_color][:, 0] == 128).mean() > 0.95
+    assert (image[~is_color][:, 0] == 128).mean() > 0.95
 
 
 def test_shapes_differ_by_many_pixels_also_when_small() -> None:
     masks = {}
     for shape in SHAPES:
         scene = Scene((Item("red", shape, "small", 0.5, 0.5),), "plain", (128, 128))
-        picture = np.asarray(render(scene)).astype(int)
-        masks[shape] = np.abs(picture - 128).max(axis=2) > 43
+        image = np.asarray(render(scene)).astype(int)
+        masks[shape] = np.abs(image - 128).max(axis=2) > 43
     for a, b in combinations(SHAPES, 2):
         differing = (masks[a] ^ masks[b]).sum() / (masks[a] | masks[b]).sum()
         assert differing > 0.14, (a, b)
@@ -135,7 +136,7 @@ def test_kept_pairs_cover_every_shape_and_colour_once() -> None:
     assert len(seen_pairs()) == 56
 
 
-def test_only_test_pictures_show_kept_pairs(scenes: dict) -> None:
+def test_only_test_images_show_kept_pairs(scenes: dict) -> None:
     shown = Counter(Path(name).parent.name for name, scene in scenes.items() if unseen_pairs() & set(pairs(scene)))
     assert set(shown) == {"test"} and 0.05 * 200 < shown["test"] < 0.2 * 200
 
@@ -196,7 +197,7 @@ def test_exact_captions_name_the_right_pairs_and_no_others(caption: str, exact: 
 
 
 @pytest.mark.parametrize("level", [1, 4])
-def test_retrieval_captions_tell_all_test_pictures_apart(level: int, tmp_path: Path) -> None:
+def test_retrieval_captions_tell_all_test_images_apart(level: int, tmp_path: Path) -> None:
     counts = {"num_train": 1, "num_val": 1, "num_web": 0, "num_test": 500, "image_size": 16}
     folder = miniature.write_miniature(tmp_path, level, **counts)
     rows = annotation(folder, "flickr30k_test.json")
@@ -204,7 +205,7 @@ def test_retrieval_captions_tell_all_test_pictures_apart(level: int, tmp_path: P
     assert len(rows) == 500 and max(owners.values()) == 1
 
 
-def test_ground_truth_matches_its_pictures(world: Path) -> None:
+def test_ground_truth_matches_its_images(world: Path) -> None:
     for split in ("val", "test"):
         truth = annotation(world, f"coco_karpathy_{split}_gt.json")
         listed: dict[int, list[str]] = {image["id"]: [] for image in truth["images"]}
@@ -307,7 +308,7 @@ def test_labels_are_balanced_and_true(world: Path, scenes: dict) -> None:
             images = [scenes[name]["items"] for name in row["images"]]
             if found := STATEMENT.match(row["sentence"].removeprefix("the ")):
                 assert row["label"] == str(holds(found, *images)), row
-                # pictures and words exchanged, the statement says the same
+                # images and words exchanged, the statement says the same
                 swapped = STATEMENT.match(exchange_left_right(row["sentence"]).removeprefix("the "))
                 assert row["label"] == str(holds(swapped, *images[::-1])), row
                 checked += 1
@@ -333,7 +334,7 @@ def test_statements_of_an_evaluation_are_judged_for_four_different_pairs(world: 
         assert len({(row["sentence"], *row["images"]) for row in rows}) == len(rows)
 
 
-def test_one_picture_is_too_few_for_statements_but_enough_for_a_world(tmp_path: Path) -> None:
+def test_one_image_is_too_few_for_statements_but_enough_for_a_world(tmp_path: Path) -> None:
     folder = miniature.write_miniature(tmp_path, num_train=1, num_val=1, num_test=1, num_web=1)
     assert annotation(folder, "nlvr_dev.json") == []
 
@@ -341,7 +342,7 @@ def test_one_picture_is_too_few_for_statements_but_enough_for_a_world(tmp_path: 
 # Web texts.
 
 
-def test_web_texts_are_right_noisy_or_of_another_picture(world: Path, scenes: dict) -> None:
+def test_web_texts_are_right_noisy_or_of_another_image(world: Path, scenes: dict) -> None:
     rows, truth = annotation(world, "pretrain_web.json"), annotation(world, "pretrain_web_truth.json")
     assert [row["image"] for row in rows] == [row["image"] for row in truth]
     for row, fact in zip(rows, truth, strict=True):

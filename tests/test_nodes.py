@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from scripts import ROOT, TINY, environment, kill_family, lines, settings
 
-from data.miniature import write_miniature
-from engine.rendezvous import agree, join_group, started_before, was_restarted
+from launch.rendezvous import agree, join_group, started_before, was_restarted
+from miniature.world import write_miniature
 from processes import run_agent, run_script, start
 from utils import UserError
 

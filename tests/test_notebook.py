@@ -18,5 +18,5 @@ def test_notebook_runs():
     ).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     assert not [output for output in outputs if output.output_type == "error"]
-    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == 3  # the picture and two sheets of maps
+    images = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(images) == 3  # the image and two sheets of maps

@@ -1,4 +1,4 @@
-"""Pictures of every odd kind: what each becomes, in every reader, and how a training set with 1% of them goes."""
+"""Images of every odd kind: what each becomes, in every reader, and how a training set with 1% of them goes."""
 
 import io
 import json
@@ -16,10 +16,10 @@ from data import create_dataset
 from data.coco_flickr import CaptionTrain
 from data.pretrain import PairDataset
 from data.shards import TarPairs
-from data.transforms import BAD_PICTURE, open_image, to_rgb, train_transform
+from data.transforms import BAD_IMAGE, open_image, to_rgb, train_transform
 from data.transforms import test_transform as plain_transform
-from engine.config import CaptionConfig
-from engine.run import Run
+from launch.config import CaptionConfig
+from launch.run import Run
 from pretrain import BadImages
 from utils import UserError
 
@@ -28,9 +28,9 @@ TURN = Image.Exif()
 TURN[0x0112] = 6  # "turn by a quarter to the right"
 
 
-def encoded(picture, kind="PNG", **options):
+def encoded(image, kind="PNG", **options):
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -44,16 +44,16 @@ def animated():
 
 
 def transparent():
-    picture = orange("RGBA")
-    picture.putalpha(0)
-    return encoded(picture)
+    image = orange("RGBA")
+    image.putalpha(0)
+    return encoded(image)
 
 
 def turned():
     """Left half black, right half orange; upright, the right half is below."""
-    picture = orange()
-    picture.paste((0, 0, 0), (0, 0, 10, 12))
-    return encoded(picture, "JPEG", exif=TURN, quality=95)
+    image = orange()
+    image.paste((0, 0, 0), (0, 0, 10, 12))
+    return encoded(image, "JPEG", exif=TURN, quality=95)
 
 
 JPEG = encoded(orange(), "JPEG", quality=95)
@@ -91,11 +91,11 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("name", READ)
 def test_read(folder, name):
-    picture = open_image(folder / name)
-    assert (picture.mode, picture.size) == ("RGB", READ[name][1])
+    image = open_image(folder / name)
+    assert (image.mode, image.size) == ("RGB", READ[name][1])
     wanted = READ[name][2] or ORANGE
     near = 3 if READ[name][2] else 60  # palettes have the web's colours, or a GIF's
-    assert np.abs(np.subtract(picture.getpixel((picture.width - 1, 0)), wanted)).max() <= near
+    assert np.abs(np.subtract(image.getpixel((image.width - 1, 0)), wanted)).max() <= near
     for transform in (plain_transform(16), train_transform(16)):
         assert transform.read(folder / name).shape == (3, 16, 16)
 
@@ -143,7 +143,7 @@ def test_the_setting_reaches_every_dataset(folder):
 
 
 def test_one_percent_of_a_pretraining_list(folder):
-    """Every unreadable picture is replaced and named, every other one is read."""
+    """Every unreadable image is replaced and named, every other one is read."""
     names = [f"plain{i}.png" for i in range(200)] * 6
     odd = [*READ, *REFUSED]
     for place, name in enumerate(odd):
@@ -189,7 +189,7 @@ def test_other_trainings_stop_at_one(folder, tmp_path):
     tiny = [part for value in TINY for part in ("--set", value)]
     config = ["--config", "configs/miniature/caption.yaml", "--output_dir", tmp_path / "out"]
     code, told = run_here("train_caption.py", *config, *tiny, *given_settings(**values))
-    assert code == 2 and told.splitlines()[-1].startswith("error: picture ") and "truncated.jpg" in told
+    assert code == 2 and told.splitlines()[-1].startswith("error: image ") and "truncated.jpg" in told
 
 
 WHOLE = {kind: encoded(orange(), kind) for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM")}
@@ -199,13 +199,13 @@ WHOLE = {kind: encoded(orange(), kind) for kind in ("JPEG", "PNG", "GIF", "WEBP"
 @given(st.sampled_from(sorted(WHOLE)), st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=4),
        st.just(1) | st.floats(0.3, 1))  # fmt: skip
 @pytest.mark.filterwarnings("ignore")
-def test_damaged_bytes_are_a_picture_or_a_known_error(kind, changes, share):
+def test_damaged_bytes_are_a_image_or_a_known_error(kind, changes, share):
     content = bytearray(WHOLE[kind])
     for place, value in changes:
         content[place % len(content)] = value
     try:
-        with Image.open(io.BytesIO(content[: int(len(content) * share)])) as picture:
-            if picture.width * picture.height < 10**6:
-                assert to_rgb(picture, upright=True).mode == "RGB"
-    except BAD_PICTURE as error:
+        with Image.open(io.BytesIO(content[: int(len(content) * share)])) as image:
+            if image.width * image.height < 10**6:
+                assert to_rgb(image, upright=True).mode == "RGB"
+    except BAD_IMAGE as error:
         assert not isinstance(error, AssertionError), error

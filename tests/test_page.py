@@ -19,17 +19,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data.miniature_scene import draw_scene, render
-from data.miniature_text import caption_is_exact
 from demo import app
+from miniature.scene import draw_scene, render
+from miniature.text import caption_is_exact
 
 ROOT = Path(__file__).parent.parent
 gradio_client = pytest.importorskip("gradio_client")
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Three pictures with one object each, and their scenes."""
+def images(tmp_path_factory):
+    """Three images with one object each, and their scenes."""
     folder = tmp_path_factory.mktemp("uploads")
     scenes = [draw_scene(random.Random(seed), 1) for seed in range(3)]
     for number, scene in enumerate(scenes):
@@ -38,12 +38,12 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(pictures):
+def page(images):
     """The page, started as people start it; its address and its process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [sys.executable, "-m", "demo.app", "--port", str(port), "--folder", str(pictures[0])]
+    words = [sys.executable, "-m", "demo.app", "--port", str(port), "--folder", str(images[0])]
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     for _ in range(600):
@@ -109,63 +109,63 @@ def by_id(browser, name):
 # Through a browser.
 
 
-def test_upload_click_read(browser, address, pictures, tmp_path):
+def test_upload_click_read(browser, address, images, tmp_path):
     browser.get(address)
     wait_for(browser, lambda b: b.find_elements("id", "caption-button"))
     assert "that comes with the project" in browser.page_source and "device: cpu" in browser.page_source
-    browser.find_element("css selector", "#caption-picture input[type=file]").send_keys(str(pictures[0] / "0.png"))
-    wait_for(browser, lambda b: b.find_elements("css selector", "#caption-picture img"))
+    browser.find_element("css selector", "#caption-image input[type=file]").send_keys(str(images[0] / "0.png"))
+    wait_for(browser, lambda b: b.find_elements("css selector", "#caption-image img"))
     by_id(browser, "caption-button").click()
     wait_for(browser, lambda b: "log-probability" in by_id(b, "caption-result").text)
     wait_for(browser, lambda b: b.find_elements("css selector", "#caption-maps img"))
     caption = by_id(browser, "caption-result").text.splitlines()[-1].rsplit(" ", 1)[0]
-    assert caption_is_exact(caption, [(i.color, i.shape) for i in pictures[1][0].items])
+    assert caption_is_exact(caption, [(i.color, i.shape) for i in images[1][0].items])
     assert browser.save_screenshot(str(tmp_path / "page.png"))
     assert len(Image.open(tmp_path / "page.png").convert("RGB").getcolors(1 << 24)) > 1000  # more than a blank page
 
 
-def test_a_file_that_is_no_picture_is_told(browser, address, tmp_path):
+def test_a_file_that_is_no_image_is_told(browser, address, tmp_path):
     (tmp_path / "fake.jpg").write_bytes(b"this is a text")
     browser.get(address)
     wait_for(browser, lambda b: b.find_elements("id", "caption-button"))
-    browser.find_element("css selector", "#caption-picture input[type=file]").send_keys(str(tmp_path / "fake.jpg"))
+    browser.find_element("css selector", "#caption-image input[type=file]").send_keys(str(tmp_path / "fake.jpg"))
     time.sleep(1)
     by_id(browser, "caption-button").click()
-    wait_for(browser, lambda b: "no picture that can be read" in b.page_source)
+    wait_for(browser, lambda b: "no image that can be read" in b.page_source)
 
 
 # Through the page's interface.
 
 
-def test_ask_match_and_search(client, pictures):
-    item = pictures[1][0].items[0]
-    answer, maps = client.predict(uploaded(pictures[0] / "0.png"), "how many objects are there?", api_name="/ask")
+def test_ask_match_and_search(client, images):
+    item = images[1][0].items[0]
+    answer, maps = client.predict(uploaded(images[0] / "0.png"), "how many objects are there?", api_name="/ask")
     assert cells(answer)[0] == "1" and Image.open(maps).width > 400
-    match, _ = client.predict(uploaded(pictures[0] / "0.png"), f"a {item.color} {item.shape}", api_name="/match")
+    match, _ = client.predict(uploaded(images[0] / "0.png"), f"a {item.color} {item.shape}", api_name="/match")
     assert float(cells(match)[0].rstrip("%")) > 50
-    note, found = client.predict([uploaded(pictures[0] / f"{i}.png") for i in range(3)], "a circle", api_name="/search")
-    assert note == "searched 3 pictures" and len(found) == 3
+    note, found = client.predict([uploaded(images[0] / f"{i}.png") for i in range(3)], "a circle", api_name="/search")
+    assert note == "searched 3 images" and len(found) == 3
     note, found = client.predict(None, "a circle", api_name="/search")  # the folder the page was started with
-    assert note == "searched 3 pictures" and len(found) == 3
+    assert note == "searched 3 images" and len(found) == 3
 
 
 @pytest.mark.parametrize(
     ("inputs", "name", "said"),
     [
-        ((None, False, 1), "/caption", "there is no picture yet"),
+        ((None, False, 1), "/caption", "there is no image yet"),
         (("0.png", "   "), "/ask", "question is empty"),
         (("0.png", "x" * 500), "/ask", "shorten it"),
         (("0.png", ""), "/match", "text is empty"),
     ],
 )
-def test_what_is_missing_is_told(client, pictures, inputs, name, said):
-    inputs = [uploaded(pictures[0] / value) if value == "0.png" else value for value in inputs]
+def test_what_is_missing_is_told(client, images, inputs, name, said):
+    inputs = [uploaded(images[0] / value) if value == "0.png" else value for value in inputs]
     with pytest.raises(gradio_client.exceptions.AppError, match=said):
         client.predict(*inputs, api_name=name)
 
 
-def test_html_in_a_text_is_shown_as_text(client, pictures):
-    answer, _ = client.predict(uploaded(pictures[0] / "0.png"), "<script>alert(1)</script> what?", api_name="/ask")
+def test_html_in_a_text_is_shown_as_text(client, images):
+    answer, _ = client.predict(uploaded(images[0] / "0.png"), "<script>alert(1)</script> what?", api_name="/ask")
     assert "<script" not in answer
 
 
@@ -177,15 +177,15 @@ def test_a_photograph_of_50_megapixels(client, tmp_path):
 
 def test_a_bomb_is_refused(client, tmp_path):
     Image.new("1", (30000, 30000)).save(tmp_path / "bomb.png")
-    with pytest.raises(gradio_client.exceptions.AppError, match="megapixels|no picture"):
+    with pytest.raises(gradio_client.exceptions.AppError, match="megapixels|no image"):
         client.predict(uploaded(tmp_path / "bomb.png"), False, 1, api_name="/caption")
 
 
-def test_ten_people_at_once(client, pictures):
-    """Everyone gets the answer to his own picture."""
+def test_ten_people_at_once(client, images):
+    """Everyone gets the answer to his own image."""
 
     def ask(number):
-        return cells(client.predict(uploaded(pictures[0] / f"{number % 3}.png"), False, 1, api_name="/caption")[0])[0]
+        return cells(client.predict(uploaded(images[0] / f"{number % 3}.png"), False, 1, api_name="/caption")[0])[0]
 
     alone = [ask(number) for number in range(3)]
     with ThreadPoolExecutor(10) as people:
@@ -224,16 +224,16 @@ def ask_raw(address, name, data):
 
 
 @pytest.mark.parametrize("meta", [{}, {"meta": {"_type": "gradio.FileData"}}])
-def test_pictures_of_the_machine_are_not_read_for_a_request(address, pictures, meta):
+def test_images_of_the_machine_are_not_read_for_a_request(address, images, meta):
     for name, rest in (("caption", [False, 1]), ("ask", ["what?"]), ("match", ["a circle"])):
-        answer = ask_raw(address, name, [{"path": str(pictures[0] / "0.png"), **meta}, *rest])
+        answer = ask_raw(address, name, [{"path": str(images[0] / "0.png"), **meta}, *rest])
         assert answer.startswith("event: error") and "table" not in answer
-    assert ask_raw(address, "search", [[{"path": str(pictures[0] / "0.png"), **meta}], "x"]).startswith("event: error")
+    assert ask_raw(address, "search", [[{"path": str(images[0] / "0.png"), **meta}], "x"]).startswith("event: error")
 
 
-def test_paths_that_climb(address, pictures, tmp_path):
+def test_paths_that_climb(address, images, tmp_path):
     name = "../../../../../../../" + str(tmp_path / "evil.png").lstrip("/")
-    where = upload(address, name, (pictures[0] / "0.png").read_bytes())
+    where = upload(address, name, (images[0] / "0.png").read_bytes())
     assert not (tmp_path / "evil.png").exists() and Path(where).name == "evil.png" and ".." not in where
     folder = where.rpartition("/")[0]
     for path in (f"file={folder}/../../../etc/passwd", f"file={folder}/%2e%2e/%2e%2e/%2e%2e/etc/passwd",
@@ -257,27 +257,27 @@ def upload(address, name, content):
     return json.load(urllib.request.urlopen(request, timeout=20))[0]
 
 
-def test_html_in_file_names_does_not_come_back(address, pictures):
-    where = upload(address, "<img src=x onerror=alert(1)>.png", (pictures[0] / "0.png").read_bytes())
+def test_html_in_file_names_does_not_come_back(address, images):
+    where = upload(address, "<img src=x onerror=alert(1)>.png", (images[0] / "0.png").read_bytes())
     file = {"path": where, "meta": {"_type": "gradio.FileData"}, "orig_name": "<img src=x onerror=alert(1)>.png"}
     for name, data in (("search", [[file], "a circle"]), ("caption", [file, False, 1])):
         answer = ask_raw(address, name, data)
         assert answer.startswith("event: complete") and "<img" not in answer
-    where = upload(address, "<img src=x>.png", b"no picture")
+    where = upload(address, "<img src=x>.png", b"no image")
     file = {"path": where, "meta": {"_type": "gradio.FileData"}}
     assert "<img" not in ask_raw(address, "search", [[file], "a circle"])
 
 
-def test_equal_results_are_files_of_their_own(client, pictures):
-    """Or one request's picture is written while another's is read."""
-    search = [client.predict([uploaded(pictures[0] / "0.png")], "a circle", api_name="/search")[1] for _ in range(2)]
-    ask = [client.predict(uploaded(pictures[0] / "0.png"), "what?", api_name="/ask")[1] for _ in range(2)]
+def test_equal_results_are_files_of_their_own(client, images):
+    """Or one request's image is written while another's is read."""
+    search = [client.predict([uploaded(images[0] / "0.png")], "a circle", api_name="/search")[1] for _ in range(2)]
+    ask = [client.predict(uploaded(images[0] / "0.png"), "what?", api_name="/ask")[1] for _ in range(2)]
     for one, other in (ask, [found[0]["image"] for found in search]):
         assert list(Image.open(one).getdata()) == list(Image.open(other).getdata())
         assert Path(one).read_bytes() != Path(other).read_bytes()
 
 
-def test_html_in_captions_and_answers_is_shown_as_text(pictures, monkeypatch):
+def test_html_in_captions_and_answers_is_shown_as_text(images, monkeypatch):
     evil = "<script>alert(1)</script>"
 
     class Model:
@@ -291,7 +291,7 @@ def test_html_in_captions_and_answers_is_shown_as_text(pictures, monkeypatch):
     monkeypatch.setattr(app, "sheet", lambda *_: Image.new("RGB", (4, 4)))
     shown = app.Page({})
     shown.models = {"caption": Model(), "vqa": Model()}
-    path = str(pictures[0] / "0.png")
+    path = str(images[0] / "0.png")
     for html in (shown.caption(path, False, 1)[0], shown.ask(path, "what?")[0]):
         assert "<script" not in html and "&lt;script&gt;" in html
 
@@ -351,12 +351,12 @@ def test_gigabytes_that_are_not_announced_are_cut_off(page, kind):
     assert urllib.request.urlopen(page[0], timeout=10).status == 200
 
 
-def crowd(page, pictures, seconds, people=50):
+def crowd(page, images, seconds, people=50):
     """Keep many requests going; return answers, the memory they took in MiB, and others' longest wait in seconds."""
     client = gradio_client.Client(page[0], verbose=False, max_workers=people + 10)
 
     def ask(number):
-        return client.predict(uploaded(pictures[0] / f"{number % 3}.png"), "how many?", api_name="/ask")[0]
+        return client.predict(uploaded(images[0] / f"{number % 3}.png"), "how many?", api_name="/ask")[0]
 
     expected = [ask(number) for number in range(3)]
     before, until, waits = memory(page, "VmRSS"), time.monotonic() + seconds, []
@@ -382,14 +382,14 @@ def crowd(page, pictures, seconds, people=50):
     return answers, memory(page, "VmHWM") - before, max(waits)
 
 
-def test_fifty_people_at_once(page, pictures):
-    answers, grown, wait = crowd(page, pictures, 1)
+def test_fifty_people_at_once(page, images):
+    answers, grown, wait = crowd(page, images, 1)
     assert min(answers) >= 1 and grown < 500 and wait < 10
 
 
 @pytest.mark.skipif("BLIP_SLOW" not in os.environ, reason="a minute of load; BLIP_SLOW=1 runs it")
-def test_fifty_people_for_a_minute(page, pictures):
-    answers, grown, wait = crowd(page, pictures, 60)
+def test_fifty_people_for_a_minute(page, images):
+    answers, grown, wait = crowd(page, images, 60)
     print(f"{sum(answers)} answers, all right, {min(answers)} to {max(answers)} each, {grown:.0f} MiB more, "
           f"others waited {wait:.1f} s at most")  # fmt: skip
     assert min(answers) >= 1 and grown < 500 and wait < 10

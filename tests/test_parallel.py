@@ -11,14 +11,14 @@ import torch.distributed.fsdp
 import torch.multiprocessing as mp
 from scripts import ROOT, TINY, run_here, settings
 
-from data.miniature import write_miniature
-from engine import adapters, loop, parallel, run
-from engine.accumulate import add_candidates
-from engine.checkpoint import LAST
-from engine.config import TrainConfig
-from engine.run import Run
 from formula import MODELS, arr, fill
+from launch import run
+from launch.config import TrainConfig
+from launch.run import LAST, Run
+from miniature.world import write_miniature
 from models import linear, med
+from training import adapters, loop, parallel
+from training.contrast import add_candidates
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def small(kind, **options):
 
 
 def batch_of(number, rank):
-    """A rank's own pictures and texts."""
+    """A rank's own images and texts."""
     image = arr(f"parallel{number}{rank}", (PAIRS, 3, 32, 32))
     first = number + 2 * rank
     captions = [CAPTIONS[(first + i) % len(CAPTIONS)] for i in range(PAIRS)]

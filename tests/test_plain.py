@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from engine.ranking import two_stage_scores
+from inference.ranking import two_stage_scores
 from models import blip_pretrain
 from models.blip import ids_and_mask
 from models.med import TextTransformer

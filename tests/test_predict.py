@@ -1,4 +1,4 @@
-"""predict.py and `models.load` on the model that ships with the project: what people get for their own pictures."""
+"""predict.py and `models.load` on the model that ships with the project: what people get for their own images."""
 
 import json
 import random
@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import predict
-from data.miniature_scene import draw_scene, render
-from data.miniature_text import caption_is_exact
-from engine.explain import explain, sheet
+from inference.explain import explain, sheet
+from miniature.scene import draw_scene, render
+from miniature.text import caption_is_exact
 from models import load
 from models.generation import GenerationConfig, draw
 from utils import UserError
@@ -27,14 +27,14 @@ VQA = str(ROOT / "configs" / "miniature" / "vqa.safetensors")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder of ten pictures, one of them in a subfolder, and one file that is no picture."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """A folder of ten images, one of them in a subfolder, and one file that is no image."""
+    folder = tmp_path_factory.mktemp("images")
     (folder / "more").mkdir()
     rng, scenes = random.Random(5), []
     for number in range(10):
         scenes.append(draw_scene(rng, 1))
         render(scenes[-1]).save(folder / ("more" if number == 9 else "") / f"{number}.png")
-    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "broken.png").write_bytes(b"no image")
     return folder, scenes
 
 
@@ -63,7 +63,7 @@ def lines(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def picture(world, number=0):
+def image(world, number=0):
     return world[0] / f"{number}.png"
 
 
@@ -86,7 +86,7 @@ def test_captions_of_a_folder(world, tmp_path, monkeypatch, capsys):
         for row, scene in zip(good, world[1], strict=True)
     ]
     assert sum(exact) >= 6
-    assert "1 of 11 pictures could not be used" in capsys.readouterr().err
+    assert "1 of 11 images could not be used" in capsys.readouterr().err
 
 
 def test_resume_goes_on_after_the_last_whole_row(world, tmp_path, monkeypatch):
@@ -108,21 +108,21 @@ def test_resume_of_another_file_is_refused(world, tmp_path, monkeypatch, capsys)
 
 
 def test_several_captions_are_different_and_in_order(captioner, world):
-    found = captioner.caption(picture(world), num_captions=3)[0]["captions"]
+    found = captioner.caption(image(world), num_captions=3)[0]["captions"]
     assert len({row["caption"] for row in found}) == 3
-    assert found[0]["caption"] == captioner.caption(picture(world))[0]["captions"][0]["caption"]
+    assert found[0]["caption"] == captioner.caption(image(world))[0]["captions"][0]["caption"]
     with pytest.raises(UserError, match="widen the search"):
-        captioner.caption(picture(world), num_captions=4, num_beams=3)
+        captioner.caption(image(world), num_captions=4, num_beams=3)
 
 
 def test_log_probability_is_the_models_own(captioner, world):
     """Teacher forcing over the caption's own tokens gives the log-probability that the search reported."""
     net = captioner.model
     for settings in ({"num_beams": 3}, {"num_beams": 1}, {"sample": True}):
-        row = captioner.caption(picture(world), min_length=1, **settings)[0]["captions"][0]
+        row = captioner.caption(image(world), min_length=1, **settings)[0]["captions"][0]
         ids = net.tokenizer(net.prompt + row["caption"], return_tensors="pt").input_ids
         ids[:, 0] = net.tokenizer.bos_token_id
-        pixels = captioner.transform(Image.open(picture(world)).convert("RGB"))[None]
+        pixels = captioner.transform(Image.open(image(world)).convert("RGB"))[None]
         with torch.no_grad():
             projection = net.text_decoder.bert.project(net.visual_encoder(pixels))
             hidden = net.text_decoder.hidden_states(ids, projection=projection)
@@ -130,8 +130,8 @@ def test_log_probability_is_the_models_own(captioner, world):
         assert row["log_prob"] == pytest.approx(log_probs.sum().item(), abs=2e-4)
 
 
-def test_samples_depend_on_seed_and_picture_only(captioner, world):
-    paths = [picture(world, i) for i in range(4)]
+def test_samples_depend_on_seed_and_image_only(captioner, world):
+    paths = [image(world, i) for i in range(4)]
     settings = {"sample": True, "num_captions": 2}
     together = captioner.caption(paths, batch_size=4, **settings)
     alone = [captioner.caption(path, **settings)[0] for path in reversed(paths)]
@@ -153,7 +153,7 @@ def test_draws_follow_the_nucleus():
 
 def test_answers_to_questions(answerer, world):
     counts = [len(scene.items) for scene in world[1]]
-    paths = [picture(world, i) for i in range(9)]
+    paths = [image(world, i) for i in range(9)]
     rows = answerer.answer(paths, ["how many objects are there?", "is there a circle?"])
     found = [row["answers"][0]["answer"] for row in rows]
     assert sum(answer == str(count) for answer, count in zip(found, counts)) >= 8
@@ -161,7 +161,7 @@ def test_answers_to_questions(answerer, world):
 
 
 def test_chosen_answers_have_probabilities(answerer, world):
-    row = answerer.answer(picture(world), "how many objects are there?", answers=["1", "2", "3", "red"])[0]["answers"][
+    row = answerer.answer(image(world), "how many objects are there?", answers=["1", "2", "3", "red"])[0]["answers"][
         0
     ]
     assert sum(c["probability"] for c in row["candidates"]) == pytest.approx(1, abs=1e-3)
@@ -171,14 +171,14 @@ def test_chosen_answers_have_probabilities(answerer, world):
 
 
 def test_a_question_is_answered_alike_alone_and_among_others(answerer, world):
-    questions = ["is there a circle?", "how many objects are there in this picture?"]
-    together = answerer.answer(picture(world), questions)[0]["answers"]
-    assert together == [answerer.answer(picture(world), q)[0]["answers"][0] for q in questions]
+    questions = ["is there a circle?", "how many objects are there in this image?"]
+    together = answerer.answer(image(world), questions)[0]["answers"]
+    assert together == [answerer.answer(image(world), q)[0]["answers"][0] for q in questions]
 
 
 def test_an_empty_question_is_refused(answerer, world):
     with pytest.raises(UserError, match="question is empty"):
-        answerer.answer(picture(world), "  ")
+        answerer.answer(image(world), "  ")
 
 
 # Matches and search.
@@ -189,17 +189,17 @@ def test_matches_tell_right_from_wrong(matcher, world):
     for number in range(9):
         items = world[1][number].items
         texts = [f"a {items[0].color} {items[0].shape}", "a small brown elephant"]
-        found = matcher.match(picture(world, number), texts)[0]["matches"]
+        found = matcher.match(image(world, number), texts)[0]["matches"]
         right += found[0]["probability"] > found[1]["probability"]
     assert right >= 8
 
 
 def test_match_equals_the_models_own_forward(matcher, world):
     text = "a red circle"
-    row = matcher.match(picture(world), [text, "three objects, a small red circle and two blue squares"])[0]["matches"][
+    row = matcher.match(image(world), [text, "three objects, a small red circle and two blue squares"])[0]["matches"][
         0
     ]
-    pixels = matcher.transform(Image.open(picture(world)).convert("RGB"))[None]
+    pixels = matcher.transform(Image.open(image(world)).convert("RGB"))[None]
     with torch.no_grad():
         probability = matcher.model(pixels, [text]).softmax(1)[0, 1].item()
         cosine = matcher.model(pixels, [text], match_head="itc").item()
@@ -220,7 +220,7 @@ def test_search_builds_an_index_and_uses_it_again(world, tmp_path, monkeypatch, 
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
     assert command(monkeypatch, "search", "--text", "a", "--checkpoint", MODEL, "--index", tmp_path / "none") == 2
     assert "nothing to search" in capsys.readouterr().err
-    assert command(monkeypatch, *words, picture(world)) == 0  # one picture only; the index keeps the others
+    assert command(monkeypatch, *words, image(world)) == 0  # one image only; the index keeps the others
     assert len(json.loads(capsys.readouterr().out)["images"]) == 1
     assert command(monkeypatch, *words, "--top", 9) == 0
     assert len(json.loads(capsys.readouterr().out)["images"]) == 9
@@ -231,7 +231,7 @@ def test_an_index_is_never_taken_for_another(world, tmp_path, monkeypatch, capsy
     assert command(monkeypatch, "features", world[0], "--checkpoint", MODEL, "--output", features) == 0
     words = ("search", world[0], "--text", "a circle", "--checkpoint")
     assert command(monkeypatch, *words, MODEL, "--index", features) == 2
-    assert "is no index of pictures" in capsys.readouterr().err
+    assert "is no index of images" in capsys.readouterr().err
     other = tmp_path / "other.safetensors"
     other.write_bytes(Path(MODEL).read_bytes())
     assert command(monkeypatch, *words, MODEL, "--index", index) == 0
@@ -242,14 +242,14 @@ def test_an_index_is_never_taken_for_another(world, tmp_path, monkeypatch, capsy
 def test_results_are_not_written_over(world, tmp_path, monkeypatch, capsys):
     output = tmp_path / "captions.jsonl"
     output.write_text("precious\n")
-    words = ("caption", picture(world), "--checkpoint", MODEL, "--output", output)
+    words = ("caption", image(world), "--checkpoint", MODEL, "--output", output)
     assert command(monkeypatch, *words) == 2
     assert "replace it with --overwrite" in capsys.readouterr().err and output.read_text() == "precious\n"
     assert command(monkeypatch, *words, "--overwrite") == 0 and len(lines(output)) == 1
 
 
-def test_pictures_are_read_upright_and_whole(tmp_path):
-    from data.pictures import as_rgb
+def test_images_are_read_upright_and_whole(tmp_path):
+    from data.images import as_rgb
 
     exif = Image.Exif()
     exif[274] = 6  # turned by a quarter
@@ -259,7 +259,7 @@ def test_pictures_are_read_upright_and_whole(tmp_path):
     assert np.asarray(as_rgb(tmp_path / "grey.png")).mean() == 116
     Image.new("RGB", (64, 64), "red").save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-60])
-    with pytest.raises(UserError, match="open picture cannot be read"):
+    with pytest.raises(UserError, match="open image cannot be read"):
         as_rgb(Image.open(tmp_path / "cut.png"))
 
 
@@ -275,19 +275,19 @@ def test_a_prompt_is_never_part_of_a_caption(captioner, world):
 
     captioner.model.prompt, old = "a picture of: ", captioner.model.prompt
     try:
-        pixels = captioner.transform(Image.open(picture(world)).convert("RGB"))[None]
+        pixels = captioner.transform(Image.open(image(world)).convert("RGB"))[None]
         texts, _ = captioner.model.caption(pixels, GenerationConfig(max_length=20, min_length=1))
         assert not texts[0].startswith(("f", ":", "of")) and texts[0] == texts[0].strip()
     finally:
         captioner.model.prompt = old
 
 
-def test_search_of_texts_for_a_picture(world, tmp_path, monkeypatch, capsys):
+def test_search_of_texts_for_a_image(world, tmp_path, monkeypatch, capsys):
     item = world[1][0].items[0]
     right = f"a {item.color} {item.shape}"
     texts = tmp_path / "texts.txt"
     texts.write_text(f"a brown elephant\n{right}\nnothing at all\n")
-    assert command(monkeypatch, "search", picture(world), "--texts", texts, "--checkpoint", MODEL) == 0
+    assert command(monkeypatch, "search", image(world), "--texts", texts, "--checkpoint", MODEL) == 0
     found = json.loads(capsys.readouterr().out)["texts"]
     assert len(found) == 3 and found[0]["text"] == right
 
@@ -310,7 +310,7 @@ def test_features_with_names(world, tmp_path, monkeypatch, ending):
 
 @pytest.mark.parametrize("method", ["gradcam", "attention"])
 @pytest.mark.parametrize("size", [(64, 64), (200, 90), (33, 121)])
-def test_maps_fit_every_picture_size(captioner, matcher, answerer, method, size):
+def test_maps_fit_every_image_size(captioner, matcher, answerer, method, size):
     image = render(draw_scene(random.Random(3), 1), 128).resize(size)
     for model, text, answer in (
         (captioner, "a red circle", ""),
@@ -326,8 +326,8 @@ def test_maps_fit_every_picture_size(captioner, matcher, answerer, method, size)
 
 
 def test_recording_does_not_change_what_is_computed(matcher, world):
-    pixels = matcher.transform(Image.open(picture(world)).convert("RGB"))[None]
-    from engine.explain import recorded
+    pixels = matcher.transform(Image.open(image(world)).convert("RGB"))[None]
+    from inference.explain import recorded
 
     with torch.no_grad():
         plain = matcher.model(pixels, ["a red circle"])
@@ -338,7 +338,7 @@ def test_recording_does_not_change_what_is_computed(matcher, world):
 
 
 def test_maps_are_on_the_object(matcher):
-    """The word of a shape looks at the half of the picture that holds the only object."""
+    """The word of a shape looks at the half of the image that holds the only object."""
     right = 0
     for seed in range(8):
         scene = draw_scene(random.Random(seed), 1)
@@ -351,7 +351,7 @@ def test_maps_are_on_the_object(matcher):
 
 
 def test_explain_writes_sheets(world, tmp_path, monkeypatch, capsys):
-    words = ("match", picture(world), "--text", "a red circle", "--checkpoint", MODEL, "--explain", tmp_path / "maps")
+    words = ("match", image(world), "--text", "a red circle", "--checkpoint", MODEL, "--explain", tmp_path / "maps")
     assert command(monkeypatch, *words) == 0
     (path,) = json.loads(capsys.readouterr().out)["maps"]
     assert Image.open(path).width > 600
@@ -359,7 +359,7 @@ def test_explain_writes_sheets(world, tmp_path, monkeypatch, capsys):
 
 def test_a_layer_that_is_not_there(matcher, world):
     with pytest.raises(UserError, match="layers 0 to 1"):
-        explain(matcher, picture(world), "a red circle", layer=7)
+        explain(matcher, image(world), "a red circle", layer=7)
 
 
 # Mistakes.
@@ -369,8 +369,8 @@ def test_a_layer_that_is_not_there(matcher, world):
     ("words", "said"),
     [
         (["caption", "nowhere.jpg", "--checkpoint", MODEL], "does not exist"),
-        (["caption", "tests", "--checkpoint", MODEL], "no picture"),
-        (["caption", "{broken}", "--checkpoint", MODEL], "no picture could be used"),
+        (["caption", "tests", "--checkpoint", MODEL], "no image"),
+        (["caption", "{broken}", "--checkpoint", MODEL], "no image could be used"),
         (["caption", "{good}", "--checkpoint", "absent.pth"], "absent.pth do"),
         (["match", "{good}", "--text", "a", "--checkpoint", VQA], "lacks what the task"),
         (["match", "{good}", "--text", "", "--checkpoint", MODEL], "a text is empty"),
@@ -381,21 +381,21 @@ def test_a_layer_that_is_not_there(matcher, world):
 )
 def test_mistakes_end_in_one_line(world, monkeypatch, capsys, words, said):
     monkeypatch.chdir(ROOT)
-    names = {"{good}": str(picture(world)), "{broken}": str(world[0] / "broken.png")}
+    names = {"{good}": str(image(world)), "{broken}": str(world[0] / "broken.png")}
     assert command(monkeypatch, *[names.get(word, word) for word in words]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: ") and (said in last)
 
 
 def test_a_pretraining_checkpoint_is_told_from_one_that_answers(world, monkeypatch, capsys):
-    assert command(monkeypatch, "vqa", picture(world), "--question", "why?", "--checkpoint", MODEL) == 0
+    assert command(monkeypatch, "vqa", image(world), "--question", "why?", "--checkpoint", MODEL) == 0
     assert "it has not learned to answer" in capsys.readouterr().err
 
 
 def test_results_have_standard_output_to_themselves(world):
-    words = [sys.executable, "predict.py", "caption", str(picture(world)), "--checkpoint", MODEL]
+    words = [sys.executable, "predict.py", "caption", str(image(world)), "--checkpoint", MODEL]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and json.loads(done.stdout)["image"] == str(picture(world))
+    assert done.returncode == 0 and json.loads(done.stdout)["image"] == str(image(world))
 
 
 @pytest.mark.parametrize("name", ["caption", "vqa", "match", "search", "features"])
@@ -405,9 +405,9 @@ def test_help_has_an_example(name, monkeypatch, capsys):
     assert stop.value.code == 0 and f"python predict.py {name}" in capsys.readouterr().out
 
 
-def test_encoded_pictures_are_read_as_files_are(world, captioner):
+def test_encoded_images_are_read_as_files_are(world, captioner):
     path = world[0] / "0.png"
-    (of_file,), (of_bytes, broken) = captioner.caption(path), captioner.caption([path.read_bytes(), b"no picture"])
+    (of_file,), (of_bytes, broken) = captioner.caption(path), captioner.caption([path.read_bytes(), b"no image"])
     assert of_bytes["captions"] == of_file["captions"] and of_bytes["image"] == ""
     assert "cannot be read" in broken["error"]
     assert captioner.caption(path.read_bytes())[0]["captions"] == of_file["captions"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scripts import TINY, lines, run_and_signal, run_here, settings
 
-from data.miniature import write_miniature
+from miniature.world import write_miniature
 
 SEED = 3
 

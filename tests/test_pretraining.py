@@ -10,8 +10,8 @@ from PIL import Image
 import pretrain
 from data.pretrain import PairDataset, build_index, index_folder, list_turns, open_lists
 from data.transforms import test_transform as plain_transform
-from engine.config import PretrainConfig
-from engine.progress import Progress
+from launch.config import PretrainConfig
+from training.progress import Progress
 from utils import UserError
 
 ROWS = [{"image": f"{i}.jpg", "caption": f"Text {i}, é [x], {{y}}"} for i in range(40)]
@@ -82,7 +82,7 @@ def test_turns_and_replacements(lists):
         list_turns(str(lists / "nowhere"))
     for i in range(40):
         (lists / f"{i}.jpg").unlink(missing_ok=True)
-    with pytest.raises(UserError, match="pictures in a row cannot be read"):
+    with pytest.raises(UserError, match="images in a row cannot be read"):
         data.at(0, 0)
 
 

@@ -16,23 +16,23 @@ from safetensors.torch import save_file
 from torch import nn
 
 from data.coco_flickr import CaptionEval, CaptionTrain, RetrievalEval, RetrievalTrain
+from data.images import find_images, read_list
 from data.nlvr import NLVR
-from data.pictures import find_pictures, read_list
 from data.pretrain import PairDataset
 from data.text import pre_caption, pre_question
 from data.transforms import test_transform as square
 from data.video import VideoDataset
 from data.vqa import VQATest, VQATrain, read_answers
-from engine.checkpoint import load_last, save_last
-from engine.config import CaptionConfig, PretrainConfig, load_config, save_config
-from engine.results import read_json, write_json
-from engine.run import Run
+from files import read_json, write_json
+from launch.config import CaptionConfig, PretrainConfig, load_config, save_config
+from launch.run import Run
 from metrics.caption import caption_scores, domain_scores
 from metrics.vqa import normalize_answer, vqa_accuracy
 from models.architecture import settings_of
 from models.pretrained import load_pretrained
 from models.tokenizer import init_tokenizer, tokenize
 from models.weights import read_state_dict
+from training.checkpoint import load_last, save_last
 from utils import UserError, user_message
 
 MOST_SECONDS = 10  # of one example; most take a few milliseconds
@@ -134,7 +134,7 @@ DATASETS = {
     "pairs": lambda file, root: PairDataset([file], root, square(8)),
     "answers": lambda file, root: read_answers(file),
     "list": lambda file, root: read_list(Path(file), "image"),
-    "pictures": lambda file, root: find_pictures([file]),
+    "images": lambda file, root: find_images([file]),
 }
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.figures import _line, _places, draw_curves, draw_scores, format_value, open_picture
-from engine.report import write_report
+from report.figures import _line, _places, draw_curves, draw_scores, format_value, open_image
+from report.page import write_report
 from utils import UserError
 
 ORANGE = (240, 120, 30)
@@ -40,21 +40,21 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
-def picture(size=(60, 40)):
-    """Return a picture of one colour."""
+def image(size=(60, 40)):
+    """Return a image of one colour."""
     return Image.new("RGB", size, ORANGE)
 
 
 def captions():
-    """Return two test pictures with captions."""
+    """Return two test images with captions."""
     return [
         {
-            "image": picture(),
+            "image": image(),
             "caption": "a <script>ball</script> for $5 & $6",
             "references": ["a ball"],
             "ok": True,
         },
-        {"image": picture((300, 500)), "caption": "a dog", "references": ["a cat", "the cat"], "ok": False},
+        {"image": image((300, 500)), "caption": "a dog", "references": ["a cat", "the cat"], "ok": False},
     ]
 
 
@@ -66,11 +66,11 @@ def test_page_stands_alone_and_escapes(tmp_path):
     texts = {"A & <b>", "a <script>ball</script> for $5 & $6", "left out: <SPICE>", "1.2500", "the cat"}
     assert texts <= set(page.texts) and "script" not in page.tags
     assert page.addresses and all(address.startswith("data:image/") for address in page.addresses)
-    assert len(page.addresses) == 2 + 2  # two figures, two test pictures
+    assert len(page.addresses) == 2 + 2  # two figures, two test images
 
 
 def test_figures_are_written(tmp_path):
-    """The three figures are PNGs; the test picture is seen in the grid."""
+    """The three figures are PNGs; the test image is seen in the grid."""
     write_report(tmp_path, "t", {"CIDEr": 1.25}, LOG, captions())
     sizes = {name: Image.open(tmp_path / name).size for name in ("scores.png", "curve.png", "pictures.png")}
     assert all(min(size) > 50 for size in sizes.values())
@@ -86,15 +86,15 @@ def test_nothing_to_draw(tmp_path):
 
 
 def test_other_tasks(tmp_path):
-    """Several pictures with tones, questions and odd scripts go in, without a warning."""
+    """Several images with tones, questions and odd scripts go in, without a warning."""
     entries = [
         {
-            "images": [picture(), picture((40, 90))],
+            "images": [image(), image((40, 90))],
             "tones": ["bad", "good"],
             "lines": [("query", "\u732b", "")],
         },
         {
-            "image": picture(),
+            "image": image(),
             "lines": [("question", "what?", ""), ("answer", "red", "good"), ("", "", "bad")],
         },
     ]
@@ -141,26 +141,26 @@ def test_curves_skip_what_is_no_number(tmp_path):
     assert draw_curves([row, {"epoch": 2, "train_loss": 1.0}], ["train_loss"], tmp_path / "c.png")
 
 
-def test_picture_sources(tmp_path):
-    """Paths, arrays and tensors, in either order and range, give the same picture."""
-    small = picture((6, 4))
+def test_image_sources(tmp_path):
+    """Paths, arrays and tensors, in either order and range, give the same image."""
+    small = image((6, 4))
     small.save(tmp_path / "p.png")
     array = np.asarray(small)
     tensor = torch.tensor(array.copy()).permute(2, 0, 1).float() / 255
     for source in (tmp_path / "p.png", str(tmp_path / "p.png"), array, array / 255, tensor, small):
-        opened = open_picture(source)
+        opened = open_image(source)
         assert opened.size == (6, 4) and opened.getpixel((0, 0)) == ORANGE
-    assert max(open_picture(picture((2000, 900))).size) == 480
+    assert max(open_image(image((2000, 900))).size) == 480
 
 
 def test_what_cannot_be_shown(tmp_path):
-    """A file that is absent or no picture, and an array of another shape, are named."""
-    (tmp_path / "text.png").write_text("no picture")
+    """A file that is absent or no image, and an array of another shape, are named."""
+    (tmp_path / "text.png").write_text("no image")
     for source in (tmp_path / "absent.png", tmp_path / "text.png"):
         with pytest.raises(UserError, match=source.name):
-            open_picture(source)
+            open_image(source)
     with pytest.raises(UserError, match=r"\(4, 4\)"):
-        open_picture(np.zeros((4, 4)))
+        open_image(np.zeros((4, 4)))
     with pytest.raises(UserError, match="cannot write the report"):
         write_report(tmp_path / "text.png", "t", {})
 

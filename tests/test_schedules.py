@@ -2,8 +2,8 @@
 
 import pytest
 
-from engine.optim import cosine_lr, step_lr, warmup_lr
 from formula import golden
+from training.optimizer import cosine_lr, step_lr, warmup_lr
 
 
 @pytest.mark.parametrize(("name", "function"), [("cosine", cosine_lr), ("warmup", warmup_lr), ("step", step_lr)])

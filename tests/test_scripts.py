@@ -6,7 +6,7 @@ import pytest
 import torch
 from scripts import TINY, run, settings
 
-from data.miniature import write_miniature
+from miniature.world import write_miniature
 
 SIZES = [part for value in TINY for part in ("--set", value)]
 CONFIGS = "configs/miniature"
@@ -130,5 +130,5 @@ def test_pretraining(world, tmp_path):
     args = arguments(world, "pretrain", tmp_path / "bad", **sizes | dict(train_file=f"[{tmp_path / 'web.json'}]"))
     done = run("pretrain.py", *args, "--set", "max_epoch=4", check=False)
     told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and len(told) == 1 and "pictures cannot be read, more than max_bad_images 1" in told[0]
+    assert done.returncode == 2 and len(told) == 1 and "images cannot be read, more than max_bad_images 1" in told[0]
     assert "gone" in (tmp_path / "bad/bad_images_rank0.txt").read_text()

@@ -21,8 +21,8 @@ def add(tar, name, content):
     tar.addfile(info, io.BytesIO(content))
 
 
-def picture(number):
-    """A picture whose grey tells its number."""
+def image(number):
+    """A image whose grey tells its number."""
     data = io.BytesIO()
     Image.new("RGB", (8, 8), (number * 5,) * 3).save(data, "PNG")
     return data.getvalue()
@@ -30,17 +30,17 @@ def picture(number):
 
 @pytest.fixture
 def shards(tmp_path):
-    """Four shards as img2dataset writes them: picture, caption, and facts; and a list of the same pairs."""
+    """Four shards as img2dataset writes them: image, caption, and facts; and a list of the same pairs."""
     number, rows = 0, []
     for shard, count in enumerate(COUNTS):
         with tarfile.open(tmp_path / f"{shard:05d}.tar", "w") as tar:
             for _ in range(count):
                 key = f"{number:09d}"
-                add(tar, f"{key}.png", picture(number))
+                add(tar, f"{key}.png", image(number))
                 if number % 2:
                     add(tar, f"{key}.txt", f"text {number}".encode())
                 add(tar, f"{key}.json", json.dumps({"caption": f"text {number}", "width": 8}).encode())
-                (tmp_path / f"{key}.png").write_bytes(picture(number))
+                (tmp_path / f"{key}.png").write_bytes(image(number))
                 rows.append({"image": f"{key}.png", "caption": f"text {number}"})
                 number += 1
     (tmp_path / "list.json").write_text(json.dumps(rows))
@@ -53,7 +53,7 @@ def config(folder, files, **more):
 
 
 def batches(settings, num_workers=0, rank=0, world_size=1, epoch=0, consumed=0, seed=0):
-    """The captions and the pictures' mean values of an epoch, batch by batch."""
+    """The captions and the images' mean values of an epoch, batch by batch."""
     dataset = create_dataset("pretrain", settings)
     if hasattr(dataset, "shards"):
         dataset.rank, dataset.world_size = rank, world_size
@@ -120,7 +120,7 @@ def test_pipes(shards):
 
 def test_what_cannot_be_read_is_named_and_replaced(shards):
     with tarfile.open(shards / "00000.tar", "w") as tar:
-        for number, content in enumerate((picture(1), b"no picture", picture(3))):
+        for number, content in enumerate((image(1), b"no image", image(3))):
             add(tar, f"{number}.png", content)
             add(tar, f"{number}.txt", f"text {number}".encode())
     whole = (shards / "00001.tar").read_bytes()
@@ -195,13 +195,13 @@ def test_facts_that_are_none_leave_a_sample_without_caption(tmp_path):
     assert [(r.key, r.caption) for r in read_shard(str(tmp_path / "a.tar"))] == [("5", "good")]
 
 
-def test_samples_without_picture_or_text_are_left_out(tmp_path):
+def test_samples_without_image_or_text_are_left_out(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name, content in (("a/1.txt", b"alone"), ("a/2.jpg", picture(2)), ("a/3.jpg", b"x"), ("a/3.txt", b"three")):
+        for name, content in (("a/1.txt", b"alone"), ("a/2.jpg", image(2)), ("a/3.jpg", b"x"), ("a/3.txt", b"three")):
             add(tar, name, content)
         add(tar, "b/3.jpg", b"y")
         add(tar, "b/3.seg.txt", b"no caption")
-    assert [(r.name, r.picture, r.caption) for r in read_shard(str(tmp_path / "a.tar"))] == [
+    assert [(r.name, r.image, r.caption) for r in read_shard(str(tmp_path / "a.tar"))] == [
         (f"{tmp_path}/a.tar: a/3", b"x", "three")
     ]
     assert torch.utils.data.get_worker_info() is None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.run import _slurm_to_torchrun
+from launch.run import _slurm_to_torchrun
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "slurm.sh"
 

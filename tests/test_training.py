@@ -8,7 +8,7 @@ import pytest
 import torch
 from scripts import TINY, lines, run, run_and_signal, run_here, settings
 
-from data.miniature import write_miniature
+from miniature.world import write_miniature
 
 SCRIPT = "train_caption.py"
 
@@ -144,10 +144,10 @@ def test_mistakes(arguments, world, whole, tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_truncated_picture(arguments, world, tmp_path, num_workers):
+def test_truncated_image(arguments, world, tmp_path, num_workers):
     shutil.copytree(world / "images", tmp_path / "images")
-    picture = tmp_path / "images/train/0000003.jpg"
-    picture.write_bytes(picture.read_bytes()[:300])
+    image = tmp_path / "images/train/0000003.jpg"
+    image.write_bytes(image.read_bytes()[:300])
     roots = settings(image_root=tmp_path, num_workers=num_workers)
     done = run(SCRIPT, *arguments, "--output_dir", tmp_path / "out", *roots, check=False)
     told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -10,9 +10,9 @@ import time
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from engine.config import CaptionConfig
-from engine.run import launch
-from engine.watchdog import Heard, State, Watchdog
+from launch.config import CaptionConfig
+from launch.run import launch
+from launch.watchdog import Heard, State, Watchdog
 from utils import all_gather_object, on_main_process
 
 SECONDS = 2.0  # that the tests' runs may stand still

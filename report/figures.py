@@ -1,4 +1,4 @@
-"""Figures of a report: scores as bars, training as curves, test pictures with their texts."""
+"""Figures of a report: scores as bars, training as curves, test images with their texts."""
 
 import math
 import textwrap
@@ -24,28 +24,28 @@ INK, FAINT = "#22272e", "#d0d7de"
 TONES = {"": INK, "good": "#1a7f37", "bad": "#b3261e"}
 MARKS = {"": "", "good": "\u2713 ", "bad": "\u2717 "}  # so that nothing is told by colour alone
 COLOURS = ("#2463a6", "#d9722b", "#2f8f6b", "#8b5fb0", "#b5446e", "#7a6a2f", "#3a9ab8", "#6b7280")
-MAX_SIDE = 480  # pixels of an embedded picture's longer side
+MAX_SIDE = 480  # pixels of an embedded image's longer side
 MAX_DRAWN = 24  # cards in pictures.png; the page shows all
 
 
 @dataclass
 class Card:
-    """One test example: pictures side by side, each with a tone, and lines of (label, text, tone) below."""
+    """One test example: images side by side, each with a tone, and lines of (label, text, tone) below."""
 
     images: list[Image.Image]
     lines: list[tuple[str, str, str]]
     tones: list[str] = field(default_factory=list)
 
     def framed(self) -> list[Image.Image]:
-        """Return the pictures at one height, framed in the colours of their tones."""
+        """Return the images at one height, framed in the colours of their tones."""
         height = max(image.height for image in self.images)
         same = [image.resize((max(1, image.width * height // image.height), height)) for image in self.images]
         edge = max(2, height // 40)
         return [ImageOps.expand(i, edge, TONES[t]) if t else i for i, t in zip(same, self.tones, strict=True)]
 
 
-def open_picture(source: Any) -> Image.Image:
-    """Return a picture in RGB, at most 480 pixels on a side.
+def open_image(source: Any) -> Image.Image:
+    """Return a image in RGB, at most 480 pixels on a side.
 
     Args:
         source: a path, a PIL image, or an array or tensor (H, W, 3) or (3, H, W), uint8 or float in [0, 1].
@@ -58,10 +58,10 @@ def open_picture(source: Any) -> Image.Image:
             source = Image.open(source)
             source.load()
         except OSError as error:
-            raise UserError(f"cannot read the picture {source} for the report: {error}") from error
-    picture = (source if isinstance(source, Image.Image) else _from_array(source)).convert("RGB")
-    picture.thumbnail((MAX_SIDE, MAX_SIDE))
-    return picture
+            raise UserError(f"cannot read the image {source} for the report: {error}") from error
+    image = (source if isinstance(source, Image.Image) else _from_array(source)).convert("RGB")
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    return image
 
 
 def _from_array(source: Any) -> Image.Image:
@@ -215,7 +215,7 @@ def _panel(axes: "Axes", title: str, lines: dict[str, list[tuple[float, float]]]
     _clean(axes, grid="y")
 
 
-# Pictures
+# Images
 
 
 def draw_histograms(histograms: dict[str, Sequence[int]], path: Path) -> bool:
@@ -273,7 +273,7 @@ def draw_cards(cards: Sequence[Card], path: Path) -> bool:
 
 
 PAD, LINE = 0.15, 0.17  # inches around a card and of a line of text
-PICTURE_HEIGHT = 2.6  # inches at most
+IMAGE_HEIGHT = 2.6  # inches at most
 
 
 def _wrapped(card: Card, width: float) -> list[tuple[str, str, str]]:
@@ -287,22 +287,22 @@ def _wrapped(card: Card, width: float) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _picture_size(card: Card, width: float) -> tuple[float, float]:
-    """Return the width and height, in inches, of all the card's pictures together."""
+def _image_size(card: Card, width: float) -> tuple[float, float]:
+    """Return the width and height, in inches, of all the card's images together."""
     ratio = sum(image.width / image.height for image in card.images)
     gaps = 0.06 * (len(card.images) - 1)
-    height = min((width - 2 * PAD - gaps) / ratio, PICTURE_HEIGHT)
+    height = min((width - 2 * PAD - gaps) / ratio, IMAGE_HEIGHT)
     return height * ratio + gaps, height
 
 
 def _card_height(card: Card, width: float) -> float:
-    return _picture_size(card, width)[1] + LINE * len(_wrapped(card, width)) + 3 * PAD
+    return _image_size(card, width)[1] + LINE * len(_wrapped(card, width)) + 3 * PAD
 
 
 def _draw_card(figure: "Figure", card: Card, left: float, top: float, width: float) -> None:
     """Draw one card; places are inches from the lower left of the figure."""
     wide, high = figure.get_size_inches()
-    height = _picture_size(card, width)[1]
+    height = _image_size(card, width)[1]
     x = left + PAD
     for image in card.framed():
         across = height * image.width / image.height

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from engine.checkpoint import LAST
-from engine.config import ModelConfig, describe, load_config, save_config
-from engine.rendezvous import join_group, was_restarted
-from engine.watchdog import BUSY_MINUTES, Watchdog, first_to_speak
 from files import append, disk_is_full, to_free, write_whole
+from launch.config import ModelConfig, describe, load_config, save_config
+from launch.rendezvous import join_group, was_restarted
+from launch.watchdog import BUSY_MINUTES, Watchdog, first_to_speak
 from utils import UserError, get_rank, get_world_size, has_group, is_main_process, on_main_process, user_message
 
+LAST, BEST, WEIGHTS = "checkpoint_last.pth", "checkpoint_best.pth", "model.pth"  # of a run's folder
 HANG_MINUTES = 15.0  # where the task's config does not say
 
 

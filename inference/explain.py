@@ -1,4 +1,4 @@
-"""What a model looks at: maps over the picture for every word, from cross-attention or Grad-CAM.
+"""What a model looks at: maps over the image for every word, from cross-attention or Grad-CAM.
 
 Grad-CAM weighs a layer's attention by how much more of it would raise the score that is explained: the matching
 logit, a caption word's log-probability, or an answer's (after section 3.1 of Selvaraju et al., Grad-CAM, ICCV 2017,
@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from data.pictures import Picture, as_rgb
+from data.images import ImageSource, as_rgb
 from data.text import pre_question
-from engine.predictor import MAX_WORDS, Answerer, Captioner, Matcher, Predictor, Row, clean
 from files import write_whole
+from inference.predictor import MAX_WORDS, Answerer, Captioner, Matcher, Predictor, Row, clean
 from models.blip import ids_and_mask
 from models.blip_itm import MAX_TEXT_TOKENS
 from models.blip_vqa import MAX_QUESTION_TOKENS
@@ -28,18 +28,18 @@ from utils import UserError, on_main_process
 
 WHOLE = "(all)"  # names the map of the text as a whole
 COLORS = ((0, (30, 30, 160)), (0.35, (0, 180, 220)), (0.65, (250, 230, 60)), (1, (220, 30, 20)))
-TILE = 224  # longest side of a picture in a sheet, in pixels
+TILE = 224  # longest side of a image in a sheet, in pixels
 Maps = list[tuple[str, np.ndarray]]
 
 
 def explain(
-    model: Predictor, image: Picture, text: str, answer: str = "", method: str = "gradcam", layer: int | None = None
+    model: Predictor, image: ImageSource, text: str, answer: str = "", method: str = "gradcam", layer: int | None = None
 ) -> Maps:
     """Return a map for the text as a whole, and one for each of its words.
 
     Args:
         model: a `Captioner`, `Matcher` or `Answerer`.
-        image: a path, or an open picture.
+        image: a path, or an open image.
         text: the caption, the text matched, or the question.
         answer: what was answered, for an `Answerer`.
         method: "gradcam", or "attention", the mean over heads.
@@ -165,26 +165,26 @@ def words_of(tokenizer: Any, text: TokenBatch, start: int = 1) -> list[tuple[str
     return words
 
 
-# Pictures.
+# Images.
 
 
-def overlay(picture: Image.Image, grid: np.ndarray) -> Image.Image:
-    """Lay a map over a picture of any size; the more relevant a place, the warmer and the less transparent."""
+def overlay(image: Image.Image, grid: np.ndarray) -> Image.Image:
+    """Lay a map over a image of any size; the more relevant a place, the warmer and the less transparent."""
     heat = Image.fromarray((grid / max(grid.max(), 1e-12)).astype(np.float32))
-    heat = np.asarray(heat.resize(picture.size, Image.Resampling.BICUBIC)).clip(0, 1)
+    heat = np.asarray(heat.resize(image.size, Image.Resampling.BICUBIC)).clip(0, 1)
     stops, colors = zip(*COLORS, strict=True)
     color = np.stack([np.interp(heat, stops, channel) for channel in zip(*colors, strict=True)], axis=-1)
     share = (0.15 + 0.55 * heat)[..., None]
-    return Image.fromarray((np.asarray(picture) * (1 - share) + color * share).round().astype(np.uint8))
+    return Image.fromarray((np.asarray(image) * (1 - share) + color * share).round().astype(np.uint8))
 
 
-def sheet(picture: Image.Image, title: str, maps: Maps, columns: int = 5) -> Image.Image:
-    """Draw a picture and its maps side by side, each with its word below, under a title."""
-    picture = picture.convert("RGB")
-    scale = TILE / max(picture.size)
-    picture = picture.resize([max(round(side * scale), 1) for side in picture.size], Image.Resampling.BICUBIC)
-    tiles = [("", picture), *((word, overlay(picture, grid)) for word, grid in maps)]
-    width, height, gap = picture.width, picture.height + 26, 8
+def sheet(image: Image.Image, title: str, maps: Maps, columns: int = 5) -> Image.Image:
+    """Draw a image and its maps side by side, each with its word below, under a title."""
+    image = image.convert("RGB")
+    scale = TILE / max(image.size)
+    image = image.resize([max(round(side * scale), 1) for side in image.size], Image.Resampling.BICUBIC)
+    tiles = [("", image), *((word, overlay(image, grid)) for word, grid in maps)]
+    width, height, gap = image.width, image.height + 26, 8
     columns = min(columns, len(tiles))
     rows = -(-len(tiles) // columns)
     canvas = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap + 28), "white")
@@ -193,7 +193,7 @@ def sheet(picture: Image.Image, title: str, maps: Maps, columns: int = 5) -> Ima
     for number, (word, tile) in enumerate(tiles):
         left, top = gap + number % columns * (width + gap), gap + 28 + number // columns * (height + gap)
         canvas.paste(tile, (left, top))
-        draw.text((left, top + picture.height + 2), shorten(word, width, font), "black", font)
+        draw.text((left, top + image.height + 2), shorten(word, width, font), "black", font)
     return canvas
 
 
@@ -217,24 +217,24 @@ def explain_rows(model: Predictor, rows: Iterable[Row], folder: Path, method: st
                 continue
             path = folder / f"{Path(row['image']).stem}-{short_hash(row['image'])}-{number}.png"
             maps = explain(model, row["image"], text, answer, method, layer)
-            save_picture(sheet(as_rgb(row["image"]), title, maps), path)
+            save_image(sheet(as_rgb(row["image"]), title, maps), path)
             paths.append(str(path))
         yield {**row, "maps": paths}
 
 
 def short_hash(name: str) -> str:
-    """Return 8 letters that tell pictures of one file name in several folders apart."""
+    """Return 8 letters that tell images of one file name in several folders apart."""
     return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
+def save_image(image: Image.Image, path: Path) -> None:
     """Write a PNG.
 
     Raises:
         UserError: it could not be written.
     """
     with write_whole(path, "wb") as file:
-        picture.save(file, "PNG")
+        image.save(file, "PNG")
 
 
 def _make(folder: Path) -> None:

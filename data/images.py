@@ -1,4 +1,4 @@
-"""Pictures of one's own: files, folders and lists, read one by one, with no bad one fatal."""
+"""Images of one's own: files, folders and lists, read one by one, with no bad one fatal."""
 
 import io
 import json
@@ -10,34 +10,34 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from data.transforms import BAD_PICTURE, Transform, open_image, to_rgb
+from data.transforms import BAD_IMAGE, Transform, open_image, to_rgb
 from utils import UserError, user_message
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 LISTS = {".txt", ".json", ".jsonl"}
-Picture = str | Path | bytes | Image.Image
+ImageSource = str | Path | bytes | Image.Image
 
 
-def find_pictures(names: Iterable[str | Path]) -> list[Path]:
-    """Return the pictures that files, folders and lists name, in order, each once.
+def find_images(names: Iterable[str | Path]) -> list[Path]:
+    """Return the images that files, folders and lists name, in order, each once.
 
     Args:
-        names: a picture; a folder, searched with its subfolders; or a list: .txt with a path a line, .json or
+        names: a image; a folder, searched with its subfolders; or a list: .txt with a path a line, .json or
             .jsonl with paths or {"image": path}. A list's relative paths start from its own folder.
 
     Raises:
-        UserError: something does not exist, or there is no picture at all.
+        UserError: something does not exist, or there is no image at all.
     """
     found: dict[Path, None] = {}
     for name in map(Path, names):
         if not _exists(name):
             raise UserError(
-                f"{name} does not exist; give pictures, folders of pictures, or lists (.txt, .json, .jsonl)"
+                f"{name} does not exist; give images, folders of images, or lists (.txt, .json, .jsonl)"
             )
         found |= dict.fromkeys(_expand(name))
     if not found:
         raise UserError(
-            f"no picture in {', '.join(map(str, names))}; expected files ending in {' '.join(sorted(ENDINGS))}"
+            f"no image in {', '.join(map(str, names))}; expected files ending in {' '.join(sorted(ENDINGS))}"
         )
     return list(found)
 
@@ -80,52 +80,52 @@ def read_list(path: Path, key: str) -> list[str]:
     return found
 
 
-class PictureDataset(Dataset):
-    """Pictures as tensors: {"index", "image" (3, H, W), "error"}; a bad one has an error and no tensor.
+class ImageDataset(Dataset):
+    """Images as tensors: {"index", "image" (3, H, W), "error"}; a bad one has an error and no tensor.
 
     Args:
-        pictures: paths, encoded pictures, or pictures already open.
-        transform: RGB picture -> tensor.
+        images: paths, encoded images, or images already open.
+        transform: RGB image -> tensor.
     """
 
-    def __init__(self, pictures: Sequence[Picture], transform: Transform):
-        self.pictures, self.transform = pictures, transform
+    def __init__(self, images: Sequence[ImageSource], transform: Transform):
+        self.images, self.transform = images, transform
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            return {"index": index, "image": self.transform(as_rgb(self.pictures[index])), "error": ""}
+            return {"index": index, "image": self.transform(as_rgb(self.images[index])), "error": ""}
         except UserError as error:
             return {"index": index, "image": None, "error": user_message(error)}
 
 
-def as_rgb(picture: Picture) -> Image.Image:
-    """Return a picture given as a path, encoded or open, as RGB, upright.
+def as_rgb(image: ImageSource) -> Image.Image:
+    """Return a image given as a path, encoded or open, as RGB, upright.
 
     Raises:
         UserError: it cannot be read.
     """
-    if isinstance(picture, str | Path):
-        return open_image(Path(picture), upright=True)
+    if isinstance(image, str | Path):
+        return open_image(Path(image), upright=True)
     try:
-        if isinstance(picture, bytes):
-            with Image.open(io.BytesIO(picture)) as opened:
+        if isinstance(image, bytes):
+            with Image.open(io.BytesIO(image)) as opened:
                 return to_rgb(opened, upright=True)
-        return to_rgb(picture, upright=True)
-    except BAD_PICTURE as error:
+        return to_rgb(image, upright=True)
+    except BAD_IMAGE as error:
         reason = str(error).split(" <_io", 1)[0]  # without an address, which is another one each time
-        kind = "a picture" if isinstance(picture, bytes) else "an open picture"
+        kind = "a picture" if isinstance(image, bytes) else "an open image"
         raise UserError(f"{kind} cannot be read ({reason}); replace it or take it out") from None
 
 
-def picture_batches(
-    pictures: Sequence[Picture], transform: Transform, batch_size: int, num_workers: int = 0
+def image_batches(
+    images: Sequence[ImageSource], transform: Transform, batch_size: int, num_workers: int = 0
 ) -> Iterator[dict[str, Any]]:
     """Yield batches in order: {"index": all numbers, "image": (good, 3, H, W) or None, "errors": {number: text}}."""
     loader = DataLoader(
-        PictureDataset(pictures, transform), batch_size=batch_size, num_workers=num_workers, collate_fn=_collate
+        ImageDataset(images, transform), batch_size=batch_size, num_workers=num_workers, collate_fn=_collate
     )
     yield from loader
 

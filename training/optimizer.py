@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from engine.parallel import split_params
+from training.parallel import split_params
 
 
 def cosine_lr(epoch: float, max_epoch: float, init_lr: float, min_lr: float) -> float:

@@ -9,7 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from engine.figures import (
+from files import write_whole
+from report.figures import (
     TONES,
     Card,
     Scores,
@@ -18,9 +19,8 @@ from engine.figures import (
     draw_histograms,
     draw_scores,
     format_value,
-    open_picture,
+    open_image,
 )
-from files import write_whole
 from utils import UserError
 
 STYLE = """
@@ -72,12 +72,12 @@ def write_report(
     title: str,
     scores: dict[str, Any],
     log: Sequence[dict[str, Any]] = (),
-    pictures: Sequence[dict[str, Any]] = (),
+    images: Sequence[dict[str, Any]] = (),
     notes: Sequence[str] = (),
     curves: Sequence[str] = ("train_loss",),
     histograms: dict[str, Sequence[int]] | None = None,
 ) -> Path:
-    """Write report.html, which needs no other file, and its figures: scores, curve, histograms and pictures (.png).
+    """Write report.html, which needs no other file, and its figures: scores, curve, histograms and images (.png).
 
     A figure is written where there is something to draw.
 
@@ -86,7 +86,7 @@ def write_report(
         title: heading of the page.
         scores: metric -> value, or group (a domain, a split) -> {metric: value}.
         log: rows of the log: "epoch", "step" or both, losses, learning rates ("..._lr"), scores ("val_...").
-        pictures: test examples. "image" or "images" (list): path, PIL image, or array (H, W, 3) or (3, H, W),
+        images: test examples. "image" or "images" (list): path, PIL image, or array (H, W, 3) or (3, H, W),
             uint8 or float in [0, 1]. "lines": list of (label, text, tone), the first shown largest; tone "",
             "good" or "bad". Captions for short: "caption" (str), "references" (list of str), "ok" (bool or
             None) come before the lines. "tones": a tone for each image, shown as its frame.
@@ -98,10 +98,10 @@ def write_report(
         Path of report.html.
 
     Raises:
-        UserError: a picture cannot be read, or the folder cannot be written.
+        UserError: a image cannot be read, or the folder cannot be written.
     """
     folder = Path(folder)
-    cards = [_card(entry) for entry in pictures]
+    cards = [_card(entry) for entry in images]
     groups = _groups(scores)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ def _groups(scores: dict[str, Any]) -> Scores:
 
 
 def _card(entry: dict[str, Any]) -> Card:
-    images = [open_picture(source) for source in entry.get("images") or [entry["image"]]]
+    images = [open_image(source) for source in entry.get("images") or [entry["image"]]]
     lines = []
     if "caption" in entry:
         tone = {True: "good", False: "bad"}.get(entry.get("ok"), "")
@@ -177,8 +177,8 @@ def _scores_section(scores: Scores, figure: str | None) -> str:
     names = list(dict.fromkeys(name for group in scores.values() for name in group))
     rows = [[name, *(group.get(name, "") for group in scores.values())] for name in names]
     head = ["", *scores] if len(scores) > 1 or "" not in scores else []
-    picture = f'<img src="{figure}" alt="Scores as bars">' if figure else ""
-    return _section("Scores", f'<div class="side">{_table(head, rows)}{picture}</div>')
+    image = f'<img src="{figure}" alt="Scores as bars">' if figure else ""
+    return _section("Scores", f'<div class="side">{_table(head, rows)}{image}</div>')
 
 
 def _training_section(log: Sequence[dict[str, Any]], figure: str | None) -> str:
@@ -187,22 +187,22 @@ def _training_section(log: Sequence[dict[str, Any]], figure: str | None) -> str:
     names = list(dict.fromkeys(name for row in log for name in row))
     names.sort(key=lambda name: {"epoch": 0, "step": 1}.get(name, 2))  # the others stay in their order
     table = _table(names, [[row.get(name, "") for name in names] for row in log])
-    picture = f'<img class="wide" src="{figure}" alt="Curves of the training">' if figure else ""
+    image = f'<img class="wide" src="{figure}" alt="Curves of the training">' if figure else ""
     return _section(
-        "Training", f"{picture}<details><summary>All {len(log)} rows of the log</summary>{table}</details>"
+        "Training", f"{image}<details><summary>All {len(log)} rows of the log</summary>{table}</details>"
     )
 
 
 def _histogram_section(figure: str | None) -> str:
-    picture = f'<img class="wide" src="{figure}" alt="Histograms of probabilities">'
-    return _section("Matching probabilities", picture) if figure else ""
+    image = f'<img class="wide" src="{figure}" alt="Histograms of probabilities">'
+    return _section("Matching probabilities", image) if figure else ""
 
 
 def _cards_section(cards: Sequence[Card]) -> str:
     if not cards:
         return ""
     broad = " broad" if max(len(card.images) for card in cards) > 1 else ""
-    return _section("Test pictures", f'<div class="cards{broad}">{"".join(map(_card_html, cards))}</div>')
+    return _section("Test images", f'<div class="cards{broad}">{"".join(map(_card_html, cards))}</div>')
 
 
 def _card_html(card: Card) -> str:
@@ -233,7 +233,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _embed(image: Image.Image) -> str:
-    """Return a picture as a data address; small ones without loss."""
+    """Return a image as a data address; small ones without loss."""
     small = max(image.size) < 128
     buffer = io.BytesIO()
     image.save(buffer, "PNG" if small else "JPEG", quality=85)

@@ -1,4 +1,4 @@
-"""Search one's own pictures: contrast over a saved index finds candidates, matching re-ranks them (section 5.1)."""
+"""Search one's own images: contrast over a saved index finds candidates, matching re-ranks them (section 5.1)."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -9,16 +9,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
-from data.pictures import picture_batches
-from engine.loop import autocast
-from engine.predictor import Matcher, Row
+from data.images import image_batches
+from inference.predictor import Matcher, Row
+from models.precision import autocast
 from utils import ProgressLine, UserError
 
-SAVE_EVERY = 1000  # new pictures between two savings of an index
+SAVE_EVERY = 1000  # new images between two savings of an index
 
 
 class Index:
-    """Features of pictures, kept in a file.
+    """Features of images, kept in a file.
 
     Args:
         path: of the file; None keeps the index in memory only.
@@ -41,7 +41,7 @@ class Index:
                 names, stamps = json.loads(metadata["names"]), json.loads(metadata["stamps"])
                 feats, model = file.get_tensor("image_feat"), metadata["model"]
         except (SafetensorError, KeyError, ValueError, OSError) as error:
-            raise UserError(f"{path} is no index of pictures ({error}); choose another --index") from None
+            raise UserError(f"{path} is no index of images ({error}); choose another --index") from None
         if model != self.model:
             raise UserError(f"index {path} was made with another checkpoint; delete it, or choose another --index")
         self.known = {name: (mark, feat) for name, mark, feat in zip(names, stamps, feats, strict=True)}
@@ -65,18 +65,18 @@ class Index:
             temporary.unlink(missing_ok=True)
             raise UserError(f"index {self.path} could not be written ({error}); free space or choose --index") from None
 
-    def add(self, matcher: Matcher, pictures: Sequence[Path], batch_size: int = 16, num_workers: int = 0) -> list[Row]:
-        """Add pictures, reading those that are new or have changed; what was read is saved whatever happens.
+    def add(self, matcher: Matcher, images: Sequence[Path], batch_size: int = 16, num_workers: int = 0) -> list[Row]:
+        """Add images, reading those that are new or have changed; what was read is saved whatever happens.
 
         Returns:
-            {"image", "error"} of the pictures that cannot be read.
+            {"image", "error"} of the images that cannot be read.
         """
-        stamped = {str(path.absolute()): stamp(path) for path in pictures}
+        stamped = {str(path.absolute()): stamp(path) for path in images}
         fresh = [name for name, mark in stamped.items() if self.known.get(name, ("",))[0] != mark]
         errors: list[Row] = []
-        line, saved = ProgressLine(len(fresh), "indexing pictures"), 0
+        line, saved = ProgressLine(len(fresh), "indexing images"), 0
         try:
-            for batch in picture_batches(fresh, matcher.transform, batch_size, num_workers):
+            for batch in image_batches(fresh, matcher.transform, batch_size, num_workers):
                 good = [fresh[i] for i in batch["index"] if i not in batch["errors"]]
                 feats = encode(matcher, batch["image"])[1].cpu() if good else ()
                 self.known |= {name: (stamped[name], feat) for name, feat in zip(good, feats, strict=True)}
@@ -91,9 +91,9 @@ class Index:
         line.close()
         return errors
 
-    def part(self, pictures: Sequence[Path] = ()) -> tuple[list[str], torch.Tensor]:
-        """Return names and features (pictures, embed_dim) of some pictures, or of all."""
-        names = [str(path.absolute()) for path in pictures] if pictures else list(self.known)
+    def part(self, images: Sequence[Path] = ()) -> tuple[list[str], torch.Tensor]:
+        """Return names and features (images, embed_dim) of some images, or of all."""
+        names = [str(path.absolute()) for path in images] if images else list(self.known)
         names = [name for name in names if name in self.known]
         return names, torch.stack([self.known[name][1] for name in names]) if names else torch.empty(0)
 
@@ -110,13 +110,13 @@ def stamp(path: Path) -> str:
 @torch.no_grad()
 def encode(matcher: Matcher, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return images' tokens (images, length, width) and unit features (images, embed_dim)."""
-    with autocast(matcher, matcher.device):
+    with autocast(matcher.amp, matcher.device):
         tokens = matcher.model.visual_encoder(image.to(matcher.device))
         return tokens, matcher.image_feat(tokens).float()
 
 
 @torch.no_grad()
-def find_pictures_by_text(
+def find_images_by_text(
     matcher: Matcher,
     collection: tuple[list[str], torch.Tensor],
     texts: Sequence[str],
@@ -124,15 +124,15 @@ def find_pictures_by_text(
     top: int = 5,
     batch_size: int = 16,
 ) -> list[Row]:
-    """Find the pictures that texts describe best.
+    """Find the images that texts describe best.
 
     Args:
-        matcher: from `engine.predictor.load("match", ...)`.
-        collection: names and features of the pictures, from `Index.part`.
+        matcher: from `inference.predictor.load("match", ...)`.
+        collection: names and features of the images, from `Index.part`.
         texts: what to look for.
-        k_test: most similar pictures that the matching head re-ranks; at least `top`.
-        top: pictures to return.
-        batch_size: pictures at once.
+        k_test: most similar images that the matching head re-ranks; at least `top`.
+        top: images to return.
+        batch_size: images at once.
 
     Returns:
         For each text {"text", "images": [{"image", "probability", "cosine"}, ...]}, best first, ordered by the
@@ -145,7 +145,7 @@ def find_pictures_by_text(
     found: list[list[tuple[float, Row]]] = [[] for _ in texts]
     errors: list[Row] = []
     names = [all_names[i] for i in wanted]
-    for batch in picture_batches(names, matcher.transform, batch_size):
+    for batch in image_batches(names, matcher.transform, batch_size):
         errors += [{"image": names[i], "error": text} for i, text in batch["errors"].items()]
         good = [wanted[i] for i in batch["index"] if i not in batch["errors"]]
         if not good:
@@ -154,32 +154,32 @@ def find_pictures_by_text(
         for number, (text, row) in enumerate(zip(texts, nearest, strict=True)):
             here = [i for i, image in enumerate(good) if image in set(row)]
             if here:
-                with autocast(matcher, matcher.device):
+                with autocast(matcher.amp, matcher.device):
                     logits = matcher.match_logits(tokens[here], [text])[:, 0]
                 rows = [{"image": all_names[good[i]]} for i in here]
                 found[number] += scored(logits, similarity[number, [good[i] for i in here]], rows)
     return [{"text": text, "images": best(rows, top)} for text, rows in zip(texts, found, strict=True)] + errors
 
 
-def find_texts_by_picture(
+def find_texts_by_image(
     matcher: Matcher,
-    pictures: Sequence[Any],
+    images: Sequence[Any],
     texts: Sequence[str],
     k_test: int = 32,
     top: int = 5,
     batch_size: int = 16,
     num_workers: int = 0,
 ) -> Iterator[Row]:
-    """Find the texts that describe pictures best.
+    """Find the texts that describe images best.
 
     Args:
-        matcher, k_test, top, batch_size: as `find_pictures_by_text`, with texts re-ranked.
-        pictures: paths or open pictures.
+        matcher, k_test, top, batch_size: as `find_images_by_text`, with texts re-ranked.
+        images: paths or open images.
         texts: all that may be found.
-        num_workers: processes that read pictures.
+        num_workers: processes that read images.
 
     Yields:
-        For each picture {"image", "texts": [{"text", "probability", "cosine"}, ...]}, best first, or an "error".
+        For each image {"image", "texts": [{"text", "probability", "cosine"}, ...]}, best first, or an "error".
     """
     with torch.no_grad():
         text_feat = matcher.text_feat(texts)
@@ -193,7 +193,7 @@ def find_texts_by_picture(
             rows.append({"texts": best(scored(logits, similarity[i, near], [{"text": texts[t]} for t in near]), top)})
         return rows
 
-    yield from matcher.rows(pictures, predict, batch_size, num_workers)
+    yield from matcher.rows(images, predict, batch_size, num_workers)
 
 
 def scored(logits: torch.Tensor, cosine: torch.Tensor, rows: list[Row]) -> list[tuple[float, Row]]:

@@ -1,4 +1,4 @@
-"""What people say of miniature scenes: captions, questions with answers, statements about two pictures, web texts."""
+"""What people say of miniature scenes: captions, questions with answers, statements about two images, web texts."""
 
 import random
 import re
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data.miniature_scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Item, Pair, Scene, unseen_pairs
+from miniature.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Item, Pair, Scene, unseen_pairs
 
 NUMBERS = ("no", "one", "two", "three")
 SYNONYMS = {"red": "crimson", "green": "emerald", "blue": "navy", "yellow": "gold", "purple": "violet",
@@ -47,7 +47,7 @@ def relation(first: Item, second: Item) -> str:
 
 
 def position(item: Item) -> str:
-    """Say in which part of the picture an object is: "top left", "center", ..."""
+    """Say in which part of the image an object is: "top left", "center", ..."""
     down = "top" if item.y < 0.4 else "bottom" if item.y > 0.6 else ""
     across = "left" if item.x < 0.4 else "right" if item.x > 0.6 else ""
     return f"{down} {across}".strip() or "center"
@@ -59,7 +59,7 @@ def captions(scene: Scene, rng: random.Random, sized: bool = False) -> list[str]
     Args:
         scene: of one to three objects.
         rng: chooses which sizes are named, where not all are.
-        sized: name all sizes, and the place of an only object, so that a caption tells its picture from others.
+        sized: name all sizes, and the place of an only object, so that a caption tells its image from others.
     """
     items, sizes = scene.items, [sized or rng.random() < 0.5 for _ in range(4)]
     if len(items) == 1:
@@ -171,7 +171,7 @@ def answer_list() -> list[str]:
     return ["yes", "no", "1", "2", "3", *COLORS, *SHAPES, *SIZES, *dict.fromkeys(SYNONYMS.values()), *pairs]
 
 
-# Statements about two pictures.
+# Statements about two images.
 
 
 @dataclass(frozen=True)
@@ -254,9 +254,9 @@ def judged_pairs(
 
 
 def web_text(scene: Scene, other: Scene, rng: random.Random) -> dict[str, Any]:
-    """Return a text as found beside a picture on the web: {"caption", "kind", "matches"}.
+    """Return a text as found beside a image on the web: {"caption", "kind", "matches"}.
 
-    "right" (55%), "noisy" (25%: a wrong colour or shape, or nothing but clutter), "other" (20%: of another picture).
+    "right" (55%), "noisy" (25%: a wrong colour or shape, or nothing but clutter), "other" (20%: of another image).
     """
     draw = rng.random()
     if draw < 0.55:

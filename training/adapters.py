@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine import parallel
-from engine.config import TrainConfig
-from engine.run import Run
+from launch.config import TrainConfig
+from launch.run import Run
 from models.momentum import MomentumModel
 from models.weights import State, torch_load
+from training import parallel
 from utils import UserError, on_main_process
 
 FILE = "adapters.pth"

@@ -1,4 +1,4 @@
-"""Models for people: pictures in; captions, answers, matches and features out, a row for each picture."""
+"""Models for people: images in; captions, answers, matches and features out, a row for each image."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data.pictures import Picture, picture_batches
+from data.images import ImageSource, image_batches
 from data.text import pre_caption, pre_question
 from data.transforms import test_transform
-from engine.loop import autocast
 from models.architecture import settings_of
 from models.blip import blip_decoder, blip_feature_extractor, ids_and_mask
 from models.blip_itm import MAX_TEXT_TOKENS, blip_itm
 from models.blip_vqa import MAX_QUESTION_TOKENS, blip_vqa
 from models.generation import GenerationConfig, seeded_uniforms
+from models.precision import autocast
 from models.tokenizer import tokenize
 from utils import UserError
 
@@ -27,7 +27,7 @@ CAPTION_DEFAULTS = {"max_length": 20, "min_length": 5, "num_beams": 3}
 
 
 class Predictor:
-    """A model, its device, and how it reads pictures.
+    """A model, its device, and how it reads images.
 
     Args:
         model: in eval mode, on its device.
@@ -44,27 +44,27 @@ class Predictor:
     @torch.no_grad()
     def rows(
         self,
-        images: Sequence[Picture],
+        images: Sequence[ImageSource],
         predict: Callable[[torch.Tensor, list[str]], list[Row]],
         batch_size: int = 16,
         num_workers: int = 0,
         names: Sequence[str] | None = None,
     ) -> Iterator[Row]:
-        """Yield a row for each picture, in order: {"image", ...}, or {"image", "error"} for one that cannot be read.
+        """Yield a row for each image, in order: {"image", ...}, or {"image", "error"} for one that cannot be read.
 
         Args:
-            images: paths, or open pictures.
+            images: paths, or open images.
             predict: images (batch, 3, H, W) on the device and their names -> a row for each.
-            batch_size: pictures at once.
-            num_workers: processes that read pictures.
-            names: what the rows call the pictures; None takes their paths.
+            batch_size: images at once.
+            num_workers: processes that read images.
+            names: what the rows call the images; None takes their paths.
         """
         names = [image_name(image) for image in images] if names is None else names
-        for batch in picture_batches(images, self.transform, batch_size, num_workers):
+        for batch in image_batches(images, self.transform, batch_size, num_workers):
             good = [i for i in batch["index"] if i not in batch["errors"]]
             found: dict[int, Row] = {i: {"error": text} for i, text in batch["errors"].items()}
             if good:
-                with autocast(self, self.device):
+                with autocast(self.amp, self.device):
                     rows = predict(batch["image"].to(self.device), [names[i] for i in good])
                 found |= dict(zip(good, rows, strict=True))
             yield from ({"image": names[i], **found[i]} for i in batch["index"])
@@ -73,13 +73,13 @@ class Predictor:
 class Captioner(Predictor):
     """Writes captions (paper section 5.2)."""
 
-    def caption(self, images: Sequence[Picture] | Picture, **settings: Any) -> list[Row]:
-        """Caption pictures; arguments as `captions`, which does the same one by one."""
+    def caption(self, images: Sequence[ImageSource] | ImageSource, **settings: Any) -> list[Row]:
+        """Caption images; arguments as `captions`, which does the same one by one."""
         return list(self.captions(images, **settings))
 
     def captions(
         self,
-        images: Sequence[Picture] | Picture,
+        images: Sequence[ImageSource] | ImageSource,
         num_captions: int = 1,
         sample: bool = False,
         num_beams: int | None = None,
@@ -95,18 +95,18 @@ class Captioner(Predictor):
         """Yield {"image", "captions": [{"caption", "log_prob"}, ...]}, the best caption first.
 
         Args:
-            images: paths or open pictures, one or several.
-            num_captions: captions of each picture; of a search at most `num_beams`.
+            images: paths or open images, one or several.
+            num_captions: captions of each image; of a search at most `num_beams`.
             sample: nucleus sampling instead of beam search.
             num_beams: width of the search; 1 is greedy. None: as the checkpoint was evaluated, or 3.
             max_length, min_length: in tokens, prompt and [DEC] included. None: as the checkpoint was evaluated,
                 or 20 and 5.
             top_p: share of probability that sampling draws from.
             repetition_penalty: above 1 discourages tokens already said.
-            seed: of sampling; a picture's captions depend on it and on the picture's name only.
-            batch_size: pictures at once.
-            num_workers: processes that read pictures.
-            names: what the rows call the pictures; None takes their paths.
+            seed: of sampling; a image's captions depend on it and on the image's name only.
+            batch_size: images at once.
+            num_workers: processes that read images.
+            names: what the rows call the images; None takes their paths.
         """
         asked = {"max_length": max_length, "min_length": min_length, "num_beams": num_beams}
         config = GenerationConfig(
@@ -133,28 +133,30 @@ class Captioner(Predictor):
 class Answerer(Predictor):
     """Answers questions (paper section 5.3)."""
 
-    def answer(self, images: Sequence[Picture] | Picture, questions: Sequence[str] | str, **settings: Any) -> list[Row]:
+    def answer(
+        self, images: Sequence[ImageSource] | ImageSource, questions: Sequence[str] | str, **settings: Any
+    ) -> list[Row]:
         """Answer questions; arguments as `answers`, which does the same one by one."""
         return list(self.answers(images, questions, **settings))
 
     def answers(
         self,
-        images: Sequence[Picture] | Picture,
+        images: Sequence[ImageSource] | ImageSource,
         questions: Sequence[str] | str,
         answers: Sequence[str] = (),
         k_test: int = 128,
         batch_size: int = 16,
         num_workers: int = 0,
     ) -> Iterator[Row]:
-        """Yield {"image", "answers": [{"question", "answer", ...}, ...]}, every question asked of every picture.
+        """Yield {"image", "answers": [{"question", "answer", ...}, ...]}, every question asked of every image.
 
         Args:
-            images: paths or open pictures, one or several.
+            images: paths or open images, one or several.
             questions: one or several.
             answers: to choose among; without them the model writes freely.
             k_test: answers, by their first token, that are scored whole.
-            batch_size: pictures at once.
-            num_workers: processes that read pictures.
+            batch_size: images at once.
+            num_workers: processes that read images.
 
         Each answer has "log_prob" when written freely. Chosen ones have "probability", which sums to 1 over the
         scored answers, and the likeliest "candidates".
@@ -204,26 +206,28 @@ class Answerer(Predictor):
 
 
 class Matcher(Predictor):
-    """Judges whether texts describe pictures, by the matching head and by cosine (paper section 4.1)."""
+    """Judges whether texts describe images, by the matching head and by cosine (paper section 4.1)."""
 
-    def match(self, images: Sequence[Picture] | Picture, texts: Sequence[str] | str, **settings: Any) -> list[Row]:
-        """Match pictures and texts; arguments as `matches`, which does the same one by one."""
+    def match(
+        self, images: Sequence[ImageSource] | ImageSource, texts: Sequence[str] | str, **settings: Any
+    ) -> list[Row]:
+        """Match images and texts; arguments as `matches`, which does the same one by one."""
         return list(self.matches(images, texts, **settings))
 
     def matches(
         self,
-        images: Sequence[Picture] | Picture,
+        images: Sequence[ImageSource] | ImageSource,
         texts: Sequence[str] | str,
         batch_size: int = 16,
         num_workers: int = 0,
     ) -> Iterator[Row]:
-        """Yield {"image", "matches": [{"text", "probability", "cosine"}, ...]}, every text with every picture.
+        """Yield {"image", "matches": [{"text", "probability", "cosine"}, ...]}, every text with every image.
 
         Args:
-            images: paths or open pictures, one or several.
+            images: paths or open images, one or several.
             texts: one or several.
-            batch_size: pictures at once.
-            num_workers: processes that read pictures.
+            batch_size: images at once.
+            num_workers: processes that read images.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         with torch.no_grad():
@@ -287,22 +291,22 @@ class Matcher(Predictor):
 
 
 class Extractor(Predictor):
-    """Features of pictures."""
+    """Features of images."""
 
-    def features(self, images: Sequence[Picture] | Picture, **settings: Any) -> list[Row]:
+    def features(self, images: Sequence[ImageSource] | ImageSource, **settings: Any) -> list[Row]:
         """Return features; arguments as `each_features`, which does the same one by one."""
         return list(self.each_features(images, **settings))
 
     def each_features(
-        self, images: Sequence[Picture] | Picture, kind: str = "cls", batch_size: int = 16, num_workers: int = 0
+        self, images: Sequence[ImageSource] | ImageSource, kind: str = "cls", batch_size: int = 16, num_workers: int = 0
     ) -> Iterator[Row]:
         """Yield {"image", "features"}, float32.
 
         Args:
-            images: paths or open pictures, one or several.
+            images: paths or open images, one or several.
             kind: "cls": the [CLS] token (width,); "tokens": all tokens (1 + patches, width).
-            batch_size: pictures at once.
-            num_workers: processes that read pictures.
+            batch_size: images at once.
+            num_workers: processes that read images.
 
         Raises:
             UserError: another kind.
@@ -376,13 +380,13 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def image_name(image: Picture) -> str:
-    """Return a picture's path; '' for an encoded one, and for an open one that came from no file."""
+def image_name(image: ImageSource) -> str:
+    """Return a image's path; '' for an encoded one, and for an open one that came from no file."""
     return str(image) if isinstance(image, str | Path) else str(getattr(image, "filename", ""))
 
 
-def as_list(images: Iterable[Picture] | Picture) -> list[Picture]:
-    """Return one or several pictures as a list."""
+def as_list(images: Iterable[ImageSource] | ImageSource) -> list[ImageSource]:
+    """Return one or several images as a list."""
     return [images] if isinstance(images, str | Path | bytes) or hasattr(images, "convert") else list(images)
 
 

@@ -21,7 +21,7 @@ from utils import ProgressLine, UserError, barrier, get_world_size
 Row = dict[str, Any]
 Pair = tuple[str, str]  # image path, web text
 BINS = 20  # of the histogram of probabilities
-SHOWN = 24  # pictures of the report
+SHOWN = 24  # images of the report
 
 
 class Shards:
@@ -146,14 +146,14 @@ def wait_for_all(title: str) -> None:
 
 
 def refuse_unreadable(shard: int, rows: Sequence[Row]) -> None:
-    """Stop where no picture of a shard can be read: a wrong folder, or a disk that went away.
+    """Stop where no image of a shard can be read: a wrong folder, or a disk that went away.
 
     Raises:
-        UserError: the shard's pictures all have errors, and there are several.
+        UserError: the shard's images all have errors, and there are several.
     """
     if len(rows) > 1 and all("error" in row for row in rows):
         raise UserError(
-            f"none of the {len(rows)} pictures of shard {shard} can be read, the first because: {rows[0]['error']}; "
+            f"none of the {len(rows)} images of shard {shard} can be read, the first because: {rows[0]['error']}; "
             "correct image_root and start again: finished shards are kept"
         )
 
@@ -231,7 +231,7 @@ class Tally:
                 self.shown.append(group)
 
     def compare(self, rows: Sequence[Row]) -> None:
-        """Count how far the synthetic texts of a picture repeat its web texts."""
+        """Count how far the synthetic texts of a image repeat its web texts."""
         web = [row["caption"].lower() for row in rows if row["source"] == "web"]
         known = {word for text in web for word in text.split()}
         for text in (row["caption"].lower() for row in rows if row["source"] == "synthetic"):

@@ -1,4 +1,4 @@
-"""Scenes of the miniature world: which objects stand where, and the picture of them."""
+"""Scenes of the miniature world: which objects stand where, and the image of them."""
 
 import math
 import random
@@ -19,18 +19,18 @@ COLORS = {
     "cyan": (60, 208, 216),
     "pink": (250, 152, 200),
 }
-SIZES = {"small": 24 / 64, "large": 32 / 64}  # of the picture's side
+SIZES = {"small": 24 / 64, "large": 32 / 64}  # of the image's side
 LEVELS = {1: (1, False), 2: (2, False), 3: (3, False), 4: (3, True)}  # most objects, textured backgrounds
 BACKGROUNDS = ("plain", "striped", "dotted", "checkered")
 SUPERSAMPLING = 4
-GRID = 8  # objects are centred on points of a grid that divides the picture's side into so many parts
+GRID = 8  # objects are centred on points of a grid that divides the image's side into so many parts
 
 Pair = tuple[str, str]  # colour and shape
 
 
 @dataclass(frozen=True)
 class Item:
-    """One object; x and y are its centre and `side` its extent, as shares of the picture's side."""
+    """One object; x and y are its centre and `side` its extent, as shares of the image's side."""
 
     color: str
     shape: str
@@ -45,13 +45,13 @@ class Item:
 
     @property
     def side(self) -> float:
-        """Extent as a share of the picture's side."""
+        """Extent as a share of the image's side."""
         return SIZES[self.size]
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: objects from left to right, and the background."""
+    """What a image shows: objects from left to right, and the background."""
 
     items: tuple[Item, ...]
     background: str
@@ -64,7 +64,7 @@ class Scene:
 
 
 def unseen_pairs() -> set[Pair]:
-    """Return the pairs that no training picture shows: one for every shape, and one for every colour."""
+    """Return the pairs that no training image shows: one for every shape, and one for every colour."""
     colors = list(COLORS)
     return {(colors[(i + 3) % len(colors)], shape) for i, shape in enumerate(SHAPES)}
 
@@ -111,7 +111,7 @@ def apart(a: Item, b: Item) -> bool:
 
 
 def render(scene: Scene, image_size: int = 64) -> Image.Image:
-    """Draw a scene as an RGB picture."""
+    """Draw a scene as an RGB image."""
     side = image_size * SUPERSAMPLING
     image = Image.fromarray(background(scene, side)).convert("RGB")
     canvas = ImageDraw.Draw(image)

@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
-from engine import adapters, parallel
-from engine.checkpoint import BEST, WEIGHTS, load_last, save_atomic, save_last
-from engine.config import TrainConfig
-from engine.optim import cosine_lr, create_optimizer, set_lr, warmup_lr
-from engine.progress import Clock, Progress
-from engine.run import Interrupted, Run
+from launch.config import TrainConfig
+from launch.run import BEST, WEIGHTS, Interrupted, Run
 from models.med import TextTransformer
+from models.precision import autocast
+from training import adapters, parallel
+from training.checkpoint import load_last, save_atomic, save_last
+from training.optimizer import cosine_lr, create_optimizer, set_lr, warmup_lr
+from training.progress import Clock, Progress
 from utils import (
     Mean,
     UserError,
@@ -44,13 +45,6 @@ def default_schedule(config: TrainConfig, progress: Progress) -> float:
         return warmup_lr(progress.step + 1, config.warmup, 0.0, config.init_lr)
     rest = max(progress.total_steps - config.warmup, 1)
     return cosine_lr(progress.step - config.warmup, rest, config.init_lr, config.min_lr)
-
-
-def autocast(config: Any, device: torch.device) -> AbstractContextManager:
-    """Return the context of mixed precision that `amp` asks for."""
-    if config.amp not in ("", "bf16"):
-        raise UserError(f"amp is {config.amp!r}; expected 'bf16', or '' for float32")
-    return torch.autocast(device.type, torch.bfloat16) if config.amp else nullcontext()
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -198,13 +192,13 @@ class Loop:
         """One update of the weights from one or several batches."""
         total: Losses = {}
         if self.prepare is not None:
-            with autocast(self.config, self.run.device):
+            with autocast(self.config.amp, self.run.device):
                 batches = self.prepare(self.model, batches, self.run.device)
         for number, batch in enumerate(batches, 1):
             last = number == len(batches)
             context = nullcontext() if last or self.wrapped is self.model else self.wrapped.no_sync()
             with context:
-                with autocast(self.config, self.run.device):
+                with autocast(self.config.amp, self.run.device):
                     losses = self.train_step(self.wrapped, to_device(batch, self.run.device), self.progress)
                 (sum(losses.values()) / len(batches)).backward()
             for name, value in losses.items():
@@ -303,7 +297,7 @@ class Loop:
         self.model.eval()
         self.run.epoch = self.progress.epoch
         self.run.watchdog.enter("evaluation", self.progress.step)
-        with torch.random.fork_rng(), torch.no_grad(), autocast(self.config, self.run.device):
+        with torch.random.fork_rng(), torch.no_grad(), autocast(self.config.amp, self.run.device):
             return self.evaluate(parallel.plain(self.model))
 
     def _keep_best(self, scores: dict[str, float]) -> None:

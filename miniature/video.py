@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.miniature_scene import Item, Scene, draw_scene, render
-from data.miniature_text import a, name
+from miniature.scene import Item, Scene, draw_scene, render
+from miniature.text import a, name
 from utils import UserError, track
 
 NUM_FRAMES = 16
@@ -42,13 +42,13 @@ def write_videos(folder: Path, annotations: Path, count: int, seed: int, image_s
 
 
 def at(scene: Scene, moves: list[str], time: float) -> Scene:
-    """Return the scene at a time of 0 to 1: each object goes a fifth of the picture, around its place."""
+    """Return the scene at a time of 0 to 1: each object goes a fifth of the image, around its place."""
     items = [moved(item, MOVES[move], time) for item, move in zip(scene.items, moves, strict=True)]
     return replace(scene, items=tuple(items))
 
 
 def moved(item: Item, direction: tuple[int, int], time: float) -> Item:
-    """Return an object on its way, kept inside the picture."""
+    """Return an object on its way, kept inside the image."""
     half = item.side / 2
     x, y = (c + d * 0.2 * (time - 0.5) for c, d in zip((item.x, item.y), direction, strict=True))
     return replace(item, x=min(max(x, half), 1 - half), y=min(max(y, half), 1 - half))

@@ -1,4 +1,4 @@
-"""CapFilt's pictures: from lists, or from tar shards, for which it writes tar shards of the bootstrapped pairs."""
+"""CapFilt's images: from lists, or from tar shards, for which it writes tar shards of the bootstrapped pairs."""
 
 import io
 import json
@@ -12,27 +12,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bootstrap.shards import SHOWN, Row, Shards
 from data.annotations import inside
 from data.pretrain import MAX_WORDS
 from data.shards import Record, read_shard
 from data.text import pre_caption
-from engine.bootstrap import SHOWN, Row, Shards
 from utils import UserError
 
 
 @dataclass
 class Sample:
-    """A picture and its web texts.
+    """A image and its web texts.
 
     Attributes:
         name: its path, or its key in a tar shard; within a shard no other has it.
-        picture: path, or encoded.
+        image: path, or encoded.
         texts: web texts, cleaned.
         record: as the tar shard holds it.
     """
 
     name: str
-    picture: Path | bytes
+    image: Path | bytes
     texts: list[str]
     record: Record | None = None
 
@@ -42,7 +42,7 @@ Source = Callable[[int], Iterator[tuple[list[Sample], list[Row]]]]
 
 
 def list_source(shards: Shards, image_root: str) -> Source:
-    """Return what gives a shard's pictures, each once, all at a time, from lists."""
+    """Return what gives a shard's images, each once, all at a time, from lists."""
 
     def source(shard: int) -> Iterator[tuple[list[Sample], list[Row]]]:
         samples: dict[str, Sample] = {}
@@ -62,7 +62,7 @@ def list_source(shards: Shards, image_root: str) -> Source:
 def tar_source(shards: Shards, size: int) -> Source:
     """Return what gives the samples of a shard that is a tar file, `size` at a time.
 
-    An archive that is damaged counts as one unreadable picture, after those before the damage. A command that fails
+    An archive that is damaged counts as one unreadable image, after those before the damage. A command that fails
     ends the run, since the next start may have better luck.
     """
 
@@ -93,11 +93,11 @@ def _samples(tar: str) -> Iterator[Sample]:
     for record in read_shard(tar):
         seen[record.key] += 1
         name = record.key if seen[record.key] == 1 else f"{record.key}#{seen[record.key]}"
-        yield Sample(name, record.picture, [pre_caption(record.caption, MAX_WORDS)], record)
+        yield Sample(name, record.image, [pre_caption(record.caption, MAX_WORDS)], record)
 
 
 def located(rows: Sequence[Row], samples: Sequence[Sample]) -> list[Row]:
-    """Return rows that say of an unreadable picture which tar file it is in, if it is in one."""
+    """Return rows that say of an unreadable image which tar file it is in, if it is in one."""
     places = {sample.name: f"{sample.record.name}: " for sample in samples if sample.record}
     return [row | {"error": places.get(row["image"], "") + row["error"]} if "error" in row else row for row in rows]
 
@@ -176,7 +176,7 @@ def no_output(shard: int) -> Iterator[Write]:
 
 
 def add_pairs(tar: tarfile.TarFile, samples: Sequence[Sample], rows: Sequence[Row]) -> int:
-    """Add a sample for each kept row: the picture as it was, the caption, and where both are from.
+    """Add a sample for each kept row: the image as it was, the caption, and where both are from.
 
     Returns:
         How many were added.
@@ -189,14 +189,14 @@ def add_pairs(tar: tarfile.TarFile, samples: Sequence[Sample], rows: Sequence[Ro
         sample = by_name[row["image"]]
         key = f"{sample.name}-{numbers[sample.name]}"
         numbers[sample.name] += 1
-        _add(tar, f"{key}.{sample.record.ending}", sample.picture)
+        _add(tar, f"{key}.{sample.record.ending}", sample.image)
         _add(tar, f"{key}.txt", row["caption"].encode())
         _add(tar, f"{key}.json", json.dumps(facts_of(sample, row), ensure_ascii=False).encode())
     return sum(numbers.values())
 
 
 def facts_of(sample: Sample, row: Row) -> dict[str, Any]:
-    """Return what the .json of a bootstrapped pair says: its text, source and probability, and the picture's origin."""
+    """Return what the .json of a bootstrapped pair says: its text, source and probability, and the image's origin."""
     facts = {key: row[key] for key in ("caption", "source", "probability") if key in row} | {"key": sample.record.key}
     return facts | {"url": sample.record.facts["url"]} if "url" in sample.record.facts else facts
 
@@ -208,14 +208,14 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(header, io.BytesIO(content))
 
 
-def pictures_of(tars: Sequence[str], names: Sequence[str]) -> dict[str, bytes]:
-    """Return the encoded pictures of names that a report shows, as far as the first tar files have them."""
+def images_of(tars: Sequence[str], names: Sequence[str]) -> dict[str, bytes]:
+    """Return the encoded images of names that a report shows, as far as the first tar files have them."""
     found: dict[str, bytes] = {}
     for tar in tars[:SHOWN]:
         try:
             for sample in _samples(tar):
                 if sample.name in names:
-                    found.setdefault(sample.name, sample.picture)
+                    found.setdefault(sample.name, sample.image)
                 if len(found) == len(set(names)):
                     return found
         except (OSError, tarfile.TarError):

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from ruamel.yaml import YAML
 
-from engine.settings import BAD_YAML, WORDS, kind_of, parse, plain, read_settings, short
 from files import write_whole
+from launch.yaml_file import BAD_YAML, WORDS, kind_of, parse, plain, read_settings, short
 from utils import UserError
 
 CODE_FOLDER = Path(__file__).resolve().parent.parent
@@ -45,7 +45,7 @@ class Settings:
 class ModelConfig(Settings):
     """What every task needs to build its model and to run."""
 
-    image_root: str = setting("", "folder that annotations' picture paths start from and must not leave; '' for any")
+    image_root: str = setting("", "folder that annotations' image paths start from and must not leave; '' for any")
     ann_root: str = setting("annotation", "folder of the annotation files; absent files are downloaded to it")
     pretrained: str = setting("", "weights to start from: a path, a URL or hf:owner/name; '' for none")
     allow_pickle: bool = setting(False, "accept a checkpoint that may run code when read; only from those you trust")
@@ -54,7 +54,7 @@ class ModelConfig(Settings):
     vit_grad_ckpt: bool = setting(False, "recompute the ViT's last blocks in the backward pass, to save memory")
     vit_ckpt_layer: int = setting(0, "how many of the ViT's last blocks that concerns")
     image_size: int = setting(384, "side of the square input in pixels")
-    exif_orientation: bool = setting(False, "turn pictures as EXIF says, and scale 16 bits to 8, as predict.py does")
+    exif_orientation: bool = setting(False, "turn images as EXIF says, and scale 16 bits to 8, as predict.py does")
     num_workers: int = setting(4, "processes that load data, per process that trains")
     amp: str = setting("", "'bf16' for mixed precision in bfloat16; '' for float32")
     compile: bool = setting(False, "compile the transformer blocks")
@@ -104,7 +104,7 @@ class CaptionConfig(TrainConfig):
     test_file: str = setting("", "own test annotations; '' for coco_karpathy_test.json")
     val_gt: str = setting("", "own validation ground truth; '' for coco_karpathy_val_gt.json")
     test_gt: str = setting("", "own test ground truth; '' for coco_karpathy_test_gt.json")
-    batch_size: int = setting(32, "pictures per process and step")
+    batch_size: int = setting(32, "images per process and step")
     max_length: int = setting(20, "longest caption in tokens, prompt included")
     min_length: int = setting(5, "shortest caption in tokens, prompt included")
     num_beams: int = setting(3, "width of the beam search")
@@ -122,7 +122,7 @@ class RetrievalConfig(TrainConfig):
     val_file: str = setting("", "own validation annotations; '' for the dataset's")
     test_file: str = setting("", "own test annotations; '' for the dataset's")
     batch_size_train: int = setting(32, "pairs per process and step")
-    batch_size_test: int = setting(64, "pictures or texts at once in evaluation")
+    batch_size_test: int = setting(64, "images or texts at once in evaluation")
     queue_size: int = setting(57600, "features kept in each queue")
     alpha: float = setting(0.4, "share of the momentum model in the contrastive targets")
     k_test: int = setting(256, "candidates that the matching head re-ranks")
@@ -136,8 +136,8 @@ class RetrievalConfig(TrainConfig):
 class VQAConfig(TrainConfig):
     """Visual question answering (paper section 5.3)."""
 
-    vqa_root: str = setting("", "folder of the VQA pictures (COCO's)")
-    vg_root: str = setting("", "folder of the Visual Genome pictures")
+    vqa_root: str = setting("", "folder of the VQA images (COCO's)")
+    vg_root: str = setting("", "folder of the Visual Genome images")
     train_files: list = setting(["vqa_train", "vqa_val", "vg_qa"], "annotation files to train on, without .json")
     test_file: str = setting("", "own test questions; '' for vqa_test.json")
     answer_list: str = setting("", "own candidate answers; '' for answer_list.json")
@@ -151,24 +151,24 @@ class VQAConfig(TrainConfig):
 
 @dataclass
 class NLVRConfig(TrainConfig):
-    """Statements about two pictures (paper section 5.4)."""
+    """Statements about two images (paper section 5.4)."""
 
     batch_size_train: int = setting(16, "statements per process and step")
     batch_size_test: int = setting(64, "statements at once in evaluation")
     drop_path_rate: float = setting(0.1, "stochastic depth of the image encoder")
     adapter_also: list = setting(["cls_head", "merge_layer"], "as for every task; by default what is new in NLVR2")
-    released_eval_swap: bool = setting(False, "swap pictures at random in evaluation too, as the released code did")
+    released_eval_swap: bool = setting(False, "swap images at random in evaluation too, as the released code did")
 
 
 @dataclass
 class NoCapsConfig(ModelConfig):
     """Captions for objects never seen in training (paper section 5.2)."""
 
-    val_file: str = setting("", "own validation pictures; '' for nocaps_val.json")
-    test_file: str = setting("", "own test pictures; '' for nocaps_test.json")
+    val_file: str = setting("", "own validation images; '' for nocaps_val.json")
+    test_file: str = setting("", "own test images; '' for nocaps_test.json")
     val_gt: str = setting("", "ground truth in COCO format, if there is one")
     test_gt: str = setting("", "ground truth in COCO format, if there is one")
-    batch_size: int = setting(32, "pictures at once")
+    batch_size: int = setting(32, "images at once")
     max_length: int = setting(20, "longest caption in tokens, prompt included")
     min_length: int = setting(5, "shortest caption in tokens, prompt included")
     num_beams: int = setting(3, "width of the beam search")
@@ -207,7 +207,7 @@ class PretrainConfig(TrainConfig):
     lr_decay_rate: float = setting(0.9, "factor on the learning rate after each epoch")
     warmup_steps: int = setting(3000, "steps of linear warm-up")
     embed_dim: int = setting(256, "width of the contrastive features")
-    max_bad_images: int = setting(1000, "unreadable pictures that are replaced before the run stops")
+    max_bad_images: int = setting(1000, "unreadable images that are replaced before the run stops")
     smooth_padding: bool = setting(True, "label smoothing counts padding, as the released training did")
 
 
@@ -216,7 +216,7 @@ class CapFiltConfig(Settings):
     """Captioning and filtering of web pairs (paper section 3.3)."""
 
     pairs: list = setting([], "lists of web pairs, JSON or JSON lines; or tar shards, as a/{000..131}.tar or pipe:...")
-    image_root: str = setting("", "folder that the pairs' picture paths start from")
+    image_root: str = setting("", "folder that the pairs' image paths start from")
     captioner: str = setting("", "checkpoint that writes captions: a path, a URL or hf:owner/name")
     filter: str = setting("", "checkpoint that judges texts: a path, a URL or hf:owner/name")
     allow_pickle: bool = setting(False, "accept checkpoints that may run code when read; only from those you trust")
@@ -224,14 +224,14 @@ class CapFiltConfig(Settings):
     sample: bool = setting(True, "nucleus sampling, as in the paper; false for beam search")
     top_p: float = setting(0.9, "share of probability that sampling draws from")
     num_beams: int = setting(3, "width of the beam search")
-    num_captions: int = setting(1, "synthetic captions of each picture")
+    num_captions: int = setting(1, "synthetic captions of each image")
     max_length: int = setting(20, "longest caption in tokens, prompt included")
     min_length: int = setting(5, "shortest caption in tokens, prompt included")
     repetition_penalty: float = setting(1.0, "above 1 discourages words already said")
     threshold: float = setting(0.5, "least probability of a match of texts that are kept")
     shard_size: int = setting(1000, "pairs of one shard, the unit of work; of tar shards, how many are held at once")
-    batch_size: int = setting(64, "pictures at once")
-    num_workers: int = setting(0, "processes that read pictures, per process")
+    batch_size: int = setting(64, "images at once")
+    num_workers: int = setting(0, "processes that read images, per process")
     amp: str = setting("", "'bf16' for mixed precision in bfloat16; '' for float32")
 
 

@@ -1,8 +1,8 @@
-"""Write a small world to a folder: pictures of coloured shapes, and annotations in every released file format.
+"""Write a small world to a folder: images of coloured shapes, and annotations in every released file format.
 
-    python -m data.miniature --output output/miniature --level 4 --seed 0
+    python -m miniature.world --output output/miniature --level 4 --seed 0
 
-Some pairs of colour and shape (`data.miniature_scene.unseen_pairs`) occur in test pictures only.
+Some pairs of colour and shape (`miniature.scene.unseen_pairs`) occur in test images only.
 """
 
 import argparse
@@ -14,11 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data import miniature_text as text
-from data.miniature_scene import LEVELS, Scene, draw_scene, render, seen_pairs, unseen_pairs
+from miniature import text
+from miniature.scene import LEVELS, Scene, draw_scene, render, seen_pairs, unseen_pairs
 from utils import UserError, track
 
-UNSEEN_SHARE = 0.12  # of test pictures
+UNSEEN_SHARE = 0.12  # of test images
 TRIES = 1000  # draws in a row that bring nothing new before giving up
 FIRST_ID = {"train": 1, "val": 1_000_001, "test": 2_000_001, "web": 3_000_001}
 
@@ -40,12 +40,12 @@ def write_miniature(
         folder: made if absent.
         level: 1 one object on plain ground; 2 one or two; 3 up to three; 4 the same on textured grounds.
         seed: of everything.
-        num_train, num_val, num_test, num_web: pictures of each split.
+        num_train, num_val, num_test, num_web: images of each split.
         num_videos: short MP4 clips.
-        image_size: side of the pictures in pixels.
+        image_size: side of the images in pixels.
 
     Raises:
-        UserError: a level that is none, or more test pictures than the level has different scenes.
+        UserError: a level that is none, or more test images than the level has different scenes.
     """
     if level not in LEVELS:
         raise UserError(f"level is {level}; expected one of {', '.join(map(str, LEVELS))}")
@@ -54,9 +54,9 @@ def write_miniature(
     splits = {split: make_scenes(split, count, level, seed) for split, count in counts.items()}
     for split, scenes in splits.items():
         (folder / "images" / split).mkdir(parents=True, exist_ok=True)
-        for i, scene in enumerate(track(scenes, f"{split} pictures")):
-            render(scene, image_size).save(folder / picture(split, i), quality=95)
-    write(folder / "scenes.json", {picture(s, i): asdict(x) for s, xs in splits.items() for i, x in enumerate(xs)})
+        for i, scene in enumerate(track(scenes, f"{split} images")):
+            render(scene, image_size).save(folder / image(split, i), quality=95)
+    write(folder / "scenes.json", {image(s, i): asdict(x) for s, xs in splits.items() for i, x in enumerate(xs)})
     annotations = folder / "annotations"
     for split in ("train", "val", "test"):
         write_captions(annotations, split, splits[split], seed)
@@ -66,19 +66,19 @@ def write_miniature(
     write_nocaps(annotations, splits["test"], seed)
     write_web(annotations, splits, seed)
     if num_videos:
-        from data.miniature_video import write_videos
+        from miniature.video import write_videos
 
         write_videos(folder, annotations, num_videos, seed, image_size)
     return folder
 
 
-def picture(split: str, index: int) -> str:
-    """Return a picture's path from the folder; the number that ends it is its id."""
-    return f"images/{split}/{picture_id(split, index):07d}.jpg"
+def image(split: str, index: int) -> str:
+    """Return a image's path from the folder; the number that ends it is its id."""
+    return f"images/{split}/{image_id(split, index):07d}.jpg"
 
 
-def picture_id(split: str, index: int) -> int:
-    """Return a picture's id, unique in the world."""
+def image_id(split: str, index: int) -> int:
+    """Return a image's id, unique in the world."""
     return FIRST_ID[split] + index
 
 
@@ -130,16 +130,16 @@ def write_captions(folder: Path, split: str, scenes: Sequence[Scene], seed: int)
         listed = [text.captions(scene, rng, sized) for scene in scenes]
         if split == "train":
             rows = [
-                {"image": picture(split, i), "caption": caption, "image_id": f"{prefix}_{picture_id(split, i)}"}
+                {"image": image(split, i), "caption": caption, "image_id": f"{prefix}_{image_id(split, i)}"}
                 for i, captions in enumerate(listed)
                 for caption in captions
             ]
             write(folder / f"{prefix}_{split}.json", rows)
         else:
-            rows = [{"image": picture(split, i), "caption": captions} for i, captions in enumerate(listed)]
+            rows = [{"image": image(split, i), "caption": captions} for i, captions in enumerate(listed)]
             write(folder / f"{prefix}_{split}.json", rows)
             if not sized:
-                ids = [picture_id(split, i) for i in range(len(scenes))]
+                ids = [image_id(split, i) for i in range(len(scenes))]
                 write(folder / f"{prefix}_{split}_gt.json", ground_truth(ids, listed))
         if split == "train" and not sized:
             human = [{"image": row["image"], "caption": row["caption"]} for row in rows]
@@ -154,7 +154,7 @@ def ground_truth(ids: Sequence[int], captions: Sequence[Sequence[str]], domains:
 
 
 def write_questions(folder: Path, split: str, scenes: Sequence[Scene], seed: int) -> None:
-    """Write questions with ten answers each; every eighth training picture's as Visual Genome's, with one answer."""
+    """Write questions with ten answers each; every eighth training image's as Visual Genome's, with one answer."""
     rng = generator(seed, "vqa", split)
     rows: dict[str, list[dict[str, Any]]] = {f"vqa_{split}": []}
     if split == "train":
@@ -164,9 +164,9 @@ def write_questions(folder: Path, split: str, scenes: Sequence[Scene], seed: int
             genome = split == "train" and i % 8 == 0
             row = {
                 "dataset": "vg" if genome else "vqa",
-                "image": picture(split, i),
+                "image": image(split, i),
                 "question": question.text,
-                "question_id": picture_id(split, i) * 10 + number,
+                "question_id": image_id(split, i) * 10 + number,
                 "answer": question.answer if genome else text.ten_answers(question, rng),
                 "answer_type": question.kind,
             }
@@ -176,7 +176,7 @@ def write_questions(folder: Path, split: str, scenes: Sequence[Scene], seed: int
 
 
 def write_statements(folder: Path, split: str, scenes: Sequence[Scene], seed: int) -> None:
-    """Write statements about two pictures, each judged for two true and two false pairs.
+    """Write statements about two images, each judged for two true and two false pairs.
 
     Outside training every statement occurs once: consistency takes all pairs of one sentence together.
     """
@@ -192,30 +192,30 @@ def write_statements(folder: Path, split: str, scenes: Sequence[Scene], seed: in
         if judged and split != "train":
             used.add(made.text)
         for left, right, truth in judged:
-            images = [picture(split, left), picture(split, right)]
+            images = [image(split, left), image(split, right)]
             rows.append({"images": images, "sentence": made.text, "label": str(truth)})
     write(folder / f"nlvr_{'dev' if split == 'val' else split}.json", rows)
 
 
 def write_nocaps(folder: Path, scenes: Sequence[Scene], seed: int) -> None:
-    """Write the test pictures, by turns, as NoCaps's two splits; those with an unseen pair are "out-domain"."""
+    """Write the test images, by turns, as NoCaps's two splits; those with an unseen pair are "out-domain"."""
     rng = generator(seed, "nocaps")
     listed = [text.captions(scene, rng) for scene in scenes]
     for start, split in enumerate(("val", "test")):
         numbers = range(start, len(scenes), 2)
-        ids = [picture_id("test", i) for i in numbers]
+        ids = [image_id("test", i) for i in numbers]
         domains = ["out-domain" if unseen_pairs() & set(scenes[i].pairs) else "in-domain" for i in numbers]
-        rows = [{"image": picture("test", i), "img_id": picture_id("test", i)} for i in numbers]
+        rows = [{"image": image("test", i), "img_id": image_id("test", i)} for i in numbers]
         write(folder / f"nocaps_{split}.json", rows)
         write(folder / f"nocaps_{split}_gt.json", ground_truth(ids, [listed[i] for i in numbers], domains))
 
 
 def write_web(folder: Path, splits: dict[str, list[Scene]], seed: int) -> None:
-    """Write one text for every web picture: right, noisy, or of another picture; and which is which."""
+    """Write one text for every web image: right, noisy, or of another image; and which is which."""
     rng, scenes = generator(seed, "web"), splits["web"]
     texts = [text.web_text(scene, rng.choice(scenes), rng) for scene in scenes]
-    rows = [{"image": picture("web", i), "caption": found["caption"]} for i, found in enumerate(texts)]
-    truth = [{"image": picture("web", i), "kind": x["kind"], "matches": x["matches"]} for i, x in enumerate(texts)]
+    rows = [{"image": image("web", i), "caption": found["caption"]} for i, found in enumerate(texts)]
+    truth = [{"image": image("web", i), "kind": x["kind"], "matches": x["matches"]} for i, x in enumerate(texts)]
     write(folder / "pretrain_web.json", rows)
     write(folder / "pretrain_web_truth.json", truth)
 
@@ -233,9 +233,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of everything (default: 0)")
     defaults = {"train": 6000, "val": 300, "test": 500, "web": 6000}
     for split, count in defaults.items():
-        parser.add_argument(f"--{split}", type=int, default=count, help=f"{split} pictures (default: {count})")
+        parser.add_argument(f"--{split}", type=int, default=count, help=f"{split} images (default: {count})")
     parser.add_argument("--videos", type=int, default=0, help="video clips (default: 0)")
-    parser.add_argument("--image_size", type=int, default=64, help="side of the pictures in pixels (default: 64)")
+    parser.add_argument("--image_size", type=int, default=64, help="side of the images in pixels (default: 64)")
     args = parser.parse_args()
     try:
         folder = write_miniature(

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 
 from files import write_whole
+from launch.run import LAST
 from models.weights import refuse_compressed
 from utils import UserError, all_gather_object, barrier, get_rank, get_world_size, on_main_process
-
-LAST, BEST, WEIGHTS = "checkpoint_last.pth", "checkpoint_best.pth", "model.pth"
 
 
 def save_atomic(content: Any, path: Path) -> None:
