@@ -63,11 +63,12 @@ class BLIP_Pretrain(MomentumModel):
             candidates: what `MomentumModel.candidates` gave for this batch of a step of several; None for a step
                 of this batch alone.
         """
-        self.clamp_temperature()
+        if self.forward_begins_step:
+            self._begin_step()
         text = self.tokenize(caption, MAX_TEXT_TOKENS, image.device)
         image_embeds = self.visual_encoder(image)
         feats = self.image_feat(image_embeds), self.text_feat(text)
-        candidates = candidates or self.candidates([(image, text, None)])[0]
+        candidates = candidates or self._candidates([(image, text, None)])[0]
         own = torch.arange(candidates.first, candidates.first + len(image), device=image.device)
         hard_targets = F.one_hot(own, len(candidates.image) + self.queue_size).float()
         loss_ita, sim_i2t, sim_t2i = self.contrast(feats, candidates, hard_targets, alpha)

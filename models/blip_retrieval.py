@@ -63,12 +63,13 @@ class BLIP_Retrieval(MomentumModel):
             candidates: what `MomentumModel.candidates` gave for this batch of a step of several; None for a step
                 of this batch alone.
         """
-        self.clamp_temperature()
+        if self.forward_begins_step:
+            self._begin_step()
         idx = idx.to(image.device)
         text = self.tokenize(caption, MAX_TEXT_TOKENS, image.device)
         image_embeds = self.visual_encoder(image)
         feats = self.image_feat(image_embeds), self.text_feat(text)
-        candidates = candidates or self.candidates([(image, text, idx)])[0]
+        candidates = candidates or self._candidates([(image, text, idx)])[0]
         loss_ita, _, _ = self.contrast(feats, candidates, self.hard_targets(idx, candidates.idx), alpha)
         if candidates.last:
             rows = (self.image_queue, candidates.image), (self.text_queue, candidates.text)

@@ -1,4 +1,4 @@
-"""What pretraining and retrieval share: momentum twin, feature queues, ITC and ITM (section 3.2, after ALBEF)."""
+"""Base of pretraining and retrieval: momentum encoders, feature queues, ITC and ITM (section 3.2, after ALBEF)."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from models.tokenizer import TokenBatch, tokenize
 from models.vit import create_vit
 from utils import all_gather, get_rank
 
-TWINS = ("visual_encoder", "vision_proj", "text_encoder", "text_proj")
+MOMENTUM_PARTS = ("visual_encoder", "vision_proj", "text_encoder", "text_proj")
 INITIAL_TEMPERATURE = 0.07
 TEMPERATURE_RANGE = (0.001, 0.5)
 
@@ -40,13 +40,13 @@ class Candidates:
 
 
 class MomentumModel(nn.Module):
-    """Two encoders, their momentum twin, queues of its features, a matching head.
+    """Image and text encoders, their momentum encoders, queues of momentum features, and a matching head.
 
     Args:
         med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer: as `models.blip.BLIP_Base`.
         embed_dim: width of the contrastive features.
         queue_size: number of past features of each kind that ITC compares with.
-        momentum: share of the twin that an update keeps.
+        momentum: share of the momentum weights that a step keeps.
         itc_all_ranks: ITC compares with the batches of all ranks instead of the local one. Only the online side
             has a gradient, and each rank has its own rows of it whole, so the mean over ranks that DDP takes is
             the gradient of one large batch, and nothing need be sent back.
@@ -67,41 +67,62 @@ class MomentumModel(nn.Module):
         itc_all_ranks: bool = False,
     ):
         super().__init__()
-        for twin, checkpointed in (("", vit_grad_ckpt), ("_m", False)):
+        for suffix, checkpointed in (("", vit_grad_ckpt), ("_m", False)):
             vision, vision_width = create_vit(vit, image_size, checkpointed, vit_ckpt_layer)
             self.tokenizer, config = text_parts(med_config, vision_width)
-            setattr(self, "visual_encoder" + twin, vision)
-            setattr(self, "text_encoder" + twin, TextTransformer(config))
-            setattr(self, "vision_proj" + twin, nn.Linear(vision_width, embed_dim))
-            setattr(self, "text_proj" + twin, nn.Linear(config.hidden_size, embed_dim))
+            setattr(self, "visual_encoder" + suffix, vision)
+            setattr(self, "text_encoder" + suffix, TextTransformer(config))
+            setattr(self, "vision_proj" + suffix, nn.Linear(vision_width, embed_dim))
+            setattr(self, "text_proj" + suffix, nn.Linear(config.hidden_size, embed_dim))
         self.text_config = config
         self.itm_head = nn.Linear(config.hidden_size, 2)
         self.temp = nn.Parameter(torch.tensor(INITIAL_TEMPERATURE))
         self.queue_size, self.momentum, self.itc_all_ranks = queue_size, momentum, itc_all_ranks
         self.register_buffer("image_queue", random_queue(embed_dim, queue_size))
         self.register_buffer("text_queue", random_queue(embed_dim, queue_size))
+        self.forward_begins_step = True  # until `begin_step` is called
         copy_params(self)
 
-    def image_feat(self, image_embeds: torch.Tensor, twin: str = "") -> torch.Tensor:
-        """Unit features (batch, embed_dim) of image tokens; `twin` "_m" takes the momentum projection."""
-        return F.normalize(getattr(self, "vision_proj" + twin)(image_embeds[:, 0]), dim=-1)
+    def image_feat(self, image_embeds: torch.Tensor, suffix: str = "") -> torch.Tensor:
+        """Unit features (batch, embed_dim) of image tokens; suffix "_m" selects the momentum projection."""
+        return F.normalize(getattr(self, "vision_proj" + suffix)(image_embeds[:, 0]), dim=-1)
 
-    def text_feat(self, text: TokenBatch, twin: str = "") -> torch.Tensor:
+    def text_feat(self, text: TokenBatch, suffix: str = "") -> torch.Tensor:
         """Unit features (batch, embed_dim) of texts that begin with [CLS]."""
-        hidden = getattr(self, "text_encoder" + twin)(*ids_and_mask(text))
-        return F.normalize(getattr(self, "text_proj" + twin)(hidden[:, 0]), dim=-1)
+        hidden = getattr(self, "text_encoder" + suffix)(*ids_and_mask(text))
+        return F.normalize(getattr(self, "text_proj" + suffix)(hidden[:, 0]), dim=-1)
 
     @torch.no_grad()
+    def begin_step(self) -> None:
+        """Clamp the temperature and move the momentum encoders.
+
+        A training loop calls this once per optimizer step, before the first forward of the step. Loops written for
+        the released package never do; until the first call, every forward begins a step.
+        """
+        self.forward_begins_step = False
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        with torch.no_grad():
+            self.temp.clamp_(*TEMPERATURE_RANGE)
+            momentum_params, params = zip(*momentum_pairs(self), strict=True)
+            torch._foreach_lerp_(list(momentum_params), list(params), 1 - self.momentum)
+
     def candidates(
         self, batches: Iterable[tuple[torch.Tensor, TokenBatch, torch.Tensor | None]]
     ) -> list[Candidates]:
-        """Move the twin on, once a step, and return what each batch of the step is compared with.
+        """Return the momentum features that each batch of a step is compared with, before its first forward.
 
         Args:
-            batches: images, texts that begin with [CLS], and idx or None, of equally many pairs each; all of a
-                step, in turn.
+            batches: images, texts that begin with [CLS], and idx or None, of equally many pairs each; all batches
+                of the step, in order.
         """
-        self.advance_twin()
+        return self._candidates(batches)
+
+    @torch.no_grad()
+    def _candidates(
+        self, batches: Iterable[tuple[torch.Tensor, TokenBatch, torch.Tensor | None]]
+    ) -> list[Candidates]:
         rows = [
             (self.image_feat(self.visual_encoder_m(image), "_m"), self.text_feat(text, "_m"), idx)
             for image, text, idx in batches
@@ -111,21 +132,6 @@ class MomentumModel(nn.Module):
         image, text, idx = (None if part[0] is None else gather(torch.cat(part)) for part in parts)
         start = get_rank() * size * len(rows) if self.itc_all_ranks else 0
         return [Candidates(image, text, idx, start + i * size, i == len(rows) - 1) for i in range(len(rows))]
-
-    def candidates_of_step(
-        self, batches: Iterable[tuple[torch.Tensor, TokenBatch, torch.Tensor | None]]
-    ) -> list[Candidates]:
-        """Return `candidates` before the first forward of a step of several batches."""
-        return self.candidates(batches)
-
-    def advance_twin(self) -> None:
-        """Move the momentum twin one step towards the online encoders."""
-        update_twin(self, self.momentum)
-
-    @torch.no_grad()
-    def clamp_temperature(self) -> None:
-        """Keep the temperature in its range; before each step."""
-        self.temp.clamp_(*TEMPERATURE_RANGE)
 
     def contrast(
         self,
@@ -188,25 +194,18 @@ def pick(text: TokenBatch, index: torch.Tensor) -> TokenBatch:
     return TokenBatch(text.input_ids[index], text.attention_mask[index])
 
 
-def twin_parameters(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-    """Yield (momentum, online) pairs of parameters of a model with `<name>_m` beside each of TWINS."""
-    for name in TWINS:
+def momentum_pairs(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+    """Yield (momentum, online) pairs of parameters of a model with `<name>_m` beside each of MOMENTUM_PARTS."""
+    for name in MOMENTUM_PARTS:
         yield from zip(getattr(model, name + "_m").parameters(), getattr(model, name).parameters(), strict=True)
 
 
 @torch.no_grad()
 def copy_params(model: nn.Module) -> None:
-    """Make the momentum twin a copy of the online encoders, out of the gradient's reach."""
-    for momentum_parameter, parameter in twin_parameters(model):
+    """Copy the online encoders to the momentum encoders, which take no gradient."""
+    for momentum_parameter, parameter in momentum_pairs(model):
         momentum_parameter.copy_(parameter)
         momentum_parameter.requires_grad_(False)
-
-
-@torch.no_grad()
-def update_twin(model: nn.Module, momentum: float) -> None:
-    """Move the twin towards the online encoders: twin = momentum * twin + (1 - momentum) * online."""
-    twins, online = zip(*twin_parameters(model), strict=True)
-    torch._foreach_lerp_(list(twins), list(online), 1 - momentum)
 
 
 def random_queue(embed_dim: int, queue_size: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ from models import linear
 from models.tokenizer import init_tokenizer, tokenize
 from models.vit import interpolate_pos_embed
 
+LOOP = pytest.mark.parametrize("loop", ["released", "ours"])  # ours begins each step itself
 SMOOTH = pytest.mark.parametrize("smooth_padding", [True, False])
 
 
@@ -123,22 +124,28 @@ def test_nlvr():
     assert_norms(grad_norms(model), golden()["nlvr/grad_norms"])
 
 
+@LOOP
 @pytest.mark.parametrize("negative_all_rank", [False, True])
-def test_retrieval_trajectory(negative_all_rank):
+def test_retrieval_trajectory(negative_all_rank, loop):
     model, entry = build("retrieval", negative_all_rank=negative_all_rank), f"retrieval_{negative_all_rank}"
 
     def losses(step):
+        if loop == "ours":
+            model.begin_step()
         idx = torch.tensor([0, 1] if step == 3 else [2 * step, 2 * step + 1])
         return model(img(f"ret{step}"), captions(step), alpha=0.4 * min(1, step / 4), idx=idx)
 
     check_trajectory(model, entry, losses, queue_names=("image_queue", "idx_queue"), pointer=lambda: model.ptr_queue)
 
 
+@LOOP
 @SMOOTH
-def test_pretraining_trajectory(smooth_padding):
+def test_pretraining_trajectory(smooth_padding, loop):
     model = build("pretrain", smooth_padding=smooth_padding)
 
     def losses(step):
+        if loop == "ours":
+            model.begin_step()
         return model(img(f"pre{step}"), captions(step), alpha=0.4 * min(1, step / 4))
 
     if smooth_padding:

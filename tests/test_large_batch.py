@@ -43,6 +43,7 @@ def trained(kind, rows, parts, train=False, rank=0, world_size=1, **options):
     losses, gradients = [], []
     for step in range(STEPS):
         size = (rows.stop - rows.start) // parts
+        model.begin_step()
         cuts = [slice(start, start + size) for start in range(rows.start, rows.stop, size)]
         batches = [pairs(kind, step, cut) for cut in cuts]
         batches = add_candidates(model, batches, CPU) if parts > 1 else batches
@@ -97,7 +98,7 @@ def assert_same(found, expected):
     losses, gradients, state = found
     assert losses == pytest.approx(expected[0], abs=1e-5)
     assert max(largest_difference(*pair) for pair in zip(gradients, expected[1], strict=True)) < 1e-5
-    assert largest_difference(state, expected[2]) < 1e-5, "queues, pointers and the twin too"
+    assert largest_difference(state, expected[2]) < 1e-5, "queues, pointers and momentum encoders too"
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[2]])
@@ -134,7 +135,7 @@ def test_dropout_is_drawn_once_for_each_pair():
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_the_loop_contrasts_all_batches_of_a_step(tmp_path, cached):
-    """The training script's step in the loop: one update of the twin, one writing of the queue."""
+    """The training script's step in the loop: one writing of the queue."""
     model = build("retrieval")
     whole = build("retrieval")
     expected = whole(alpha=ALPHA, **pairs("retrieval", 0, slice(0, PAIRS)))[0].item()
@@ -146,4 +147,28 @@ def test_the_loop_contrasts_all_batches_of_a_step(tmp_path, cached):
     loop.step([pairs("retrieval", 0, slice(0, 4)), pairs("retrieval", 0, slice(4, 8))])
     assert (loop.meters["loss_itc"].value() == pytest.approx(expected, abs=1e-5)) == cached
     same = torch.allclose(model.image_queue, whole.image_queue, atol=1e-5)
-    assert same == cached and model.ptr_queue.item() == PAIRS % model.queue_size
+    assert same and model.ptr_queue.item() == PAIRS % model.queue_size
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_momentum_moves_and_temperature_is_clamped_once_a_step(tmp_path, cached):
+    model = build("retrieval")
+    with torch.no_grad():
+        model.vision_proj.weight.add_(1.0)
+        model.temp.fill_(0.9)
+    start, online = model.vision_proj_m.weight.clone(), model.vision_proj.weight.clone()
+    temperatures = []
+
+    def train_step(wrapped, batch, progress):
+        losses = wrapped(alpha=ALPHA, **batch)
+        temperatures.append(model.temp.item())
+        model.temp.data.fill_(0.9)
+        return {"loss_itc": losses[0], "loss_itm": losses[1]}
+
+    config = RetrievalConfig(grad_accum=2, itc_cached=cached, num_workers=0)
+    prepare = add_candidates if cached else None
+    loop = Loop(Run(tmp_path, CPU), config, model, [0, 0], train_step, None, None, None, None, prepare)
+    loop.step([pairs("retrieval", 0, slice(0, 4)), pairs("retrieval", 0, slice(4, 8))])
+    expected = start.lerp(online, 1 - model.momentum)
+    torch.testing.assert_close(model.vision_proj_m.weight, expected, rtol=0, atol=1e-7)
+    assert temperatures == pytest.approx([0.5, 0.9])

@@ -18,7 +18,7 @@ from models.tokenizer import TokenBatch
 
 
 def add_candidates(model: MomentumModel, batches: list[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
-    """Move the momentum twin on and give each batch of a step as "candidates" what ITC compares it with.
+    """Give each batch of a step the momentum features that ITC compares it with, as "candidates".
 
     Args:
         model: a model for pretraining or retrieval.
@@ -32,5 +32,5 @@ def add_candidates(model: MomentumModel, batches: list[dict[str, Any]], device: 
             text = model.tokenize(batch["caption"], model.max_text_tokens, device)
             yield batch["image"].to(device), text, None if idx is None else idx.to(device)
 
-    found = model.candidates_of_step(inputs())
+    found = model.candidates(inputs())
     return [{**batch, "candidates": candidates} for batch, candidates in zip(batches, found, strict=True)]

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from launch.config import TrainConfig
 from launch.run import BEST, WEIGHTS, Interrupted, Run
 from models.med import TextTransformer
+from models.momentum import MomentumModel
 from models.precision import autocast
 from training import adapters, parallel
 from training.checkpoint import load_last, save_atomic, save_last
@@ -191,6 +192,8 @@ class Loop:
     def step(self, batches: list[dict[str, Any]]) -> None:
         """One update of the weights from one or several batches."""
         total: Losses = {}
+        if isinstance(self.model, MomentumModel):
+            self.model.begin_step()
         if self.prepare is not None:
             with autocast(self.config.amp, self.run.device):
                 batches = self.prepare(self.model, batches, self.run.device)

@@ -72,8 +72,7 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
     fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if p.dim() == 0})
     object.__setattr__(model, SKELETON, skeleton)
     if isinstance(model, MomentumModel):
-        as_forward(model, "candidates_of_step")
-        _move_twin_in_shards(model)
+        as_forward(model, "candidates")
     return model
 
 
@@ -120,23 +119,6 @@ def _skeleton(model: nn.Module) -> nn.Module:
         empty = tensor.detach().to("meta")
         memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(model, memo)
-
-
-def _move_twin_in_shards(model: MomentumModel) -> None:
-    """Move the momentum twin before the outermost parameters are gathered, which within forward are copies."""
-    advance, candidates = model.advance_twin, model.candidates_of_step
-
-    def before_forward(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if kwargs.get("candidates") is None:
-            advance()
-
-    def candidates_of_step(batches: Any) -> Any:
-        advance()
-        return candidates(batches)
-
-    model.register_forward_pre_hook(before_forward, prepend=True, with_kwargs=True)
-    model.candidates_of_step = candidates_of_step  # type: ignore[method-assign]
-    model.advance_twin = lambda: None  # type: ignore[method-assign]
 
 
 def is_sharded(model: nn.Module) -> bool:
