@@ -25,14 +25,20 @@ LARGE, PARTS = 16, (1, 2, 4)  # pairs of a large batch, and the parts it comes i
 CASES = {"none": (False, False), "image": (True, False), "text": (False, True), "image and text": (True, True)}
 
 
+def build(image: bool, text: bool, **settings: Any) -> BLIP_Pretrain:
+    """Return a model in training mode whose image or text blocks are recomputed in the backward pass."""
+    model = BLIP_Pretrain(vit_grad_ckpt=image, vit_ckpt_layer=24, **settings).train()
+    for part in model.modules():
+        if isinstance(part, TextTransformer):
+            part.grad_checkpointing = text
+    return model
+
+
 def peak(pairs: int, parts: int, image: bool, text: bool) -> float:
     """Return the peak memory, in MiB, of a process that takes two steps, each of `parts` batches of `pairs`."""
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = BLIP_Pretrain(vit_grad_ckpt=image, vit_ckpt_layer=12, queue_size=4096).train().to(device)
-    for part in model.modules():
-        if isinstance(part, TextTransformer):
-            part.grad_checkpointing = text
+    model = build(image, text, queue_size=4096).to(device)
     optimizer = create_optimizer(model, 1e-6, 0.05)
     batches = [{"image": torch.randn(pairs, 3, 224, 224), "caption": word_texts(pairs)} for _ in range(parts)]
     for _ in range(2):

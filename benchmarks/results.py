@@ -18,3 +18,10 @@ def write_section(title: str, body: str) -> None:
     else:
         kept.append(new)
     RESULTS.write_text("\n\n## ".join([head.strip("\n"), *kept]) + "\n", encoding="utf-8")
+
+
+def fill(text: str, name: str, body: str) -> str:
+    """Return `text` with `body` between its marks <!-- name --> and <!-- /name -->."""
+    head, rest = text.split(f"<!-- {name} -->", 1)
+    _, tail = rest.split(f"<!-- /{name} -->", 1)
+    return f"{head}<!-- {name} -->\n\n{body}\n\n<!-- /{name} -->{tail}"
