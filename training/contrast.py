@@ -4,8 +4,8 @@ ITC compares online features with momentum features, and only the online ones ha
 large batch is a mean over its rows, each of which needs the momentum features of all pairs and its own online
 features alone: the momentum features of all batches are computed first, without gradients, and then each batch goes
 forward and backward once. Nothing is computed a second time, so there are no random numbers to repeat, and memory is
-a single batch's, with the gradients that wait beside it (figures in docs/large_runs.md). Matching and language modelling
-are means of the batches' own, with hard negatives from the batch.
+a single batch's, with the gradients that wait beside it (figures in docs/large_runs.md). Matching and language
+modelling are means of the batches' own, with hard negatives from the batch.
 """
 
 from collections.abc import Iterator
