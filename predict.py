@@ -16,8 +16,8 @@ from safetensors.numpy import save as to_bytes
 
 from bootstrap.shards import fingerprint_of
 from data.images import find_images, read_list
+from inference import load
 from inference.explain import explain_rows
-from inference.predictor import load
 from inference.search import Index, find_images_by_text, find_texts_by_image
 from utils import ProgressLine, UserError, user_message
 

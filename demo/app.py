@@ -20,8 +20,9 @@ from PIL import Image
 from data.images import find_images
 from data.transforms import BAD_IMAGE, open_image
 from demo.limits import BodyLimit
+from inference import load
 from inference.explain import explain, sheet
-from inference.predictor import Predictor, load
+from inference.predictor import Predictor
 from inference.search import Index, find_images_by_text
 from miniature.scene import draw_scene, render
 from utils import UserError, user_message

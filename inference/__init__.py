@@ -1,0 +1,10 @@
+"""Inference API: load a checkpoint, then caption, answer, match or encode images.
+
+from inference import load
+model = load("caption", "checkpoint.pth")
+model.caption(["a.jpg"])
+"""
+
+from inference.predictor import load
+
+__all__ = ["load"]

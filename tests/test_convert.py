@@ -148,7 +148,7 @@ def test_their_processor_and_model_see_a_image_as_ours(tmp_path):
     image = Image.fromarray(np.asarray(render(draw_scene(random.Random(1), 2), 100)))
     inputs = processor(images=image, text="a red circle", return_tensors="pt")
     theirs = other.eval()(**inputs).itm_score.softmax(1)[0, 1].item()
-    from models import load
+    from inference import load
 
     ours = load("match", f"hf:{tmp_path / 'hub'}", first_token="cls").match(image, "a red circle")[0]["matches"][0]
     assert ours["probability"] == pytest.approx(theirs, abs=2e-3)  # their processor resizes by torchvision's kernels

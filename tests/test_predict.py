@@ -13,10 +13,10 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import predict
+from inference import load
 from inference.explain import explain, sheet
 from miniature.scene import draw_scene, render
 from miniature.text import caption_is_exact
-from models import load
 from models.generation import GenerationConfig, draw
 from utils import UserError
 
