@@ -148,6 +148,7 @@ def saved_adapters(made):
 def evaluated(case, made):
     """Losses of what evaluation gets."""
     whole = parallel.plain(made.model).eval()
+    whole.forward_begins_step = False  # the copy of a sharded model has not seen the loop's `begin_step`
     text = getattr(whole, "text_decoder", None)
     words = text and text.bert.embeddings.word_embeddings
     with torch.no_grad():
