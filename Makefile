@@ -24,7 +24,7 @@ $(VENV)/installed: requirements.txt requirements-dev.txt
 	@touch $@
 
 $(WORLD)/scenes.json: $(VENV)/installed
-	$(RUN) -m miniature.world --output $(WORLD) --level $(LEVEL) --train 16000 --videos 100
+	$(RUN) -m miniature --output $(WORLD) --level $(LEVEL) --train 16000 --videos 100
 
 world: $(WORLD)/scenes.json
 

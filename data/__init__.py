@@ -28,7 +28,7 @@ def create_dataset(dataset: str, config: Any, min_scale: float = 0.5) -> Any:
         dataset: 'pretrain', 'caption_coco', 'nocaps', 'retrieval_coco', 'retrieval_flickr', 'vqa', 'nlvr' or
             'retrieval_msrvtt'.
         config: mapping of settings, such as `launch.config` has.
-        min_scale: least share of a image's area in a training crop.
+        min_scale: least share of an image's area in a training crop.
 
     Returns:
         What the released function returned: train, validation and test datasets as far as the task has them.

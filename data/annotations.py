@@ -158,7 +158,7 @@ def leaves(root: str | Path, name: str) -> bool:
 
 
 def inside(root: str | Path, name: str) -> Path:
-    """Return the path of a image that a list of pairs names.
+    """Return the path of an image that a list of pairs names.
 
     Raises:
         UserError: it leaves the folder, as `leaves`.

@@ -17,7 +17,7 @@ ImageId = int | str
 
 
 class Images(Dataset):
-    """An annotation file whose entries name a image each.
+    """An annotation file whose entries name an image each.
 
     Args:
         annotation_file: JSON list of entries with at least `keys`.
@@ -50,7 +50,7 @@ class CaptionTrain(Images):
         self, annotation_file: str, image_root: str, transform: Transform, prompt: str = "", max_words: int = MAX_WORDS
     ):
         super().__init__(annotation_file, image_root, transform, ("image", "caption"))
-        # validation files list all captions of a image in one entry; each becomes a pair here
+        # validation files list all captions of an image in one entry; each becomes a pair here
         self.annotation = [
             {**row, "caption": caption} for row in self.annotation for caption in as_list(row["caption"])
         ]
@@ -114,7 +114,7 @@ class RetrievalEval(Images):
         text: all captions.
         image: all image names.
         txt2img: number of a caption -> number of its image.
-        img2txt: number of a image -> numbers of its captions.
+        img2txt: number of an image -> numbers of its captions.
     """
 
     def __init__(self, annotation_file: str, image_root: str, transform: Transform, max_words: int = MAX_WORDS):

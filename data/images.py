@@ -22,7 +22,7 @@ def find_images(names: Iterable[str | Path]) -> list[Path]:
     """Return the images that files, folders and lists name, in order, each once.
 
     Args:
-        names: a image; a folder, searched with its subfolders; or a list: .txt with a path a line, .json or
+        names: an image; a folder, searched with its subfolders; or a list: .txt with a path a line, .json or
             .jsonl with paths or {"image": path}. A list's relative paths start from its own folder.
 
     Raises:
@@ -102,7 +102,7 @@ class ImageDataset(Dataset):
 
 
 def as_rgb(image: ImageSource) -> Image.Image:
-    """Return a image given as a path, encoded or open, as RGB, upright.
+    """Return an image given as a path, encoded or open, as RGB, upright.
 
     Raises:
         UserError: it cannot be read.

@@ -187,7 +187,7 @@ class PairDataset(Dataset):
 
     Args:
         train_files: lists of pairs.
-        image_root: what relative image paths start from; a image outside of it counts as unreadable.
+        image_root: what relative image paths start from; an image outside of it counts as unreadable.
         transform: of every image.
         turns: further lists, one per epoch.
     """

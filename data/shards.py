@@ -171,14 +171,14 @@ def read_shard(shard: str) -> Iterator[Record]:
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """Return a file's bytes, if they are no more than a image may have."""
+    """Return a file's bytes, if they are no more than an image may have."""
     if not 0 <= member.size <= LARGEST:
         raise tarfile.ReadError(f"{member.name} says it has {member.size} bytes; expected at most {LARGEST}")
     return tar.extractfile(member).read()
 
 
 def _record(shard: str, key: str, parts: dict[str, bytes]) -> Iterator[Record]:
-    """Yield the sample that its files make, if they hold a image and a text."""
+    """Yield the sample that its files make, if they hold an image and a text."""
     ending = next((ending for ending in IMAGES if ending in parts), "")
     facts = _facts(parts.get("json", b""))
     text = parts.get("txt", b"").decode("utf-8", "replace") or facts.get("caption")

@@ -1,4 +1,4 @@
-"""From a image file to a normalised tensor."""
+"""From an image file to a normalised tensor."""
 
 import math
 import struct
@@ -40,7 +40,7 @@ class Transform(T.Compose):
         self.smallest, self.upright = smallest, upright
 
     def read(self, path: Path) -> torch.Tensor:
-        """Open a image and transform it; errors as `open_image`."""
+        """Open an image and transform it; errors as `open_image`."""
         return self(open_image(path, self.upright, self.smallest))
 
 
@@ -71,7 +71,7 @@ def test_transform(image_size: int, upright: bool = False) -> Transform:
 
 
 def open_image(path: Path, upright: bool = False, smallest: int = 0) -> Image.Image:
-    """Read a image as RGB: its first frame, whatever its name ends in, without its transparency.
+    """Read an image as RGB: its first frame, whatever its name ends in, without its transparency.
 
     Args:
         path: of the image.

@@ -87,7 +87,7 @@ def all_stages(root: Path, plan: Plan) -> list[Stage]:
     """Return every stage, in an order in which they could run one by one."""
     counts = {"train": plan.train, "val": 8, "test": plan.test, "web": plan.web, "level": plan.level, "seed": 1}
     options = [word for name, count in counts.items() for word in (f"--{name}", str(count))]
-    world = Stage("world", command=["-m", "miniature.world", "--output", str(root / "world"), *options])
+    world = Stage("world", command=["-m", "miniature", "--output", str(root / "world"), *options])
     return [world, *(stage for seed in range(plan.seeds) for stage in seed_stages(root, plan, seed))]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from utils import UserError
 
-Captions = dict[int, list[str]]  # captions of a image, under its place in the ground truth
+Captions = dict[int, list[str]]  # captions of an image, under its place in the ground truth
 NO_JAVA = "needs Java, and no `java` was found on the PATH"
 TOKENIZER_SECONDS = 900
 
@@ -29,7 +29,7 @@ TOKEN = re.compile(
 def caption_scores(
     results: list[dict], gt_file: str | Path, java: bool = True
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Score one caption a image against its references.
+    """Score one caption an image against its references.
 
     Args:
         results: {"image_id": int or str, "caption": str} rows. Of rows with the same id the first counts;

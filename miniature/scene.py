@@ -1,4 +1,4 @@
-"""Scenes of the miniature world: which objects stand where, and the image of them."""
+"""Scenes of the miniature world: objects and their positions, and how they are drawn."""
 
 import math
 import random
@@ -19,18 +19,18 @@ COLORS = {
     "cyan": (60, 208, 216),
     "pink": (250, 152, 200),
 }
-SIZES = {"small": 24 / 64, "large": 32 / 64}  # of the image's side
-LEVELS = {1: (1, False), 2: (2, False), 3: (3, False), 4: (3, True)}  # most objects, textured backgrounds
+SIZES = {"small": 24 / 64, "large": 32 / 64}  # share of the image's side
+LEVELS = {1: (1, False), 2: (2, False), 3: (3, False), 4: (3, True)}  # maximum number of objects, textured or not
 BACKGROUNDS = ("plain", "striped", "dotted", "checkered")
 SUPERSAMPLING = 4
-GRID = 8  # objects are centred on points of a grid that divides the image's side into so many parts
+GRID = 8  # objects are centred on a grid of this many cells per side
 
 Pair = tuple[str, str]  # colour and shape
 
 
 @dataclass(frozen=True)
 class Item:
-    """One object; x and y are its centre and `side` its extent, as shares of the image's side."""
+    """One object; its centre x, y and its extent `side` are fractions of the image's side."""
 
     color: str
     shape: str
@@ -45,13 +45,13 @@ class Item:
 
     @property
     def side(self) -> float:
-        """Extent as a share of the image's side."""
+        """Extent as a fraction of the image's side."""
         return SIZES[self.size]
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a image shows: objects from left to right, and the background."""
+    """Contents of an image: objects from left to right, and the background."""
 
     items: tuple[Item, ...]
     background: str
@@ -64,23 +64,23 @@ class Scene:
 
 
 def unseen_pairs() -> set[Pair]:
-    """Return the pairs that no training image shows: one for every shape, and one for every colour."""
+    """Return the pairs that no training image contains: one per shape and one per colour."""
     colors = list(COLORS)
     return {(colors[(i + 3) % len(colors)], shape) for i, shape in enumerate(SHAPES)}
 
 
 def seen_pairs() -> list[Pair]:
-    """Return all other pairs, in a fixed order."""
+    """Return the pairs that training images contain, in a fixed order."""
     return [(color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in unseen_pairs()]
 
 
 def draw_scene(rng: random.Random, level: int, with_unseen: bool = False) -> Scene:
-    """Draw a scene at random.
+    """Return a random scene.
 
     Args:
-        rng: source of all choices.
-        level: 1 one object; 2 one or two; 3 up to three; 4 the same on textured backgrounds.
-        with_unseen: one object is of a pair that training never shows.
+        rng: random number generator.
+        level: difficulty, a key of `LEVELS`.
+        with_unseen: include one object of a pair that no training image contains.
     """
     most, textured = LEVELS[level]
     pairs = rng.sample(seen_pairs(), rng.randint(1, most))
@@ -93,7 +93,7 @@ def draw_scene(rng: random.Random, level: int, with_unseen: bool = False) -> Sce
 
 
 def place(rng: random.Random, pairs: list[Pair]) -> tuple[Item, ...]:
-    """Give objects sizes and places such that they do not overlap; return them from left to right."""
+    """Draw sizes and positions without overlap; return the objects from left to right."""
     while True:
         items: list[Item] = []
         for color, shape in pairs:
@@ -105,7 +105,7 @@ def place(rng: random.Random, pairs: list[Pair]) -> tuple[Item, ...]:
 
 
 def apart(a: Item, b: Item) -> bool:
-    """Tell whether two objects' boxes do not overlap, and one direction between them is clear."""
+    """Return True if two boxes do not overlap and their offset has a clear main direction."""
     across, down = abs(a.x - b.x), abs(a.y - b.y)
     return max(across, down) >= (a.side + b.side) / 2 and abs(across - down) > 0.04
 
@@ -128,7 +128,7 @@ def background(scene: Scene, side: int) -> np.ndarray:
 
 @lru_cache
 def pattern(name: str, side: int) -> np.ndarray:
-    """Return where a background has its second tone, bool (side, side)."""
+    """Return the mask of a background's second tone, bool (side, side)."""
     y, x = np.mgrid[:side, :side] / side
     if name == "plain":
         return np.zeros((side, side), bool)

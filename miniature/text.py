@@ -1,4 +1,4 @@
-"""What people say of miniature scenes: captions, questions with answers, statements about two images, web texts."""
+"""Texts of the miniature world: captions, questions with answers, statements about two images, web texts."""
 
 import random
 import re
@@ -17,29 +17,29 @@ SYNONYMS = {"red": "crimson", "green": "emerald", "blue": "navy", "yellow": "gol
 CLUTTER = ("buy now", "free shipping", "best price", "new in stock", "click here", "photo", "image for sale",
            "wallpaper download", "stock vector", "top ten")  # fmt: skip
 RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-PEOPLE = 10
+NUM_ANSWERS = 10
 
 
 # Captions.
 
 
 def name(item: Item) -> str:
-    """Name an object: "red circle"."""
+    """Return an object's name: "red circle"."""
     return f"{item.color} {item.shape}"
 
 
 def a(item: Item, sized: bool) -> str:
-    """Name an object with its article: "a red circle", "an orange star", or with its size "a large red circle"."""
+    """Return an object's name with its article, and with its size if `sized`: "a large red circle"."""
     return with_article(f"{item.size} {name(item)}" if sized else name(item))
 
 
 def with_article(words: str) -> str:
-    """Put "a" or "an" before words."""
+    """Return words after "a" or "an"."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def relation(first: Item, second: Item) -> str:
-    """Say where the first object is, seen from the second, along the longer direction."""
+    """Return the first object's position relative to the second, along the axis of the larger offset."""
     across, down = first.x - second.x, first.y - second.y
     if abs(across) > abs(down):
         return "left of" if across < 0 else "right of"
@@ -47,19 +47,19 @@ def relation(first: Item, second: Item) -> str:
 
 
 def position(item: Item) -> str:
-    """Say in which part of the image an object is: "top left", "center", ..."""
+    """Return the part of the image that an object is in: "top left", "center", ..."""
     down = "top" if item.y < 0.4 else "bottom" if item.y > 0.6 else ""
     across = "left" if item.x < 0.4 else "right" if item.x > 0.6 else ""
     return f"{down} {across}".strip() or "center"
 
 
 def captions(scene: Scene, rng: random.Random, sized: bool = False) -> list[str]:
-    """Return five phrasings of a scene; each names every object once.
+    """Return five captions of a scene; each names every object once.
 
     Args:
-        scene: of one to three objects.
-        rng: chooses which sizes are named, where not all are.
-        sized: name all sizes, and the place of an only object, so that a caption tells its image from others.
+        scene: scene of one to three objects.
+        rng: draws which sizes are named, unless all are.
+        sized: name all sizes, and the position of a single object, so that captions identify their image.
     """
     items, sizes = scene.items, [sized or rng.random() < 0.5 for _ in range(4)]
     if len(items) == 1:
@@ -84,12 +84,12 @@ def captions(scene: Scene, rng: random.Random, sized: bool = False) -> list[str]
 
 
 def named_pairs(caption: str) -> list[Pair]:
-    """Return the (colour, shape) pairs that a caption names, in its order."""
+    """Return the (colour, shape) pairs that a caption names, in order."""
     return re.findall(rf"\b({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b", caption)
 
 
 def caption_is_exact(caption: str, pairs: Sequence[Sequence[str]]) -> bool:
-    """Tell whether a caption names exactly the given pairs, each as often as it occurs."""
+    """Return True if a caption names exactly the given pairs, each as often as it occurs."""
     return Counter(named_pairs(caption)) == Counter(map(tuple, pairs))
 
 
@@ -98,7 +98,7 @@ def caption_is_exact(caption: str, pairs: Sequence[Sequence[str]]) -> bool:
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its right answer and a wrong one that some people would give."""
+    """A question with its right answer and a plausible wrong one."""
 
     text: str
     answer: str
@@ -107,7 +107,7 @@ class Question:
 
 
 def questions(scene: Scene, rng: random.Random, count: int) -> list[Question]:
-    """Ask `count` different questions about a scene."""
+    """Return `count` different questions about a scene."""
     asked = {question.text: question for question in _all_questions(scene, rng)}
     return rng.sample(list(asked.values()), min(count, len(asked)))
 
@@ -144,9 +144,9 @@ def _yes_no(text: str, truth: bool) -> Question:
 
 
 def absent_pair(scene: Scene, rng: random.Random) -> Pair:
-    """Return a pair that the scene lacks, but for its colour or its shape, where there is one.
+    """Return a pair that the scene does not contain, with a colour or shape that it does contain if possible.
 
-    Of the pairs kept for testing only scenes that show one are asked, or their names would come to mean "no".
+    Unseen pairs are used only for scenes that contain one; otherwise a model would learn that their names mean "no".
     """
     shown = set(scene.pairs)
     excluded = shown if shown & unseen_pairs() else shown | unseen_pairs()
@@ -159,14 +159,14 @@ def absent_pair(scene: Scene, rng: random.Random) -> Pair:
 
 
 def ten_answers(question: Question, rng: random.Random) -> list[str]:
-    """Return what ten people answer: most of them the truth."""
+    """Return ten answers to a question, most of them right."""
     wrong = rng.choice((0, 0, 0, 1, 1, 2, 3))
-    answers = [question.answer] * (PEOPLE - wrong) + [question.mistake] * wrong
-    return rng.sample(answers, PEOPLE)
+    answers = [question.answer] * (NUM_ANSWERS - wrong) + [question.mistake] * wrong
+    return rng.sample(answers, NUM_ANSWERS)
 
 
 def answer_list() -> list[str]:
-    """Return all answers that this world knows."""
+    """Return all answers to questions about the miniature world."""
     pairs = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
     return ["yes", "no", "1", "2", "3", *COLORS, *SHAPES, *SIZES, *dict.fromkeys(SYNONYMS.values()), *pairs]
 
@@ -176,7 +176,7 @@ def answer_list() -> list[str]:
 
 @dataclass(frozen=True)
 class Statement:
-    """A sentence, its truth for a (left, right) pair of scenes, and which pairs make it interesting."""
+    """A sentence, its truth value for (left, right) scenes, and a filter of the scenes it is about."""
 
     text: str
     holds: Callable[[Scene, Scene], bool]
@@ -184,7 +184,7 @@ class Statement:
 
 
 def statement(rng: random.Random, pairs: Sequence[Pair]) -> Statement:
-    """Make up a statement about objects of the given pairs."""
+    """Return a random statement about objects of the given pairs."""
     color, shape = rng.choice(pairs)
     side, number = rng.choice(("left", "right")), rng.choice((1, 2, 3))
     opposite = "right" if side == "left" else "left"
@@ -236,7 +236,7 @@ def statement(rng: random.Random, pairs: Sequence[Pair]) -> Statement:
 def judged_pairs(
     made: Statement, scenes: Sequence[Scene], rng: random.Random, each: int = 2
 ) -> list[tuple[int, int, bool]]:
-    """Find `each` true and `each` false (left, right) pairs of scene numbers for a statement, or nothing."""
+    """Return `each` true and `each` false (left, right, truth) scene numbers for a statement, or an empty list."""
     near = [i for i in rng.sample(range(len(scenes)), min(200, len(scenes))) if made.about(scenes[i])]
     found: dict[bool, list[tuple[int, int, bool]]] = {True: [], False: []}
     for _ in range(60):
@@ -254,7 +254,7 @@ def judged_pairs(
 
 
 def web_text(scene: Scene, other: Scene, rng: random.Random) -> dict[str, Any]:
-    """Return a text as found beside a image on the web: {"caption", "kind", "matches"}.
+    """Return a web text of an image: {"caption", "kind", "matches"}.
 
     "right" (55%), "noisy" (25%: a wrong colour or shape, or nothing but clutter), "other" (20%: of another image).
     """
@@ -268,7 +268,7 @@ def web_text(scene: Scene, other: Scene, rng: random.Random) -> dict[str, Any]:
 
 
 def spoil(caption: str, rng: random.Random) -> str:
-    """Replace a colour or a shape by another, or the whole text by clutter."""
+    """Replace a colour or a shape by another one, or the whole text by clutter."""
     if rng.random() < 0.25:
         return f"{rng.choice(CLUTTER)} {rng.choice(CLUTTER)} {rng.randint(10, 99)}"
     color, shape = rng.choice(named_pairs(caption))
@@ -281,7 +281,7 @@ def spoil(caption: str, rng: random.Random) -> str:
 
 
 def words() -> list[str]:
-    """Return every word of this world, in a fixed order."""
+    """Return every word of the miniature world, in a fixed order."""
     text = """a an the of picture photo image images and or on at in it is there one two three no objects object alone
     other background what color shape how many large small big little contains contain both neither something has
     have exactly more than number same left right above below top bottom center moving to up down shows with this

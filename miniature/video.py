@@ -1,4 +1,4 @@
-"""Clips of the miniature world: one or two objects move, the background stays."""
+"""Video clips of the miniature world: objects move in front of a fixed background."""
 
 import json
 import random
@@ -17,7 +17,7 @@ MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
 def write_videos(folder: Path, annotations: Path, count: int, seed: int, image_size: int) -> None:
-    """Write `count` clips with captions that tell them apart, in MSRVTT's format.
+    """Write `count` clips with distinct captions in MSRVTT's format.
 
     Raises:
         UserError: PyAV is not installed.
@@ -32,8 +32,9 @@ def write_videos(folder: Path, annotations: Path, count: int, seed: int, image_s
             scenes.append(scene)
     for number, scene in enumerate(track(scenes, "videos")):
         moves = [rng.choice(list(MOVES)) for _ in scene.items]
-        encode([np.asarray(render(at(scene, moves, t / (NUM_FRAMES - 1)), image_size)) for t in range(NUM_FRAMES)],
-               folder / "videos" / f"video{number}.mp4")  # fmt: skip
+        times = np.linspace(0, 1, NUM_FRAMES)
+        frames = [np.asarray(render(scene_at(scene, moves, time), image_size)) for time in times]
+        encode(frames, folder / "videos" / f"video{number}.mp4")
         listed = [f"{a(item, False)} moving {move}" for item, move in zip(scene.items, moves, strict=True)]
         caption = ", ".join(listed[:-1]) + f" and {listed[-1]}"
         assert all(name(item) in caption for item in scene.items)
@@ -41,14 +42,14 @@ def write_videos(folder: Path, annotations: Path, count: int, seed: int, image_s
     (annotations / "msrvtt_test.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def at(scene: Scene, moves: list[str], time: float) -> Scene:
-    """Return the scene at a time of 0 to 1: each object goes a fifth of the image, around its place."""
-    items = [moved(item, MOVES[move], time) for item, move in zip(scene.items, moves, strict=True)]
+def scene_at(scene: Scene, moves: list[str], time: float) -> Scene:
+    """Return the scene at a time from 0 to 1: each object moves by a fifth of the image, centred on its position."""
+    items = [move_item(item, MOVES[move], time) for item, move in zip(scene.items, moves, strict=True)]
     return replace(scene, items=tuple(items))
 
 
-def moved(item: Item, direction: tuple[int, int], time: float) -> Item:
-    """Return an object on its way, kept inside the image."""
+def move_item(item: Item, direction: tuple[int, int], time: float) -> Item:
+    """Return the object moved, clamped to the image."""
     half = item.side / 2
     x, y = (c + d * 0.2 * (time - 0.5) for c, d in zip((item.x, item.y), direction, strict=True))
     return replace(item, x=min(max(x, half), 1 - half), y=min(max(y, half), 1 - half))

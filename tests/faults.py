@@ -36,7 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from scripts import TINY, command, environment, lines, settings  # noqa: E402
 
-from miniature.world import write_miniature  # noqa: E402
+from miniature.writing import write_miniature  # noqa: E402
 
 CONFIGS = "configs/miniature"
 STEPS = 4  # of an epoch

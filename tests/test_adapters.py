@@ -16,7 +16,7 @@ from formula import build as build_formula
 from formula import img
 from launch.config import NLVRConfig, TrainConfig
 from launch.run import BEST, LAST, WEIGHTS, Run
-from miniature.world import write_miniature
+from miniature.writing import write_miniature
 from processes import run_in_processes
 from training import adapters
 from training.loop import fit

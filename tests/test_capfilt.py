@@ -12,7 +12,7 @@ from scripts import ROOT, lines, run, run_and_signal, run_here, settings
 from bootstrap.shards import Distinct, Shards, merge, run_shards
 from data.pretrain import PairDataset, image_of_url
 from data.transforms import test_transform as make_transform
-from miniature.world import write_miniature
+from miniature.writing import write_miniature
 
 MODEL = str(ROOT / "configs" / "miniature" / "model.safetensors")
 

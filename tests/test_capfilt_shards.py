@@ -13,7 +13,7 @@ from bootstrap.tars import TarOutput, tar_source
 from capfilt import make_texts
 from data.shards import TarPairs, count_pairs, read_shard
 from data.transforms import test_transform as make_transform
-from miniature.world import write_miniature
+from miniature.writing import write_miniature
 from utils import UserError
 
 MODEL = str(ROOT / "configs" / "miniature" / "model.safetensors")

@@ -21,7 +21,7 @@ from files import append, disk_is_full, write_json, write_whole
 from inference.explain import save_image
 from launch.config import NLVRConfig, save_config
 from launch.run import Run
-from miniature.world import write_miniature
+from miniature.writing import write_miniature
 from report.page import write_report
 from training.checkpoint import save_atomic
 from utils import UserError

@@ -14,7 +14,8 @@ from PIL import Image
 
 from data.text import exchange_left_right
 from miniature import text as miniature_text
-from miniature import world as miniature
+from miniature import writing as miniature
+from miniature.__main__ import main
 from miniature.scene import COLORS, SHAPES, SIZES, Item, Scene, draw_scene, render, seen_pairs, unseen_pairs
 from models.tokenizer import init_tokenizer
 from utils import UserError
@@ -411,5 +412,5 @@ def test_bad_arguments_are_told_in_one_line(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(UserError, match="fewer than 5000 different test scenes"):
         miniature.write_miniature(tmp_path, level=1, num_train=0, num_val=0, num_web=0, num_test=5000)
     monkeypatch.setattr("sys.argv", ["miniature", "--output", str(tmp_path), "--level", "0"])
-    assert miniature.main() == 2
+    assert main() == 2
     assert capsys.readouterr().err.strip() == "error: level is 0; expected one of 1, 2, 3, 4"

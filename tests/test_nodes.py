@@ -13,7 +13,7 @@ import torch.distributed as dist
 from scripts import ROOT, TINY, environment, kill_family, lines, settings
 
 from launch.rendezvous import agree, join_group, started_before, was_restarted
-from miniature.world import write_miniature
+from miniature.writing import write_miniature
 from processes import run_agent, run_script, start
 from utils import UserError
 

@@ -15,7 +15,7 @@ from formula import MODELS, arr, fill
 from launch import run
 from launch.config import TrainConfig
 from launch.run import LAST, Run
-from miniature.world import write_miniature
+from miniature.writing import write_miniature
 from models import linear, med
 from training import adapters, loop, parallel
 from training.contrast import add_candidates

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scripts import TINY, lines, run_and_signal, run_here, settings
 
-from miniature.world import write_miniature
+from miniature.writing import write_miniature
 
 SEED = 3
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from scripts import ROOT, lines, run, run_and_signal, settings
 
-from miniature.world import write_miniature
+from miniature.writing import write_miniature
 
 SLOW = pytest.mark.skipif("BLIP_SLOW" not in os.environ, reason="10 GB of memory, 10 minutes; BLIP_SLOW=1 runs it")
 TRAINED = {

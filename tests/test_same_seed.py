@@ -4,7 +4,7 @@ import pytest
 from faults import SCRIPTS, arguments, differences
 from scripts import TINY, run_here, settings
 
-from miniature.world import write_miniature
+from miniature.writing import write_miniature
 
 EVALUATIONS = {"eval_nocaps.py": "nocaps", "eval_retrieval_video.py": "retrieval_msrvtt"}
 

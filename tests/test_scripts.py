@@ -6,7 +6,7 @@ import pytest
 import torch
 from scripts import TINY, run, settings
 
-from miniature.world import write_miniature
+from miniature.writing import write_miniature
 
 SIZES = [part for value in TINY for part in ("--set", value)]
 CONFIGS = "configs/miniature"

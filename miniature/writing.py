@@ -1,25 +1,18 @@
-"""Write a small world to a folder: images of coloured shapes, and annotations in every released file format.
+"""The miniature world on disk: images of coloured shapes, and annotations in every released file format."""
 
-    python -m miniature.world --output output/miniature --level 4 --seed 0
-
-Some pairs of colour and shape (`miniature.scene.unseen_pairs`) occur in test images only.
-"""
-
-import argparse
-import json
 import random
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from files import write_json
 from miniature import text
 from miniature.scene import LEVELS, Scene, draw_scene, render, seen_pairs, unseen_pairs
 from utils import UserError, track
 
 UNSEEN_SHARE = 0.12  # of test images
-TRIES = 1000  # draws in a row that bring nothing new before giving up
+TRIES = 1000  # consecutive draws without a new result before giving up
 FIRST_ID = {"train": 1, "val": 1_000_001, "test": 2_000_001, "web": 3_000_001}
 
 
@@ -37,15 +30,15 @@ def write_miniature(
     """Write the world; the same arguments give the same bytes.
 
     Args:
-        folder: made if absent.
-        level: 1 one object on plain ground; 2 one or two; 3 up to three; 4 the same on textured grounds.
-        seed: of everything.
-        num_train, num_val, num_test, num_web: images of each split.
-        num_videos: short MP4 clips.
+        folder: output folder, created if it does not exist.
+        level: 1 one object on a plain background; 2 one or two; 3 up to three; 4 up to three, textured backgrounds.
+        seed: seed of every random choice.
+        num_train, num_val, num_test, num_web: number of images in each split.
+        num_videos: number of short MP4 clips.
         image_size: side of the images in pixels.
 
     Raises:
-        UserError: a level that is none, or more test images than the level has different scenes.
+        UserError: unknown level, or more test images than the level has different scenes.
     """
     if level not in LEVELS:
         raise UserError(f"level is {level}; expected one of {', '.join(map(str, LEVELS))}")
@@ -56,13 +49,13 @@ def write_miniature(
         (folder / "images" / split).mkdir(parents=True, exist_ok=True)
         for i, scene in enumerate(track(scenes, f"{split} images")):
             render(scene, image_size).save(folder / image(split, i), quality=95)
-    write(folder / "scenes.json", {image(s, i): asdict(x) for s, xs in splits.items() for i, x in enumerate(xs)})
+    write_json(folder / "scenes.json", {image(s, i): asdict(x) for s, xs in splits.items() for i, x in enumerate(xs)})
     annotations = folder / "annotations"
     for split in ("train", "val", "test"):
         write_captions(annotations, split, splits[split], seed)
         write_questions(annotations, split, splits[split], seed)
         write_statements(annotations, split, splits[split], seed)
-    write(annotations / "answer_list.json", text.answer_list())
+    write_json(annotations / "answer_list.json", text.answer_list())
     write_nocaps(annotations, splits["test"], seed)
     write_web(annotations, splits, seed)
     if num_videos:
@@ -73,22 +66,22 @@ def write_miniature(
 
 
 def image(split: str, index: int) -> str:
-    """Return a image's path from the folder; the number that ends it is its id."""
+    """Return an image's path relative to the folder; it ends in the image's id."""
     return f"images/{split}/{image_id(split, index):07d}.jpg"
 
 
 def image_id(split: str, index: int) -> int:
-    """Return a image's id, unique in the world."""
+    """Return an image's id, unique in the world."""
     return FIRST_ID[split] + index
 
 
 def generator(*names: Any) -> random.Random:
-    """Return random numbers that depend on the given names only."""
+    """Return a random number generator seeded by the given names."""
     return random.Random("/".join(map(str, names)))
 
 
 def make_scenes(split: str, count: int, level: int, seed: int) -> list[Scene]:
-    """Draw a split's scenes; in the test split no two show the same objects."""
+    """Draw the scenes of a split; no two test scenes show the same objects."""
     scenes: list[Scene] = []
     known: set[Any] = set()
     rng, misses = generator(seed, level, split), 0
@@ -106,25 +99,15 @@ def make_scenes(split: str, count: int, level: int, seed: int) -> list[Scene]:
 
 
 def distinct_key(scene: Scene) -> Any:
-    """Return what a full caption tells of a scene; an only object also by its size and place."""
+    """Return the facts that a full caption states; for a single object they include size and position."""
     if len(scene.items) == 1:
         item = scene.items[0]
         return item.pair, item.size, text.position(item)
     return frozenset(scene.pairs)
 
 
-def write(path: Path, content: Any) -> None:
-    """Write JSON, one entry a line where it is a list."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, list):
-        lines = ",\n".join(json.dumps(entry) for entry in content)
-        path.write_text(f"[\n{lines}\n]\n")
-    else:
-        path.write_text(json.dumps(content))
-
-
 def write_captions(folder: Path, split: str, scenes: Sequence[Scene], seed: int) -> None:
-    """Write captions for captioning, and fuller ones for retrieval, as COCO's and Flickr30k's."""
+    """Write captions in COCO's format for captioning, and more detailed ones in Flickr30k's for retrieval."""
     for prefix, sized in (("coco_karpathy", False), ("flickr30k", True)):
         rng = generator(seed, prefix, split)
         listed = [text.captions(scene, rng, sized) for scene in scenes]
@@ -134,27 +117,27 @@ def write_captions(folder: Path, split: str, scenes: Sequence[Scene], seed: int)
                 for i, captions in enumerate(listed)
                 for caption in captions
             ]
-            write(folder / f"{prefix}_{split}.json", rows)
+            write_json(folder / f"{prefix}_{split}.json", rows)
         else:
             rows = [{"image": image(split, i), "caption": captions} for i, captions in enumerate(listed)]
-            write(folder / f"{prefix}_{split}.json", rows)
+            write_json(folder / f"{prefix}_{split}.json", rows)
             if not sized:
                 ids = [image_id(split, i) for i in range(len(scenes))]
-                write(folder / f"{prefix}_{split}_gt.json", ground_truth(ids, listed))
+                write_json(folder / f"{prefix}_{split}_gt.json", ground_truth(ids, listed))
         if split == "train" and not sized:
             human = [{"image": row["image"], "caption": row["caption"]} for row in rows]
-            write(folder / "pretrain_human.json", human)
+            write_json(folder / "pretrain_human.json", human)
 
 
 def ground_truth(ids: Sequence[int], captions: Sequence[Sequence[str]], domains: Sequence[str] = ()) -> dict[str, Any]:
-    """Return captions in COCO's format."""
+    """Return captions in COCO's ground-truth format."""
     images = [{"id": i, **({"domain": domains[n]} if domains else {})} for n, i in enumerate(ids)]
     rows = [(i, caption) for i, listed in zip(ids, captions, strict=True) for caption in listed]
     return {"images": images, "annotations": [{"id": n, "image_id": i, "caption": c} for n, (i, c) in enumerate(rows)]}
 
 
 def write_questions(folder: Path, split: str, scenes: Sequence[Scene], seed: int) -> None:
-    """Write questions with ten answers each; every eighth training image's as Visual Genome's, with one answer."""
+    """Write questions with ten answers; every eighth training image has Visual Genome questions with one answer."""
     rng = generator(seed, "vqa", split)
     rows: dict[str, list[dict[str, Any]]] = {f"vqa_{split}": []}
     if split == "train":
@@ -172,7 +155,7 @@ def write_questions(folder: Path, split: str, scenes: Sequence[Scene], seed: int
             }
             rows["vg_qa" if genome else f"vqa_{split}"].append(row)
     for name, content in rows.items():
-        write(folder / f"{name}.json", content)
+        write_json(folder / f"{name}.json", content)
 
 
 def write_statements(folder: Path, split: str, scenes: Sequence[Scene], seed: int) -> None:
@@ -194,11 +177,11 @@ def write_statements(folder: Path, split: str, scenes: Sequence[Scene], seed: in
         for left, right, truth in judged:
             images = [image(split, left), image(split, right)]
             rows.append({"images": images, "sentence": made.text, "label": str(truth)})
-    write(folder / f"nlvr_{'dev' if split == 'val' else split}.json", rows)
+    write_json(folder / f"nlvr_{'dev' if split == 'val' else split}.json", rows)
 
 
 def write_nocaps(folder: Path, scenes: Sequence[Scene], seed: int) -> None:
-    """Write the test images, by turns, as NoCaps's two splits; those with an unseen pair are "out-domain"."""
+    """Write the test images alternately to NoCaps's two splits; images with an unseen pair are "out-domain"."""
     rng = generator(seed, "nocaps")
     listed = [text.captions(scene, rng) for scene in scenes]
     for start, split in enumerate(("val", "test")):
@@ -206,47 +189,20 @@ def write_nocaps(folder: Path, scenes: Sequence[Scene], seed: int) -> None:
         ids = [image_id("test", i) for i in numbers]
         domains = ["out-domain" if unseen_pairs() & set(scenes[i].pairs) else "in-domain" for i in numbers]
         rows = [{"image": image("test", i), "img_id": image_id("test", i)} for i in numbers]
-        write(folder / f"nocaps_{split}.json", rows)
-        write(folder / f"nocaps_{split}_gt.json", ground_truth(ids, [listed[i] for i in numbers], domains))
+        write_json(folder / f"nocaps_{split}.json", rows)
+        write_json(folder / f"nocaps_{split}_gt.json", ground_truth(ids, [listed[i] for i in numbers], domains))
 
 
 def write_web(folder: Path, splits: dict[str, list[Scene]], seed: int) -> None:
-    """Write one text for every web image: right, noisy, or of another image; and which is which."""
+    """Write one text per web image (right, noisy, or of another image), and the kind of each text."""
     rng, scenes = generator(seed, "web"), splits["web"]
     texts = [text.web_text(scene, rng.choice(scenes), rng) for scene in scenes]
     rows = [{"image": image("web", i), "caption": found["caption"]} for i, found in enumerate(texts)]
     truth = [{"image": image("web", i), "kind": x["kind"], "matches": x["matches"]} for i, x in enumerate(texts)]
-    write(folder / "pretrain_web.json", rows)
-    write(folder / "pretrain_web_truth.json", truth)
+    write_json(folder / "pretrain_web.json", rows)
+    write_json(folder / "pretrain_web_truth.json", truth)
 
 
 def vocabulary() -> list[str]:
-    """Return this world's vocabulary in BERT's format: special tokens, words, letters and digits."""
+    """Return the vocabulary in BERT's format: special tokens, words, letters and digits."""
     return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *text.words()]
-
-
-def main() -> int:
-    """Read the command line and write the world."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="output/miniature", help="folder to write (default: output/miniature)")
-    parser.add_argument("--level", type=int, default=4, help="difficulty, 1 to 4 (default: 4)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything (default: 0)")
-    defaults = {"train": 6000, "val": 300, "test": 500, "web": 6000}
-    for split, count in defaults.items():
-        parser.add_argument(f"--{split}", type=int, default=count, help=f"{split} images (default: {count})")
-    parser.add_argument("--videos", type=int, default=0, help="video clips (default: 0)")
-    parser.add_argument("--image_size", type=int, default=64, help="side of the images in pixels (default: 64)")
-    args = parser.parse_args()
-    try:
-        folder = write_miniature(
-            args.output, args.level, args.seed, args.train, args.val, args.test, args.web, args.videos, args.image_size
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote the miniature world, level {args.level}, to {folder}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
