@@ -107,7 +107,7 @@ def keep_all(samples: Sequence[Sample], written: dict[str, Row]) -> list[Row]:
 
 
 def texts_of(sample: Sample, written: dict[str, Row]) -> list[tuple[str, str]]:
-    """Return the (source, text) pairs of a image, its web texts first."""
+    """Return the (source, text) pairs of an image, its web texts first."""
     captions = written.get(sample.name, {}).get("captions", ())
     found = [("web", text) for text in sample.texts] + [("synthetic", text) for text in captions]
     return [(source, text) for source, text in found if text.strip()]
@@ -217,7 +217,7 @@ def report(config: CapFiltConfig, run: Run, shards: Shards, tally: Tally) -> str
 
 
 def card(image: Any, rows: list[Row]) -> dict[str, Any]:
-    """Show a image with its texts, kept ones green, dropped ones red."""
+    """Show an image with its texts, kept ones green, dropped ones red."""
     lines = [
         (f"{row['source']} {row.get('probability', '')}", row["caption"], "good" if row["kept"] else "bad")
         for row in rows

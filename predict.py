@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import save as to_bytes
 
 from bootstrap.shards import fingerprint_of
-from data.images import find_images, read_list
 from inference import load
 from inference.explain import explain_rows
+from inference.inputs import find_images, read_texts
 from inference.search import Index, find_images_by_text, find_texts_by_image
 from utils import ProgressLine, UserError, user_message
 
@@ -30,7 +30,7 @@ EXAMPLES = {
     "features": "python predict.py features holiday/ --output features.safetensors --checkpoint model_base.pth",
 }
 IMAGES = "images, folders of them, or lists (.txt, .json, .jsonl)"
-ROWS = ("caption", "vqa", "match")  # a row a image, as soon as it is known
+ROWS = ("caption", "vqa", "match")  # a row an image, as soon as it is known
 ENDS = {"features": "needed: ending in .safetensors or .npy"}
 Row = dict[str, Any]
 
@@ -161,7 +161,7 @@ def caption(args: argparse.Namespace) -> None:
 def vqa(args: argparse.Namespace) -> None:
     """Answer questions."""
     model = load_model(args, "vqa")
-    answers = read_list(Path(args.answers), "answer") if args.answers else ()
+    answers = read_texts(Path(args.answers), "answer") if args.answers else ()
     run(args, model, lambda images: model.answers(images, args.question, answers, args.k_test, **reading(args)))
 
 
@@ -179,7 +179,7 @@ def search(args: argparse.Namespace) -> None:
         raise UserError("give the images that texts are to be found for")
     model = load_model(args, "match", "first_token")
     if args.texts:
-        texts = read_list(Path(args.texts), "caption")
+        texts = read_texts(Path(args.texts), "caption")
         rows = find_texts_by_image(model, args.images, texts, args.k_test, args.top, **reading(args))
         tell_errors(write(args, progress(rows, len(args.images), "search")), len(args.images))
         return

@@ -231,7 +231,7 @@ class Tally:
                 self.shown.append(group)
 
     def compare(self, rows: Sequence[Row]) -> None:
-        """Count how far the synthetic texts of a image repeat its web texts."""
+        """Count how far the synthetic texts of an image repeat its web texts."""
         web = [row["caption"].lower() for row in rows if row["source"] == "web"]
         known = {word for text in web for word in text.split()}
         for text in (row["caption"].lower() for row in rows if row["source"] == "synthetic"):

@@ -22,7 +22,7 @@ from utils import UserError
 
 @dataclass
 class Sample:
-    """A image and its web texts.
+    """An image and its web texts.
 
     Attributes:
         name: its path, or its key in a tar shard; within a shard no other has it.

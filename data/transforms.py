@@ -75,8 +75,8 @@ def open_image(path: Path, upright: bool = False, smallest: int = 0) -> Image.Im
 
     Args:
         path: of the image.
-        upright: turn it as its EXIF data say, and scale 16 bits to 8; without, both are as in the released code,
-            which leaves EXIF aside and clips.
+        upright: turn it as its EXIF data say, and scale other values than bytes as `to_bytes` does; without it,
+            EXIF is ignored and larger values are clipped, as in the released code.
         smallest: as `Transform`.
 
     Raises:
@@ -97,6 +97,29 @@ def to_rgb(image: Image.Image, upright: bool = False) -> Image.Image:
     """Turn an open image to RGB, as `open_image`."""
     if upright:
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16") or image.mode == "I":
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+        if image.mode[0] in "IF":
+            image = Image.fromarray(to_bytes(np.asarray(image)))
     return image.convert("RGB")
+
+
+def to_bytes(values: np.ndarray) -> np.ndarray:
+    """Scale an image's values to 0 to 255 by what they hold.
+
+    Args:
+        values: any shape. Floats that reach to 1 at most are taken as 0 to 1; numbers that reach to 255 at most as
+            they are; larger ones as 16 bits, 0 to 65535. Booleans are black and white.
+
+    Returns:
+        uint8, rounded, of the same shape.
+
+    Raises:
+        ValueError: values that are negative, larger, or not finite.
+    """
+    if values.dtype == np.uint8:
+        return values
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    if not (low >= 0 and high <= 65535):
+        raise ValueError(f"values from {low:g} to {high:g}; expected 0 to 1, to 255 or to 65535")
+    as_fraction = values.dtype == bool or (values.dtype.kind == "f" and high <= 1)
+    scale = 255.0 if as_fraction else 1.0 if high <= 255 else 1 / 257
+    return (values * scale).round().astype(np.uint8)

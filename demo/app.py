@@ -17,11 +17,11 @@ from typing import Any
 
 from PIL import Image
 
-from data.images import find_images
 from data.transforms import BAD_IMAGE, open_image
 from demo.limits import BodyLimit
 from inference import load
 from inference.explain import explain, sheet
+from inference.inputs import find_images
 from inference.predictor import Predictor
 from inference.search import Index, find_images_by_text
 from miniature.scene import draw_scene, render

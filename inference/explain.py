@@ -28,7 +28,7 @@ from utils import UserError, on_main_process
 
 WHOLE = "(all)"  # names the map of the text as a whole
 COLORS = ((0, (30, 30, 160)), (0.35, (0, 180, 220)), (0.65, (250, 230, 60)), (1, (220, 30, 20)))
-TILE = 224  # longest side of a image in a sheet, in pixels
+TILE = 224  # longest side of an image in a sheet, in pixels
 Maps = list[tuple[str, np.ndarray]]
 
 
@@ -169,7 +169,7 @@ def words_of(tokenizer: Any, text: TokenBatch, start: int = 1) -> list[tuple[str
 
 
 def overlay(image: Image.Image, grid: np.ndarray) -> Image.Image:
-    """Lay a map over a image of any size; the more relevant a place, the warmer and the less transparent."""
+    """Lay a map over an image of any size; the more relevant a place, the warmer and the less transparent."""
     heat = Image.fromarray((grid / max(grid.max(), 1e-12)).astype(np.float32))
     heat = np.asarray(heat.resize(image.size, Image.Resampling.BICUBIC)).clip(0, 1)
     stops, colors = zip(*COLORS, strict=True)
@@ -179,7 +179,7 @@ def overlay(image: Image.Image, grid: np.ndarray) -> Image.Image:
 
 
 def sheet(image: Image.Image, title: str, maps: Maps, columns: int = 5) -> Image.Image:
-    """Draw a image and its maps side by side, each with its word below, under a title."""
+    """Draw an image and its maps side by side, each with its word below, under a title."""
     image = image.convert("RGB")
     scale = TILE / max(image.size)
     image = image.resize([max(round(side * scale), 1) for side in image.size], Image.Resampling.BICUBIC)

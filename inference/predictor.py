@@ -103,7 +103,7 @@ class Captioner(Predictor):
                 or 20 and 5.
             top_p: share of probability that sampling draws from.
             repetition_penalty: above 1 discourages tokens already said.
-            seed: of sampling; a image's captions depend on it and on the image's name only.
+            seed: of sampling; an image's captions depend on it and on the image's name only.
             batch_size: images at once.
             num_workers: processes that read images.
             names: what the rows call the images; None takes their paths.
@@ -381,7 +381,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def image_name(image: ImageSource) -> str:
-    """Return a image's path; '' for an encoded one, and for an open one that came from no file."""
+    """Return an image's path; '' for an encoded one, and for an open one that came from no file."""
     return str(image) if isinstance(image, str | Path) else str(getattr(image, "filename", ""))
 
 

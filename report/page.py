@@ -1,27 +1,24 @@
-"""The report of a run: one page that opens anywhere, and its figures beside it."""
+"""The report of a run: one page that needs no other file, with its figures beside it."""
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from data.images import ImageSource, as_rgb
 from files import write_whole
-from report.figures import (
-    TONES,
-    Card,
-    Scores,
-    draw_cards,
-    draw_curves,
-    draw_histograms,
-    draw_scores,
-    format_value,
-    open_image,
-)
+from metrics.units import format_score, put_test_first
+from report.figures import Scores, draw_curves, draw_histograms, draw_scores
 from utils import UserError
+
+TONES = ("", "good", "bad")
+MAX_SIDE = 480  # pixels of an embedded image's longer side
+SMALL = 128  # images below this side are embedded without loss and shown with sharp pixels
 
 STYLE = """
 :root { color-scheme: light; }
@@ -67,6 +64,15 @@ li { overflow-wrap: anywhere; }
 """
 
 
+@dataclass
+class Card:
+    """A test example: images side by side, a tone for the frame of each, and lines of (label, text, tone) below."""
+
+    images: list[Image.Image]
+    tones: list[str]
+    lines: list[tuple[str, str, str]]
+
+
 def write_report(
     folder: str | Path,
     title: str,
@@ -75,9 +81,9 @@ def write_report(
     images: Sequence[dict[str, Any]] = (),
     notes: Sequence[str] = (),
     curves: Sequence[str] = ("train_loss",),
-    histograms: dict[str, Sequence[int]] | None = None,
+    histograms: Mapping[str, Sequence[int]] | None = None,
 ) -> Path:
-    """Write report.html, which needs no other file, and its figures: scores, curve, histograms and images (.png).
+    """Write report.html, which needs no other file, and its figures: scores.png, curve.png and histograms.png.
 
     A figure is written where there is something to draw.
 
@@ -88,47 +94,45 @@ def write_report(
         log: rows of the log: "epoch", "step" or both, losses, learning rates ("..._lr"), scores ("val_...").
         images: test examples. "image" or "images" (list): path, PIL image, or array (H, W, 3) or (3, H, W),
             uint8 or float in [0, 1]. "lines": list of (label, text, tone), the first shown largest; tone "",
-            "good" or "bad". Captions for short: "caption" (str), "references" (list of str), "ok" (bool or
-            None) come before the lines. "tones": a tone for each image, shown as its frame.
-        notes: sentences that a reader should know, such as which metric was left out and why.
-        curves: losses to draw, each a name of the log or how names begin.
+            "good" or "bad". "caption" (str), "references" (list of str) and "ok" (bool or None) are a short form
+            of lines. "tones": a tone for each image, shown as its frame.
+        notes: sentences for the reader, such as which metric was left out and why.
+        curves: losses to draw, each a name of the log or its beginning.
         histograms: name -> counts of probabilities in equal parts of 0 to 1.
 
     Returns:
         Path of report.html.
 
     Raises:
-        UserError: a image cannot be read, or the folder cannot be written.
+        UserError: an image cannot be read, or the folder cannot be written.
     """
     folder = Path(folder)
-    cards = [_card(entry) for entry in images]
-    groups = _groups(scores)
+    cards = [_to_card(entry) for entry in images]
+    groups = _to_groups(scores)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        figures = {
-            "scores.png": draw_scores(groups, folder / "scores.png"),
-            "curve.png": draw_curves(log, curves, folder / "curve.png"),
-            "histograms.png": draw_histograms(histograms or {}, folder / "histograms.png"),
-            "pictures.png": draw_cards(cards, folder / "pictures.png"),
-        }
-        embedded = {name: _embed_file(folder / name) for name, drawn in figures.items() if drawn}
-        page = folder / "report.html"
-        with write_whole(page) as file:
-            file.write(_page(title, groups, log, cards, notes, embedded))
     except OSError as error:
-        raise UserError(f"cannot write the report to {folder}: {error.strerror or error}") from error
-    return page
+        raise UserError(f"cannot write the report to {folder}: {error.strerror}; choose another folder") from None
+    figures = {
+        "scores.png": draw_scores(groups, folder / "scores.png"),
+        "curve.png": draw_curves(log, curves, folder / "curve.png"),
+        "histograms.png": draw_histograms(histograms or {}, folder / "histograms.png"),
+    }
+    embedded = {name: _data_url((folder / name).read_bytes(), "png") for name, drawn in figures.items() if drawn}
+    with write_whole(folder / "report.html") as file:
+        file.write(_page(title, groups, log, cards, notes, embedded))
+    return folder / "report.html"
 
 
-def _groups(scores: dict[str, Any]) -> Scores:
-    """Bring flat and grouped scores to one form; single values among groups get a group without a name."""
-    groups = {str(name): dict(value) for name, value in scores.items() if isinstance(value, dict)}
+def _to_groups(scores: dict[str, Any]) -> Scores:
+    """Return flat or grouped scores as groups; single values among groups get a group without a name."""
+    groups = {str(name): put_test_first(value) for name, value in scores.items() if isinstance(value, dict)}
     single = {name: value for name, value in scores.items() if not isinstance(value, dict)}
-    return ({"": single} if single else {}) | groups
+    return ({"": put_test_first(single)} if single else {}) | groups
 
 
-def _card(entry: dict[str, Any]) -> Card:
-    images = [open_image(source) for source in entry.get("images") or [entry["image"]]]
+def _to_card(entry: dict[str, Any]) -> Card:
+    images = [_thumbnail(source) for source in entry.get("images") or [entry["image"]]]
     lines = []
     if "caption" in entry:
         tone = {True: "good", False: "bad"}.get(entry.get("ok"), "")
@@ -136,10 +140,16 @@ def _card(entry: dict[str, Any]) -> Card:
     lines += [("reference", text, "") for text in entry.get("references", ())]
     lines += entry.get("lines", ())
     lines = [(str(label), str(text), tone if tone in TONES else "") for label, text, tone in lines]
-    return Card(images, lines, list(entry.get("tones") or [""] * len(images)))
+    return Card(images, list(entry.get("tones") or [""] * len(images)), lines)
 
 
-# The page; every text passes through escape on its way in
+def _thumbnail(source: ImageSource) -> Image.Image:
+    image = as_rgb(source)
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    return image
+
+
+# The page. Every text passes through escape.
 
 
 def _page(
@@ -150,13 +160,13 @@ def _page(
     notes: Sequence[str],
     figures: dict[str, str],
 ) -> str:
+    items = "".join(f"<li>{escape(str(note))}</li>" for note in notes)
+    histograms = f'<img class="wide" src="{figures.get("histograms.png")}" alt="Histograms of probabilities">'
     sections = [
         _scores_section(scores, figures.get("scores.png")),
-        _section("Notes", f"<ul>{''.join(f'<li>{escape(str(note))}</li>' for note in notes)}</ul>")
-        if notes
-        else "",
+        _section("Notes", f"<ul>{items}</ul>") if notes else "",
         _training_section(log, figures.get("curve.png")),
-        _histogram_section(figures.get("histograms.png")),
+        _section("Matching probabilities", histograms) if "histograms.png" in figures else "",
         _cards_section(cards),
     ]
     return (
@@ -175,7 +185,7 @@ def _scores_section(scores: Scores, figure: str | None) -> str:
     if not scores:
         return ""
     names = list(dict.fromkeys(name for group in scores.values() for name in group))
-    rows = [[name, *(group.get(name, "") for group in scores.values())] for name in names]
+    rows = [[name, *(format_score(name, group.get(name, "")) for group in scores.values())] for name in names]
     head = ["", *scores] if len(scores) > 1 or "" not in scores else []
     image = f'<img src="{figure}" alt="Scores as bars">' if figure else ""
     return _section("Scores", f'<div class="side">{_table(head, rows)}{image}</div>')
@@ -186,16 +196,9 @@ def _training_section(log: Sequence[dict[str, Any]], figure: str | None) -> str:
         return ""
     names = list(dict.fromkeys(name for row in log for name in row))
     names.sort(key=lambda name: {"epoch": 0, "step": 1}.get(name, 2))  # the others stay in their order
-    table = _table(names, [[row.get(name, "") for name in names] for row in log])
-    image = f'<img class="wide" src="{figure}" alt="Curves of the training">' if figure else ""
-    return _section(
-        "Training", f"{image}<details><summary>All {len(log)} rows of the log</summary>{table}</details>"
-    )
-
-
-def _histogram_section(figure: str | None) -> str:
-    image = f'<img class="wide" src="{figure}" alt="Histograms of probabilities">'
-    return _section("Matching probabilities", image) if figure else ""
+    table = _table(names, [[format_score(name, row.get(name, "")) for name in names] for row in log])
+    image = f'<img class="wide" src="{figure}" alt="Training curves">' if figure else ""
+    return _section("Training", f"{image}<details><summary>All {len(log)} rows of the log</summary>{table}</details>")
 
 
 def _cards_section(cards: Sequence[Card]) -> str:
@@ -215,30 +218,21 @@ def _card_html(card: Card) -> str:
 
 
 def _image_html(image: Image.Image, tone: str) -> str:
-    small = "small" if max(image.size) < 128 else ""
-    return f'<img class="{small} {tone}" alt="" src="{_embed(image)}">'
+    small = max(image.size) < SMALL
+    kind, buffer = "png" if small else "jpeg", io.BytesIO()
+    image.save(buffer, kind, quality=85)
+    classes = f"{'small' if small else ''} {tone}"
+    return f'<img class="{classes}" alt="" src="{_data_url(buffer.getvalue(), kind)}">'
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    top = (
-        f"<thead><tr>{''.join(f'<th>{escape(str(cell))}</th>' for cell in head)}</tr></thead>" if head else ""
-    )
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    top = f"<thead><tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr></thead>" if head else ""
     body = "".join(
-        f"<tr><th>{escape(format_value(first))}</th>"
-        + "".join(f"<td>{escape(format_value(cell))}</td>" for cell in rest)
-        + "</tr>"
+        f"<tr><th>{escape(first)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in rest)}</tr>"
         for first, *rest in rows
     )
     return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>'
 
 
-def _embed(image: Image.Image) -> str:
-    """Return a image as a data address; small ones without loss."""
-    small = max(image.size) < 128
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG" if small else "JPEG", quality=85)
-    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _embed_file(path: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+def _data_url(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

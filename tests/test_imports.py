@@ -19,9 +19,9 @@ ALLOWED = {
     "miniature": BASE | {"miniature", "data"},
     "launch": BASE | {"launch"},
     "inference": BASE | {"inference", "models", "data"},
-    "report": BASE | {"report"},
+    "report": BASE | {"report", "metrics", "data"},
     "training": BASE | {"training", "models", "data", "metrics", "launch", "report"},
-    "bootstrap": BASE | {"bootstrap", "models", "data", "inference"},
+    "bootstrap": BASE | {"bootstrap", "models", "data", "launch", "inference", "report"},
 }
 ROOMS = set(ALLOWED) | {"demo", "benchmarks"}
 OURS = ROOMS | {path.stem for path in ROOT.glob("*.py")} | {"tests"}

@@ -6,6 +6,7 @@ import tarfile
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -14,6 +15,7 @@ from scripts import settings as given_settings
 
 from data import create_dataset
 from data.coco_flickr import CaptionTrain
+from data.images import as_rgb
 from data.pretrain import PairDataset
 from data.shards import TarPairs
 from data.transforms import BAD_IMAGE, open_image, to_rgb, train_transform
@@ -113,6 +115,29 @@ def test_a_hundred_megapixels_are_read(tmp_path):
     tensor = plain_transform(16).read(tmp_path / "large.jpg")
     again = train_transform(16, augment=False, reduced_jpeg=True).read(tmp_path / "large.jpg")
     assert tensor.std(dim=(1, 2)).max() < 1e-3 and (tensor - again).abs().max() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        (np.array([[0, 255]], np.int32), [0, 255]),  # mode I that holds bytes
+        (np.array([[0, 65535]], np.int32), [0, 255]),
+        (np.array([[0, 65535]], np.uint16), [0, 255]),
+        (np.array([[0, 200]], np.uint16), [0, 200]),
+        (np.array([[0.0, 0.5, 1.0, 1.0, 1.0]], np.float32), [0, 128, 255, 255, 255]),  # mode F
+        (np.array([[0.0, 200.0]], np.float32), [0, 200]),
+        (np.array([[0.0, 65535.0]], np.float32), [0, 255]),
+    ],
+)
+def test_d7_values_are_scaled_by_what_they_hold(values, wanted, tmp_path):
+    image = Image.fromarray(values)
+    image.save(tmp_path / "i.tiff")
+    for source in (image, values, tmp_path / "i.tiff", (tmp_path / "i.tiff").read_bytes(), np.stack([values] * 3)):
+        assert [pixel[0] for pixel in np.asarray(as_rgb(source))[0]] == wanted
+    normalised = torch.tensor([[[-1.8, 2.1]]])
+    for bad in (normalised, np.full((2, 2), np.nan), np.full((2, 2), 70_000)):
+        with pytest.raises(UserError, match="cannot be read .*expected 0 to 1, to 255 or to 65535"):
+            as_rgb(bad)
 
 
 def test_orientation_is_left_aside_unless_asked(folder):

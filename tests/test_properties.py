@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from data.coco_flickr import CaptionEval, CaptionTrain, RetrievalEval, RetrievalTrain
-from data.images import find_images, read_list
 from data.nlvr import NLVR
 from data.pretrain import PairDataset
 from data.text import pre_caption, pre_question
@@ -24,6 +23,7 @@ from data.transforms import test_transform as square
 from data.video import VideoDataset
 from data.vqa import VQATest, VQATrain, read_answers
 from files import read_json, write_json
+from inference.inputs import find_images, read_texts
 from launch.config import CaptionConfig, PretrainConfig, load_config, save_config
 from launch.run import Run
 from metrics.caption import caption_scores, domain_scores
@@ -133,7 +133,7 @@ DATASETS = {
     "video": lambda file, root: VideoDataset(file, root, 2, 8),
     "pairs": lambda file, root: PairDataset([file], root, square(8)),
     "answers": lambda file, root: read_answers(file),
-    "list": lambda file, root: read_list(Path(file), "image"),
+    "list": lambda file, root: read_texts(Path(file), "image"),
     "images": lambda file, root: find_images([file]),
 }
 

@@ -53,7 +53,7 @@ def test_a_run_leaves_what_it_promises(whole):
     assert [row["epoch"] for row in rows] == [0, 1]
     assert {"train_loss_lm", "train_lr", "val_CIDEr", "test_Bleu_4"} <= rows[0].keys()
     assert rows[1]["train_loss_lm"] < rows[0]["train_loss_lm"]
-    for name in ("config.yaml", "checkpoint_best.pth", "model.pth", "report.html", "pictures.png", "curve.png"):
+    for name in ("config.yaml", "checkpoint_best.pth", "model.pth", "report.html", "scores.png", "curve.png"):
         assert (folder / name).stat().st_size > 0, name
     assert set(torch.load(folder / "model.pth", weights_only=True)) == {"model", "config"}
     assert len(json.loads((folder / "result/test_epoch1.json").read_text())) == 6
