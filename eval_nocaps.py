@@ -5,15 +5,15 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from data import create_dataset, create_loader, create_sampler
+from data import make_loaders
 from files import read_json, write_json
 from launch.config import NoCapsConfig
 from launch.run import Run, launch
 from metrics.caption import domain_scores
 from models.blip import BLIP_Decoder, blip_decoder
 from train_caption import write_captions
-from training.results import evaluate_only, finish
-from utils import get_rank, get_world_size, on_main_process
+from training.results import evaluate_only, report_scores
+from utils import on_main_process
 
 EXAMPLES = (
     "python eval_nocaps.py --config configs/miniature/nocaps.yaml",
@@ -45,15 +45,10 @@ def examples(dataset: Any, run: Run, count: int = 24) -> list[dict[str, Any]]:
 
 def main(config: NoCapsConfig, run: Run) -> None:
     """Caption both splits and report."""
-    datasets = create_dataset("nocaps", config)
-    samplers = create_sampler(datasets, [False, False], get_world_size(), get_rank(), run.seed)
-    val_loader, test_loader = create_loader(
-        datasets, samplers, [config.batch_size] * 2, [config.num_workers] * 2, [False, False], [None] * 2
-    )
+    loaders = make_loaders("nocaps", config)
     model = blip_decoder(**config.model_settings(), prompt=config.prompt)
-    loaders = {"val": val_loader, "test": test_loader}
     scores = evaluate_only(run, config, model, lambda model: evaluate(model, loaders, config, run))
-    finish(run, "NoCaps", scores, lambda: examples(datasets[0], run))
+    report_scores(run, "NoCaps", scores, lambda: examples(loaders["val"].dataset, run))
 
 
 if __name__ == "__main__":

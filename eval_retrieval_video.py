@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from data import create_dataset, create_loader, create_sampler
+from data import make_loaders
 from data.video import read_frames
 from files import read_json, write_json
 from inference.ranking import Scores, two_stage_scores
@@ -16,8 +16,8 @@ from launch.config import VideoConfig
 from launch.run import Run, launch
 from metrics.retrieval import video_eval
 from models.blip_retrieval import BLIP_Retrieval, blip_retrieval
-from training.results import evaluate_only, finish
-from utils import all_gather_object, get_rank, get_world_size, on_main_process
+from training.results import evaluate_only, report_scores
+from utils import all_gather_object, on_main_process
 
 EXAMPLES = (
     "python eval_retrieval_video.py --config configs/miniature/retrieval_msrvtt.yaml",
@@ -87,14 +87,11 @@ def examples(dataset: Any, run: Run, count: int = 12) -> list[dict[str, Any]]:
 
 
 def main(config: VideoConfig, run: Run) -> None:
-    """Rank and report."""
-    dataset = create_dataset("retrieval_msrvtt", config)
-    samplers = create_sampler([dataset], [False], get_world_size(), get_rank(), run.seed)
-    clips_at_once = max(config.batch_size // config.num_frm_test, 1)
-    (loader,) = create_loader([dataset], samplers, [clips_at_once], [config.num_workers], [False], [None])
+    """Rank clips and texts, and report."""
+    loader = make_loaders("retrieval_msrvtt", config)["test"]
     model = blip_retrieval(**config.model_settings(), embed_dim=config.embed_dim)
     scores = evaluate_only(run, config, model, lambda model: evaluate(model, loader, config, run))
-    finish(run, "Text-to-video retrieval", scores, lambda: examples(dataset, run))
+    report_scores(run, "Text-to-video retrieval", scores, lambda: examples(loader.dataset, run))
 
 
 if __name__ == "__main__":

@@ -6,19 +6,19 @@ from typing import Any
 
 from torch import nn
 
-from data import create_dataset, create_loader, create_sampler
+from data import make_loaders
 from files import append
 from launch.config import PretrainConfig
 from launch.run import Run, launch
 from models.blip_pretrain import BLIP_Pretrain, blip_pretrain
-from models.momentum import copy_params
+from models.momentum import Candidates, copy_params
 from models.pretrained import load_bert, load_deit, load_vit_in21k
-from training.contrast import add_candidates
-from training.loop import Losses, fit
+from training.contrast import compute_candidates
+from training.loop import Losses, Task, fit
 from training.optimizer import step_lr, warmup_lr
 from training.progress import Progress
-from training.results import finish
-from utils import UserError, all_gather_object, get_rank, get_world_size
+from training.results import report_scores
+from utils import UserError, all_gather_object, get_rank
 
 EXAMPLES = (
     "python pretrain.py --config configs/miniature/pretrain.yaml --output_dir output/pretrain",
@@ -38,7 +38,12 @@ def schedule(config: PretrainConfig, progress: Progress) -> float:
 
 
 class BadImages:
-    """Counts and lists the unreadable images this process has met, up to a limit, over all parts of a run."""
+    """Counts and lists the unreadable images of this process, also over continued runs.
+
+    Args:
+        limit: number of images above which the run ends.
+        run: its folder gets the list.
+    """
 
     def __init__(self, limit: int, run: Run):
         self.limit, self.found = limit, set[str]()
@@ -48,44 +53,46 @@ class BadImages:
         else:
             self.path.unlink(missing_ok=True)  # an earlier run's
 
-    def add(self, named: list[str]) -> None:
-        """Note images ("path: reason", '' for none).
+    def inspect(self, batch: dict[str, Any]) -> str:
+        """List a batch's unreadable images, batch["bad"]: "path: reason", "" for none.
 
-        Raises:
-            UserError: there are more than the limit.
+        Returns:
+            Why the run has to end, "" if it can go on.
         """
-        new = {line for text in named for line in text.splitlines()} - self.found
-        if not new:
-            return
-        self.found |= new
-        append(self.path, "".join(f"{line}\n" for line in sorted(new)))
-        if len(self.found) > self.limit:
-            raise UserError(
-                f"rank {get_rank()}: {len(self.found)} images cannot be read, more than max_bad_images "
-                f"{self.limit}; they are listed in {self.path}"
-            )
+        new = {line for text in batch["bad"] for line in text.splitlines()} - self.found
+        if new:
+            self.found |= new
+            append(self.path, "".join(f"{line}\n" for line in sorted(new)))
+        if len(self.found) <= self.limit:
+            return ""
+        return (
+            f"rank {get_rank()}: {len(self.found)} images cannot be read, more than max_bad_images {self.limit}; "
+            f"they are listed in {self.path}"
+        )
 
     def count(self, _: nn.Module) -> dict[str, float]:
-        """Return the number of all processes together, as a row of the log has it."""
+        """Return the number over all processes, as a score."""
         return {"bad_images": sum(all_gather_object(len(self.found)))}
 
 
-def make_train_step(config: PretrainConfig, bad_images: BadImages) -> Callable[..., Losses]:
-    """Return the training step of a configuration."""
+def make_train_step(alpha: float) -> Callable[..., Losses]:
+    """Return the training step for a weight `alpha` of the momentum targets, ramped up over ALPHA_EPOCHS."""
 
-    def train_step(model: nn.Module, batch: dict[str, Any], progress: Progress) -> Losses:
+    def train_step(
+        model: nn.Module, batch: dict[str, Any], progress: Progress, candidates: Candidates | None = None
+    ) -> Losses:
         """Contrastive, matching and language-modelling losses of pairs."""
-        bad_images.add(batch["bad"])
-        alpha = config.alpha * min(1.0, progress.epoch_fraction / ALPHA_EPOCHS)
-        candidates = batch.get("candidates")
-        loss_itc, loss_itm, loss_lm = model(batch["image"], batch["caption"], alpha=alpha, candidates=candidates)
+        ramped_alpha = alpha * min(1.0, progress.epoch_fraction / ALPHA_EPOCHS)
+        loss_itc, loss_itm, loss_lm = model(
+            batch["image"], batch["caption"], alpha=ramped_alpha, candidates=candidates
+        )
         return {"loss_itc": loss_itc, "loss_itm": loss_itm, "loss_lm": loss_lm}
 
     return train_step
 
 
 class Watch:
-    """Warns of trainings that have gone astray."""
+    """Warns of two known ways in which pretraining fails."""
 
     def __init__(self, model: BLIP_Pretrain):
         self.model, self.stuck_since, self.warned = model, -1, set[str]()
@@ -144,19 +151,20 @@ def main(config: PretrainConfig, run: Run) -> None:
         raise UserError("pretraining has no evaluation; run train_caption.py or train_retrieval.py with --evaluate")
     if not config.train_file:
         raise UserError("train_file names no list of pairs; give at least one, for instance --set train_file=[a.json]")
-    dataset = create_dataset("pretrain", config, min_scale=0.2)
-    samplers = create_sampler([dataset], [True], get_world_size(), get_rank(), run.seed)
-    (loader,) = create_loader([dataset], samplers, [config.batch_size], [config.num_workers], [True], [None])
-    model = build_model(config)
-    bad_images = BadImages(config.max_bad_images, run)
-    train_step = make_train_step(config, bad_images)
-    prepare, watch = add_candidates if config.itc_cached else None, Watch(model)
-    scores = fit(
-        run, config, model, loader, train_step, bad_images.count, schedule=schedule, watch=watch, prepare=prepare
+    loader = make_loaders("pretrain", config, seed=run.seed)["train"]
+    model, bad_images = build_model(config), BadImages(config.max_bad_images, run)
+    task = Task(
+        make_train_step(config.alpha),
+        bad_images.count,
+        schedule=schedule,
+        candidates=compute_candidates if config.itc_cached else None,
+        inspect_batch=bad_images.inspect,
+        inspect_losses=Watch(model),
     )
+    scores = fit(run, config, model, loader, task)
     if bad_images.found:
         run.note(f"{len(bad_images.found)} unreadable images were replaced; they are listed in {bad_images.path}")
-    finish(run, "Pretraining", scores, list)
+    report_scores(run, "Pretraining", scores, list)
 
 
 if __name__ == "__main__":

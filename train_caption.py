@@ -7,22 +7,22 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
-from data import create_dataset, create_loader, create_sampler
+from data import make_loaders
 from data.annotations import find_annotation
 from files import read_json, write_json
 from launch.config import CaptionConfig
 from launch.run import Run, launch
 from metrics.caption import caption_scores
 from models.blip import BLIP_Decoder, blip_decoder
-from training.loop import Losses, fit
+from training.loop import Losses, Task
 from training.progress import Progress
-from training.results import evaluate_only, finish
-from utils import gather_results, get_rank, get_world_size, on_main_process, track
+from training.results import report_scores, splits_of, train_or_evaluate
+from utils import gather_results, on_main_process, track
 
 EXAMPLES = (
     "python train_caption.py --config configs/miniature/caption.yaml --output_dir output/caption",
     "python -m torch.distributed.run --nproc_per_node=8 train_caption.py --config configs/caption_coco.yaml",
-    "python train_caption.py --evaluate --set pretrained=output/caption/model.pth",
+    "python train_caption.py --evaluate --set pretrained=output/caption/checkpoint_best.pth",
 )
 
 
@@ -90,22 +90,12 @@ def examples(dataset: Any, config: CaptionConfig, run: Run, count: int = 24) -> 
 
 def main(config: CaptionConfig, run: Run) -> None:
     """Train unless asked to evaluate only, then report."""
-    datasets = create_dataset("caption_coco", config)
-    samplers = create_sampler(datasets, [True, False, False], get_world_size(), get_rank(), run.seed)
-    train_loader, val_loader, test_loader = create_loader(
-        datasets, samplers, [config.batch_size] * 3, [config.num_workers] * 3, [True, False, False], [None] * 3
-    )
-    loaders = {"val": val_loader, "test": test_loader}
+    loaders = make_loaders("caption_coco", config, splits_of(run), run.seed)
+    splits = {split: loaders[split] for split in ("val", "test")}
     model = blip_decoder(**config.model_settings(), prompt=config.prompt, smooth_padding=config.smooth_padding)
-
-    def evaluate_all(model: BLIP_Decoder) -> dict[str, float]:
-        return evaluate(model, loaders, config, run)
-
-    if run.evaluate:
-        scores = evaluate_only(run, config, model, evaluate_all)
-    else:
-        scores = fit(run, config, model, train_loader, train_step, evaluate_all, best_metric)
-    finish(run, "Captioning", scores, lambda: examples(datasets[2], config, run))
+    task = Task(train_step, lambda model: evaluate(model, splits, config, run), best_metric)
+    scores = train_or_evaluate(run, config, model, loaders, task)
+    report_scores(run, "Captioning", scores, lambda: examples(loaders["test"].dataset, config, run))
 
 
 if __name__ == "__main__":

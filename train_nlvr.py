@@ -7,16 +7,16 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from data import create_dataset, create_loader, create_sampler
+from data import make_loaders
 from files import read_json, write_json
 from launch.config import NLVRConfig
 from launch.run import Run, launch
 from metrics.classification import accuracy, consistency
 from models.blip_nlvr import BLIP_NLVR, blip_nlvr
-from training.loop import Losses, fit
+from training.loop import Losses, Task
 from training.progress import Progress
-from training.results import evaluate_only, finish
-from utils import gather_results, get_rank, get_world_size, on_main_process, track
+from training.results import report_scores, splits_of, train_or_evaluate
+from utils import gather_results, on_main_process, track
 
 EXAMPLES = (
     "python train_nlvr.py --config configs/miniature/nlvr.yaml --output_dir output/nlvr",
@@ -73,22 +73,12 @@ def examples(dataset: Any, run: Run, count: int = 16) -> list[dict[str, Any]]:
 
 def main(config: NLVRConfig, run: Run) -> None:
     """Train unless asked to evaluate only, then report."""
-    datasets = create_dataset("nlvr", config)
-    samplers = create_sampler(datasets, [True, False, False], get_world_size(), get_rank(), run.seed)
-    sizes = [config.batch_size_train, config.batch_size_test, config.batch_size_test]
-    train_loader, val_loader, test_loader = create_loader(
-        datasets, samplers, sizes, [config.num_workers] * 3, [True, False, False], [None] * 3
-    )
+    loaders = make_loaders("nlvr", config, splits_of(run), run.seed)
+    splits = {split: loaders[split] for split in ("val", "test")}
     model = blip_nlvr(**config.model_settings(), drop_path_rate=config.drop_path_rate)
-
-    def evaluate_all(model: BLIP_NLVR) -> dict[str, float]:
-        return evaluate(model, {"val": val_loader, "test": test_loader}, run)
-
-    if run.evaluate:
-        scores = evaluate_only(run, config, model, evaluate_all)
-    else:
-        scores = fit(run, config, model, train_loader, train_step, evaluate_all, lambda s: s["val_acc"])
-    finish(run, "Statements about two images", scores, lambda: examples(datasets[2], run))
+    task = Task(train_step, lambda model: evaluate(model, splits, run), lambda scores: scores["val_acc"])
+    scores = train_or_evaluate(run, config, model, loaders, task)
+    report_scores(run, "Statements about two images", scores, lambda: examples(loaders["test"].dataset, run))
 
 
 if __name__ == "__main__":

@@ -1,24 +1,26 @@
 """Fine-tune and evaluate image-text retrieval (paper section 5.1)."""
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from data import create_dataset, create_loader, create_sampler
+from data import make_loaders
 from files import read_json, write_json
 from inference.ranking import two_stage_scores
 from launch.config import RetrievalConfig
 from launch.run import Run, launch
 from metrics.retrieval import itm_eval, median_ranks
 from models.blip_retrieval import BLIP_Retrieval, blip_retrieval
-from training.contrast import add_candidates
-from training.loop import Losses, fit
+from models.momentum import Candidates
+from training.contrast import compute_candidates
+from training.loop import Losses, Task
 from training.progress import Progress
-from training.results import evaluate_only, finish
-from utils import UserError, get_rank, get_world_size, on_main_process
+from training.results import report_scores, splits_of, train_or_evaluate
+from utils import UserError, on_main_process
 
 DATASETS = {"coco": "retrieval_coco", "flickr": "retrieval_flickr"}
 EXAMPLES = (
@@ -28,14 +30,17 @@ EXAMPLES = (
 )
 
 
-def make_train_step(alpha: float):
-    """Return the training step for a share `alpha` of momentum targets, ramped up over the first epoch."""
+def make_train_step(alpha: float) -> Callable[..., Losses]:
+    """Return the training step for a weight `alpha` of the momentum targets, ramped up over the first epoch."""
 
-    def train_step(model: nn.Module, batch: dict[str, Any], progress: Progress) -> Losses:
+    def train_step(
+        model: nn.Module, batch: dict[str, Any], progress: Progress, candidates: Candidates | None = None
+    ) -> Losses:
         """Contrastive and matching losses of pairs."""
-        ramp = min(1.0, progress.epoch_fraction)
-        pairs, candidates = (batch["image"], batch["caption"]), batch.get("candidates")
-        loss_itc, loss_itm = model(*pairs, alpha=alpha * ramp, idx=batch["idx"], candidates=candidates)
+        ramped_alpha = alpha * min(1.0, progress.epoch_fraction)
+        loss_itc, loss_itm = model(
+            batch["image"], batch["caption"], alpha=ramped_alpha, idx=batch["idx"], candidates=candidates
+        )
         return {"loss_itc": loss_itc, "loss_itm": loss_itm}
 
     return train_step
@@ -92,13 +97,8 @@ def main(config: RetrievalConfig, run: Run) -> None:
     """Train unless asked to evaluate only, then report."""
     if config.dataset not in DATASETS:
         raise UserError(f"dataset is {config.dataset!r}; expected 'coco' or 'flickr'")
-    datasets = create_dataset(DATASETS[config.dataset], config)
-    samplers = create_sampler(datasets, [True, False, False], get_world_size(), get_rank(), run.seed)
-    sizes = [config.batch_size_train, config.batch_size_test, config.batch_size_test]
-    train_loader, val_loader, test_loader = create_loader(
-        datasets, samplers, sizes, [config.num_workers] * 3, [True, False, False], [None] * 3
-    )
-    loaders = {"val": val_loader, "test": test_loader}
+    loaders = make_loaders(DATASETS[config.dataset], config, splits_of(run), run.seed)
+    splits = {split: loaders[split] for split in ("val", "test")}
     model = blip_retrieval(
         **config.model_settings(),
         embed_dim=config.embed_dim,
@@ -106,18 +106,14 @@ def main(config: RetrievalConfig, run: Run) -> None:
         negative_all_rank=config.negative_all_rank,
         itc_all_ranks=config.itc_all_ranks,
     )
-
-    def evaluate_all(model: BLIP_Retrieval) -> dict[str, float]:
-        return evaluate(model, loaders, config, run)
-
-    if run.evaluate:
-        scores = evaluate_only(run, config, model, evaluate_all)
-    else:
-        train_step = make_train_step(config.alpha)
-        prepare = add_candidates if config.itc_cached else None
-        best = lambda scores: scores["val_r_mean"]  # noqa: E731
-        scores = fit(run, config, model, train_loader, train_step, evaluate_all, best, prepare=prepare)
-    finish(run, "Image-text retrieval", scores, lambda: examples(datasets[2], run))
+    task = Task(
+        make_train_step(config.alpha),
+        lambda model: evaluate(model, splits, config, run),
+        best_metric=lambda scores: scores["val_r_mean"],
+        candidates=compute_candidates if config.itc_cached else None,
+    )
+    scores = train_or_evaluate(run, config, model, loaders, task)
+    report_scores(run, "Image-text retrieval", scores, lambda: examples(loaders["test"].dataset, run))
 
 
 if __name__ == "__main__":

@@ -7,17 +7,17 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from data import create_dataset, create_loader, create_sampler, vqa_collate_fn
+from data import make_loaders
 from files import read_json, write_json
 from launch.config import VQAConfig
 from launch.run import Run, launch
 from metrics.vqa import vqa_accuracy
 from models.blip_vqa import BLIP_VQA, blip_vqa
 from models.tokenizer import TokenBatch, tokenize
-from training.loop import Losses, fit
+from training.loop import Losses, Task
 from training.progress import Progress
-from training.results import evaluate_only, finish
-from utils import UserError, gather_results, get_rank, get_world_size, on_main_process, track
+from training.results import report_scores, train_or_evaluate
+from utils import UserError, gather_results, on_main_process, track
 
 EXAMPLES = (
     "python train_vqa.py --config configs/miniature/vqa.yaml --output_dir output/vqa",
@@ -89,24 +89,13 @@ def main(config: VQAConfig, run: Run) -> None:
     """Train unless asked to evaluate only, then report."""
     if config.inference not in ("rank", "generate"):
         raise UserError(f"inference is {config.inference!r}; expected 'rank' or 'generate'")
-    datasets = create_dataset("vqa", config)
-    samplers = create_sampler(datasets, [True, False], get_world_size(), get_rank(), run.seed)
-    sizes = [config.batch_size_train, config.batch_size_test]
-    train_loader, test_loader = create_loader(
-        datasets, samplers, sizes, [config.num_workers] * 2, [True, False], [vqa_collate_fn, None]
-    )
+    loaders = make_loaders("vqa", config, ("test",) if run.evaluate else ("train", "test"), run.seed)
     model = blip_vqa(
         **config.model_settings(), drop_path_rate=config.drop_path_rate, smooth_padding=config.smooth_padding
     )
-
-    def evaluate_all(model: BLIP_VQA) -> dict[str, float]:
-        return evaluate(model, test_loader, config, run)
-
-    if run.evaluate:
-        scores = evaluate_only(run, config, model, evaluate_all)
-    else:
-        scores = fit(run, config, model, train_loader, train_step, evaluate_all)
-    finish(run, "Visual question answering", scores, lambda: examples(datasets[1], run))
+    task = Task(train_step, lambda model: evaluate(model, loaders["test"], config, run))
+    scores = train_or_evaluate(run, config, model, loaders, task)
+    report_scores(run, "Visual question answering", scores, lambda: examples(loaders["test"].dataset, run))
 
 
 if __name__ == "__main__":

@@ -109,6 +109,13 @@ def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
     return total / get_world_size()
 
 
+def all_reduce_max_(tensor: torch.Tensor) -> torch.Tensor:
+    """Replace a tensor by the maximum over ranks, and return it."""
+    if get_world_size() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
+
+
 def on_main_process(function: Callable[[], Item]) -> Item:
     """Run a function on the main process only and return its result, or raise its UserError, on every rank."""
     result, message = None, None
@@ -129,8 +136,8 @@ def on_main_process(function: Callable[[], Item]) -> Item:
 class Mean:
     """Running mean of tensors that stays on their device until it is read."""
 
-    def __init__(self) -> None:
-        self.total, self.count = 0.0, 0
+    def __init__(self, total: float = 0.0, count: int = 0):
+        self.total, self.count = total, count
 
     def update(self, value: torch.Tensor | float) -> None:
         """Add one value."""
@@ -140,10 +147,6 @@ class Mean:
     def state(self) -> tuple[float, int]:
         """Return the sum and the number of values, as plain numbers (waits for the device)."""
         return float(self.total), self.count
-
-    def load(self, state: tuple[float, int]) -> None:
-        """Take a state that `state` gave."""
-        self.total, self.count = state
 
     def value(self) -> float:
         """Return the mean, 0 of nothing (waits for the device)."""

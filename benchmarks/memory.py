@@ -17,7 +17,7 @@ from benchmarks.results import write_section
 from benchmarks.rows import word_texts
 from models.blip_pretrain import BLIP_Pretrain
 from models.med import TextTransformer
-from training.contrast import add_candidates
+from training.contrast import compute_candidates
 from training.optimizer import create_optimizer
 
 BATCHES = (4, 12)  # pairs, far enough apart for the difference to count
@@ -51,8 +51,10 @@ def peak(pairs: int, parts: int, image: bool, text: bool) -> float:
 def take_step(model: BLIP_Pretrain, optimizer: torch.optim.Optimizer, batches: list, device: torch.device) -> None:
     """Take a step as `training.loop` does; the contrast of several batches is that of one large batch."""
     optimizer.zero_grad(set_to_none=True)
-    for batch in add_candidates(model, batches, device) if len(batches) > 1 else batches:
-        losses = model(**{**batch, "image": batch["image"].to(device)}, alpha=0.4)
+    batches = [{**batch, "image": batch["image"].to(device)} for batch in batches]
+    found = compute_candidates(model, batches) if len(batches) > 1 else [None]
+    for batch, candidates in zip(batches, found, strict=True):
+        losses = model(**batch, alpha=0.4, candidates=candidates)
         (sum(losses) / len(batches)).backward()
     optimizer.step()
 

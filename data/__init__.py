@@ -1,6 +1,7 @@
-"""Datasets of every task, by the released names, and their loaders."""
+"""Datasets of every task, by their released names, and their loaders."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from data.shards import TarPairs, only_shards
 from data.transforms import Transform, test_transform, train_transform
 from data.video import VideoDataset
 from data.vqa import VQATest, VQATrain, vqa_collate_fn
-from utils import UserError
+from utils import UserError, get_rank, get_world_size
 
-__all__ = ["create_dataset", "create_loader", "create_sampler", "vqa_collate_fn"]
+__all__ = ["create_dataset", "create_loader", "create_sampler", "make_loaders", "vqa_collate_fn"]
 VQA_FILES = ("vqa_train.json", "vqa_val.json", "vg_qa.json")  # released, and so downloaded if absent
 
 
@@ -25,9 +26,9 @@ def create_dataset(dataset: str, config: Any, min_scale: float = 0.5) -> Any:
     """Build the datasets of a task.
 
     Args:
-        dataset: 'pretrain', 'caption_coco', 'nocaps', 'retrieval_coco', 'retrieval_flickr', 'vqa', 'nlvr' or
-            'retrieval_msrvtt'.
-        config: mapping of settings, such as `launch.config` has.
+        dataset: "pretrain", "caption_coco", "nocaps", "retrieval_coco", "retrieval_flickr", "vqa", "nlvr" or
+            "retrieval_msrvtt".
+        config: mapping of settings, such as those of `launch.config`.
         min_scale: least share of an image's area in a training crop.
 
     Returns:
@@ -36,55 +37,89 @@ def create_dataset(dataset: str, config: Any, min_scale: float = 0.5) -> Any:
     Raises:
         UserError: an unknown name, or annotations or images that are missing or wrong.
     """
-    if dataset not in BUILDERS:
-        raise UserError(f"dataset is {dataset!r}; expected one of {', '.join(BUILDERS)}")
-    reduced, upright = config.get("reduced_jpeg", False), config.get("exif_orientation", False)
-    train = train_transform(config["image_size"], min_scale, config.get("augment", True), reduced, upright)
-    return BUILDERS[dataset](config, train, test_transform(config["image_size"], upright))
+    found = tuple(_build(dataset, config, split, min_scale) for split in _splits(dataset))
+    return found if len(found) > 1 else found[0]
 
 
-def _files(config: Any, **names: str) -> list[str]:
-    """Return annotation paths: own ones by the config's `<split>_file`, else the released names."""
-    return [find_annotation(config["ann_root"], name, config.get(f"{s}_file") or "") for s, name in names.items()]
+def make_loaders(
+    dataset: str, config: Any, splits: Sequence[str] | None = None, seed: int = 0
+) -> dict[str, DataLoader]:
+    """Build the loaders of a task for this process.
+
+    Args:
+        dataset: as `create_dataset`.
+        config: as `create_dataset`, with `num_workers` and batch sizes.
+        splits: of "train", "val" and "test" those to build; None: all that the task has.
+        seed: of the training order and augmentation.
+
+    Returns:
+        {"train": shuffled, without the last incomplete batch, "val": ..., "test": ...}, each `DataLoader` over its
+        own part of the split, with `loader.dataset` the whole split.
+    """
+    loaders = {}
+    for split in _splits(dataset) if splits is None else splits:
+        is_train = split == "train"
+        data = _build(dataset, config, split, MIN_SCALE.get(dataset, 0.5))
+        (sampler,) = create_sampler([data], [is_train], get_world_size(), get_rank(), seed)
+        collate_fn = vqa_collate_fn if dataset == "vqa" and is_train else None
+        loaders[split] = _loader(
+            data, sampler, _batch_size(dataset, config, is_train), config["num_workers"], is_train, collate_fn
+        )
+    return loaders
+
+
+def _splits(dataset: str) -> tuple[str, ...]:
+    if dataset not in DATASETS:
+        raise UserError(f"dataset is {dataset!r}; expected one of {', '.join(DATASETS)}")
+    return DATASETS[dataset][1]
+
+
+def _build(dataset: str, config: Any, split: str, min_scale: float) -> Dataset:
+    upright = config.get("exif_orientation", False)
+    if split == "train":
+        options = config.get("augment", True), config.get("reduced_jpeg", False), upright
+        transform = train_transform(config["image_size"], min_scale, *options)
+    else:
+        transform = test_transform(config["image_size"], upright)
+    return DATASETS[dataset][0](config, split, transform)
+
+
+def _batch_size(dataset: str, config: Any, is_train: bool) -> int:
+    if dataset == "retrieval_msrvtt":  # its batch_size counts texts, and a clip is several images
+        return max(config["batch_size"] // config["num_frm_test"], 1)
+    return config.get("batch_size_train" if is_train else "batch_size_test") or config["batch_size"]
+
+
+def _file(config: Any, split: str, released: str) -> str:
+    """Return the path of a split's annotations: the config's `<split>_file`, else the released file."""
+    return find_annotation(config["ann_root"], released, config.get(f"{split}_file") or "")
+
+
+def _captions(config: Any, split: str, transform: Transform) -> Dataset:
+    file = _file(config, split, f"coco_karpathy_{split}.json")
+    if split == "train":
+        return CaptionTrain(file, config["image_root"], transform, config["prompt"], _max_words(config))
+    return CaptionEval(file, config["image_root"], transform)
 
 
 def _max_words(config: Any) -> int:
     return config.get("max_words") or MAX_WORDS
 
 
-def _captions(config: Any, train: Transform, test: Transform) -> tuple[Dataset, Dataset, Dataset]:
-    names = {split: f"coco_karpathy_{split}.json" for split in ("train", "val", "test")}
-    train_file, val_file, test_file = _files(config, **names)
-    root = config["image_root"]
-    return (
-        CaptionTrain(train_file, root, train, config["prompt"], _max_words(config)),
-        CaptionEval(val_file, root, test),
-        CaptionEval(test_file, root, test),
-    )
+def _retrieval(prefix: str, config: Any, split: str, transform: Transform) -> Dataset:
+    file = _file(config, split, f"{prefix}_{split}.json")
+    kind = RetrievalTrain if split == "train" else RetrievalEval
+    return kind(file, config["image_root"], transform, max_words=_max_words(config))
 
 
-def _retrieval(prefix: str) -> Callable[[Any, Transform, Transform], tuple[Dataset, ...]]:
-    def build(config: Any, train: Transform, test: Transform) -> tuple[Dataset, ...]:
-        names = {split: f"{prefix}_{split}.json" for split in ("train", "val", "test")}
-        train_file, val_file, test_file = _files(config, **names)
-        root = config["image_root"]
-        return (
-            RetrievalTrain(train_file, root, train, max_words=_max_words(config)),
-            RetrievalEval(val_file, root, test, _max_words(config)),
-            RetrievalEval(test_file, root, test, _max_words(config)),
-        )
-
-    return build
-
-
-def _vqa(config: Any, train: Transform, test: Transform) -> tuple[Dataset, Dataset]:
+def _vqa(config: Any, split: str, transform: Transform) -> Dataset:
     roots = {"vqa": config["vqa_root"], "vg": config["vg_root"]}
-    files = [_vqa_file(config["ann_root"], name) for name in config["train_files"]]
-    (test_file,) = _files(config, test="vqa_test.json")
+    if split == "train":
+        return VQATrain([_vqa_file(config["ann_root"], name) for name in config["train_files"]], roots, transform)
     answers = ""
     if config.get("inference", "rank") == "rank":
         answers = find_annotation(config["ann_root"], "answer_list.json", config.get("answer_list") or "")
-    return VQATrain(files, roots, train), VQATest(test_file, roots, test, answers)
+    return VQATest(_file(config, split, "vqa_test.json"), roots, transform, answers)
 
 
 def _vqa_file(ann_root: str, name: str) -> str:
@@ -93,44 +128,43 @@ def _vqa_file(ann_root: str, name: str) -> str:
     return find_annotation(ann_root, file, "" if file in VQA_FILES else file)
 
 
-def _nlvr(config: Any, train: Transform, test: Transform) -> tuple[Dataset, Dataset, Dataset]:
-    files = _files(config, train="nlvr_train.json", val="nlvr_dev.json", test="nlvr_test.json")
-    swaps = (True, config.get("released_eval_swap", False), config.get("released_eval_swap", False))
-    return tuple(
-        NLVR(file, config["image_root"], transform, swap)
-        for file, transform, swap in zip(files, (train, test, test), swaps, strict=True)
-    )
+def _nlvr(config: Any, split: str, transform: Transform) -> Dataset:
+    file = _file(config, split, f"nlvr_{'dev' if split == 'val' else split}.json")
+    swap = split == "train" or config.get("released_eval_swap", False)
+    return NLVR(file, config["image_root"], transform, swap)
 
 
-def _nocaps(config: Any, train: Transform, test: Transform) -> tuple[Dataset, Dataset]:
-    files = _files(config, val="nocaps_val.json", test="nocaps_test.json")
-    return tuple(CaptionEval(file, config["image_root"], test) for file in files)
+def _nocaps(config: Any, split: str, transform: Transform) -> Dataset:
+    return CaptionEval(_file(config, split, f"nocaps_{split}.json"), config["image_root"], transform)
 
 
-def _pretrain(config: Any, train: Transform, test: Transform) -> Dataset:
+def _pretrain(config: Any, split: str, transform: Transform) -> Dataset:
     files = config["train_file"]
     if only_shards(files, "train_file"):
         if config["laion_path"]:
             raise UserError("train_file names shards and laion_path a folder of lists; give shards alone")
-        return TarPairs(files, train, config["batch_size"], config.get("shard_pairs", 0), config["shuffle_buffer"])
-    return PairDataset(config["train_file"], config["image_root"], train, list_turns(config["laion_path"]))
+        pairs = config.get("shard_pairs", 0)
+        return TarPairs(files, transform, config["batch_size"], pairs, config["shuffle_buffer"])
+    return PairDataset(files, config["image_root"], transform, list_turns(config["laion_path"]))
 
 
-def _msrvtt(config: Any, train: Transform, test: Transform) -> Dataset:
-    (file,) = _files(config, test="msrvtt_test.jsonl")
+def _msrvtt(config: Any, split: str, transform: Transform) -> Dataset:
+    file = _file(config, split, "msrvtt_test.jsonl")
     return VideoDataset(file, config["video_root"], config["num_frm_test"], config["image_size"])
 
 
-BUILDERS = {
-    "pretrain": _pretrain,
-    "caption_coco": _captions,
-    "nocaps": _nocaps,
-    "retrieval_coco": _retrieval("coco_karpathy"),
-    "retrieval_flickr": _retrieval("flickr30k"),
-    "vqa": _vqa,
-    "nlvr": _nlvr,
-    "retrieval_msrvtt": _msrvtt,
+ALL_SPLITS = ("train", "val", "test")
+DATASETS = {  # how a split is built, and the splits there are
+    "pretrain": (_pretrain, ("train",)),
+    "caption_coco": (_captions, ALL_SPLITS),
+    "nocaps": (_nocaps, ("val", "test")),
+    "retrieval_coco": (partial(_retrieval, "coco_karpathy"), ALL_SPLITS),
+    "retrieval_flickr": (partial(_retrieval, "flickr30k"), ALL_SPLITS),
+    "vqa": (_vqa, ("train", "test")),
+    "nlvr": (_nlvr, ALL_SPLITS),
+    "retrieval_msrvtt": (_msrvtt, ("test",)),
 }
+MIN_SCALE = {"pretrain": 0.2}  # least share of an image's area in a training crop; 0.5 elsewhere
 
 
 def create_sampler(

@@ -101,9 +101,9 @@ def seed_stages(root: Path, plan: Plan, seed: int) -> Iterator[Stage]:
         ("captioner", "train_caption.py", "caption_finetune"),
         ("filter", "train_retrieval.py", "retrieval"),
     ):
-        settings = tuning_settings(root, plan, name) | {"pretrained": root / here / "none" / "model.pth"}
+        settings = tuning_settings(root, plan, name) | {"pretrained": root / here / "none" / "checkpoint_best.pth"}
         yield script_stage(root, f"{here}/tools/{name}", (f"{here}/none",), script, config, settings, seed)
-    tools = {name: root / here / "tools" / name / "model.pth" for name in ("captioner", "filter")}
+    tools = {name: root / here / "tools" / name / "checkpoint_best.pth" for name in ("captioner", "filter")}
     for decoding, sample in DECODING.items():
         settings = {"pairs": [web_list(root)], "image_root": root / "world", "sample": sample, **tools}
         needs = (f"{here}/tools/captioner", f"{here}/tools/filter")
@@ -134,7 +134,7 @@ def model_stages(root: Path, plan: Plan, seed: int, name: str, needed: str) -> I
         ("caption", "train_caption.py", "caption_finetune", captioning),
         ("retrieval", "train_retrieval.py", "retrieval", {"k_test": 32}),
     ):
-        settings = world | more | {"pretrained": root / here / "model.pth"}
+        settings = world | more | {"pretrained": root / here / "checkpoint_best.pth"}
         stage = script_stage(root, f"{here}/{kind}", (here,), script, config, settings, seed)
         stage.command.append("--evaluate")
         yield stage

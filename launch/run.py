@@ -23,7 +23,7 @@ from launch.rendezvous import join_group, was_restarted
 from launch.watchdog import BUSY_MINUTES, Watchdog, first_to_speak
 from utils import UserError, get_rank, get_world_size, has_group, is_main_process, on_main_process, user_message
 
-LAST, BEST, WEIGHTS = "checkpoint_last.pth", "checkpoint_best.pth", "model.pth"  # of a run's folder
+LAST, BEST = "checkpoint_last.pth", "checkpoint_best.pth"  # in the folder of a run
 HANG_MINUTES = 15.0  # where the task's config does not say
 
 

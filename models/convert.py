@@ -27,8 +27,8 @@ from utils import UserError, user_message
 EXAMPLES = """examples:
   python -m models.pretrained --to-hf model_base_vqa_capfilt_large.pth --output blip-vqa
   python -m models.pretrained --from-hf hf:Salesforce/blip-image-captioning-base --output captioner.safetensors
-  python -m models.pretrained --to-half output/caption/model.pth --output captioner.safetensors
-  python -m models.pretrained --to-onnx output/caption/model.pth --part image --output image_encoder.onnx
+  python -m models.pretrained --to-half output/caption/checkpoint_best.pth --output captioner.safetensors
+  python -m models.pretrained --to-onnx output/caption/checkpoint_best.pth --part image --output image_encoder.onnx
   python -m models.pretrained --to-export model_base_retrieval_coco.pth --part match --output match.pt2
 """
 NOTES = """A VQA model that transformers loads reads questions that begin with [CLS], as its processor writes them;

@@ -15,11 +15,11 @@ from data import create_loader, create_sampler
 from formula import build as build_formula
 from formula import img
 from launch.config import NLVRConfig, TrainConfig
-from launch.run import BEST, LAST, WEIGHTS, Run
+from launch.run import BEST, LAST, Run
 from miniature.writing import write_miniature
 from processes import run_in_processes
 from training import adapters
-from training.loop import fit
+from training.loop import Task, fit
 from training.results import evaluate_only
 from utils import UserError, get_rank
 
@@ -61,7 +61,7 @@ def trained(folder, kind, steps=2, epochs=1, resume=False, model=None, **values)
     run = Run(folder, CPU)
     run.resume = folder / LAST if resume else None
     torch.manual_seed(3 + get_rank())
-    fit(run, config, model, loader(steps), lambda wrapped, batch, progress: {"loss": LOSSES[kind](wrapped)})
+    fit(run, config, model, loader(steps), Task(lambda wrapped, batch, progress: {"loss": LOSSES[kind](wrapped)}))
     return model.eval()
 
 
@@ -78,7 +78,7 @@ def read(path):
 
 def test_frozen_parts_stay_and_the_others_train(tmp_path):
     trained(tmp_path, "decoder", freeze=["visual_encoder"])
-    state = read(tmp_path / WEIGHTS)["model"]
+    state = read(tmp_path / BEST)["model"]
     names = changed("decoder", state)
     assert {name.split(".")[0] for name in names} == {"text_decoder"}
     assert len(names) == sum(name.startswith("text_decoder") for name in state)
@@ -88,7 +88,7 @@ def test_frozen_parts_stay_and_the_others_train(tmp_path):
 @pytest.mark.parametrize("kind", LOSSES)
 def test_only_adapters_train_and_the_plain_checkpoint_equals_the_adapted_model(kind, tmp_path):
     model = trained(tmp_path, kind, **ADAPTED)
-    content = read(tmp_path / WEIGHTS)
+    content = read(tmp_path / BEST)
     names = changed(kind, content["model"])
     heads = {name for name in content["model"] if "cls_head" in name or "merge_layer" in name}
     maps = {name for name in names if name.rsplit(".", 2)[-2] in ("qkv", "proj", "query", "key", "value")}
@@ -106,8 +106,8 @@ def test_only_adapters_train_and_the_plain_checkpoint_equals_the_adapted_model(k
 
 def test_adapters_alone_are_small_and_give_the_model_again(tmp_path):
     trained(tmp_path, "nlvr", **ADAPTED)
-    path, merged = tmp_path / adapters.FILE, read(tmp_path / WEIGHTS)["model"]
-    assert path.stat().st_size < (tmp_path / WEIGHTS).stat().st_size / 5
+    path, merged = tmp_path / adapters.FILE, read(tmp_path / BEST)["model"]
+    assert path.stat().st_size < (tmp_path / BEST).stat().st_size / 5
     assert {name for name in read(path)["adapters"] if ".lora_" not in name} == {
         name for name in merged if "cls_head" in name or "merge_layer" in name
     }
@@ -133,7 +133,7 @@ def test_frozen_parts_get_no_adapters_and_their_recomputing_does_no_harm(tmp_pat
     recomputed = build("vqa", vit_grad_ckpt=True, vit_ckpt_layer=2)
     trained(tmp_path / "a", "vqa", model=recomputed, **ADAPTED)
     trained(tmp_path / "b", "vqa", **ADAPTED)
-    whole, again = (read(tmp_path / name / WEIGHTS)["model"] for name in "ba")
+    whole, again = (read(tmp_path / name / BEST)["model"] for name in "ba")
     for name, value in whole.items():
         torch.testing.assert_close(again[name], value, msg=name)
 
@@ -174,7 +174,7 @@ def test_predictions_of_the_plain_checkpoint_are_those_of_the_run(tmp_path):
         assert run_here("predict.py", "caption", *images, "--checkpoint", checkpoint, "--output", rows)[0] == 0
         return [json.loads(line)["captions"][0]["caption"] for line in rows.read_text().splitlines()]
 
-    assert predicted(out / "model.pth") == said
+    assert predicted(out / "checkpoint_best.pth") == said
     assert predicted(ROOT / "configs" / "miniature" / "model.safetensors") != said
 
 
@@ -226,7 +226,7 @@ def test_adapters_of_other_weights_are_refused(tmp_path):
     with pytest.raises(UserError, match="adapter_rank is 3 and .* has rank 2"):
         adapters.prepare(build("decoder"), TrainConfig(adapter_weights=path, adapter_rank=3), run)
     with pytest.raises(UserError, match="holds no adapters; give the adapters.pth of a run"):
-        adapters.prepare(build("decoder"), TrainConfig(adapter_weights=str(tmp_path / WEIGHTS)), run)
+        adapters.prepare(build("decoder"), TrainConfig(adapter_weights=str(tmp_path / BEST)), run)
     content = read(path)
     torch.save(content | {"config": content["config"] | {"adapter_rank": 3}}, path)
     with pytest.raises(UserError, match="holds no adapters"):  # its own tensors say otherwise

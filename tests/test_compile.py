@@ -9,7 +9,7 @@ from formula import arr, build, img
 from launch.config import NLVRConfig
 from models.tokenizer import tokenize
 from training.adapters import add_adapters
-from training.loop import compile_blocks
+from training.state import compile_blocks
 
 TEXTS = ["a red ring", "two rings left of a large green star"]
 QUESTIONS = ["what color is it ?", "how many rings are left of the star ?"]

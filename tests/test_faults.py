@@ -28,7 +28,7 @@ def test_the_smallest_loss_is_seen(tmp_path):
         torch.save(content, tmp_path / name / "checkpoint_last.pth")
         (tmp_path / name / "log.txt").write_text("row\n")
     assert differences(tmp_path / "same", tmp_path / "whole") == []
-    (tmp_path / "other" / "model.pth.part").touch()
+    (tmp_path / "other" / "checkpoint_best.pth.part").touch()
     (tmp_path / "other" / "log.txt").unlink()
-    told = ["checkpoint_last.pth differs", "log.txt is missing", "model.pth.part was left behind"]
+    told = ["checkpoint_last.pth differs", "log.txt is missing", "checkpoint_best.pth.part was left behind"]
     assert differences(tmp_path / "other", tmp_path / "whole") == told

@@ -9,9 +9,10 @@ from formula import arr, build
 from launch.config import RetrievalConfig
 from launch.run import Run
 from processes import run_in_processes
-from training.contrast import add_candidates
-from training.loop import Loop
+from training.contrast import compute_candidates
+from training.loop import Task, take_step
 from training.progress import Progress
+from training.state import create_state
 
 CPU = torch.device("cpu")
 ALPHA, STEPS, PAIRS = 0.4, 2, 8
@@ -36,6 +37,12 @@ def contrast(parallel, batch):
     return loss + 0 * sum(others)
 
 
+def with_candidates(model, batches):
+    """The arguments of forward for each batch of a step, with what its contrast compares it with."""
+    found = compute_candidates(model, batches)
+    return [{**batch, "candidates": candidates} for batch, candidates in zip(batches, found, strict=True)]
+
+
 def trained(kind, rows, parts, train=False, rank=0, world_size=1, **options):
     """Take steps on rows of the pairs in parts; returns mean losses, gradients of each step, and the last state."""
     model = build(kind, **options).train(train)
@@ -46,7 +53,7 @@ def trained(kind, rows, parts, train=False, rank=0, world_size=1, **options):
         model.begin_step()
         cuts = [slice(start, start + size) for start in range(rows.start, rows.stop, size)]
         batches = [pairs(kind, step, cut) for cut in cuts]
-        batches = add_candidates(model, batches, CPU) if parts > 1 else batches
+        batches = with_candidates(model, batches) if parts > 1 else batches
         model.zero_grad()
         total = 0.0
         for number, batch in enumerate(batches, 1):
@@ -127,7 +134,7 @@ def test_dropout_is_drawn_once_for_each_pair():
     for name in ("visual_encoder", "visual_encoder_m"):
         getattr(model, name).register_forward_pre_hook(lambda m, args, name=name: calls.append((name, len(args[0]))))
     batches = [pairs("pretrain", 0, slice(start, start + 2)) for start in range(0, PAIRS, 2)]
-    for batch in add_candidates(model, batches, CPU):
+    for batch in with_candidates(model, batches):
         contrast(model, batch).backward()
     assert calls == [("visual_encoder_m", 2)] * 4 + [("visual_encoder", 2)] * 4
     assert model.queue_ptr.item() == PAIRS % model.queue_size
@@ -140,12 +147,11 @@ def test_the_loop_contrasts_all_batches_of_a_step(tmp_path, cached):
     whole = build("retrieval")
     expected = whole(alpha=ALPHA, **pairs("retrieval", 0, slice(0, PAIRS)))[0].item()
     config = RetrievalConfig(grad_accum=2, itc_cached=cached, num_workers=0)
-    prepare = add_candidates if cached else None
-    step = train_retrieval.make_train_step(ALPHA)
-    loop = Loop(Run(tmp_path, CPU), config, model, [0, 0], step, None, None, None, None, prepare)
-    loop.progress = Progress(1, 2, epoch=1)
-    loop.step([pairs("retrieval", 0, slice(0, 4)), pairs("retrieval", 0, slice(4, 8))])
-    assert (loop.meters["loss_itc"].value() == pytest.approx(expected, abs=1e-5)) == cached
+    task = Task(train_retrieval.make_train_step(ALPHA), candidates=compute_candidates if cached else None)
+    state = create_state(Run(tmp_path, CPU), config, model, num_batches=2)
+    state.progress = Progress(1, 2, epoch=1)
+    values = take_step(state, task, [pairs("retrieval", 0, slice(0, 4)), pairs("retrieval", 0, slice(4, 8))])
+    assert (values["loss_itc"].item() == pytest.approx(expected, abs=1e-5)) == cached
     same = torch.allclose(model.image_queue, whole.image_queue, atol=1e-5)
     assert same and model.ptr_queue.item() == PAIRS % model.queue_size
 
@@ -159,16 +165,16 @@ def test_momentum_moves_and_temperature_is_clamped_once_a_step(tmp_path, cached)
     start, online = model.vision_proj_m.weight.clone(), model.vision_proj.weight.clone()
     temperatures = []
 
-    def train_step(wrapped, batch, progress):
-        losses = wrapped(alpha=ALPHA, **batch)
+    def train_step(wrapped, batch, progress, candidates=None):
+        losses = wrapped(alpha=ALPHA, candidates=candidates, **batch)
         temperatures.append(model.temp.item())
         model.temp.data.fill_(0.9)
         return {"loss_itc": losses[0], "loss_itm": losses[1]}
 
     config = RetrievalConfig(grad_accum=2, itc_cached=cached, num_workers=0)
-    prepare = add_candidates if cached else None
-    loop = Loop(Run(tmp_path, CPU), config, model, [0, 0], train_step, None, None, None, None, prepare)
-    loop.step([pairs("retrieval", 0, slice(0, 4)), pairs("retrieval", 0, slice(4, 8))])
+    task = Task(train_step, candidates=compute_candidates if cached else None)
+    state = create_state(Run(tmp_path, CPU), config, model, num_batches=2)
+    take_step(state, task, [pairs("retrieval", 0, slice(0, 4)), pairs("retrieval", 0, slice(4, 8))])
     expected = start.lerp(online, 1 - model.momentum)
     torch.testing.assert_close(model.vision_proj_m.weight, expected, rtol=0, atol=1e-7)
     assert temperatures == pytest.approx([0.5, 0.9])

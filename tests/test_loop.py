@@ -11,7 +11,9 @@ from data import create_loader, create_sampler
 from launch.config import TrainConfig
 from launch.run import Run
 from processes import run_in_processes
-from training.loop import fit
+from training import loop
+from training.loop import Task, fit, take_step
+from training.state import create_state
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -56,7 +58,7 @@ def trained(folder, batch_size, rank=0, world_size=1, step=train_step, **values)
     config = TrainConfig(**{"init_lr": 0.1, "max_epoch": 2, "num_workers": 0, "log_every": 1, **values})
     folder.mkdir(exist_ok=True)
     model = Toy()
-    fit(Run(folder, CPU), config, model, loader(batch_size, rank, world_size), step)
+    fit(Run(folder, CPU), config, model, loader(batch_size, rank, world_size), Task(step))
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
@@ -82,14 +84,17 @@ def test_two_processes_equal_one(tmp_path):
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and not (tmp_path / "rank1/curve.jsonl").exists()
 
 
-def test_clipping_is_asked_for(tmp_path, monkeypatch):
-    limits = []
-    clip = nn.utils.clip_grad_norm_
-    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda params, limit: limits.append(limit) or clip(params, limit))
-    trained(tmp_path / "a", 8, clip_grad=0.5)
-    assert limits == [0.5] * 4
-    trained(tmp_path / "b", 8)
-    assert limits == [0.5] * 4
+@pytest.mark.parametrize("limit", [0.0, 0.5, 100.0])
+def test_gradients_are_clipped_to_the_limit(tmp_path, limit):
+    norms, toy = [], Toy()
+    config = TrainConfig(init_lr=0.1, max_epoch=1, num_workers=0, log_every=1, clip_grad=limit)
+    state = create_state(Run(tmp_path, CPU), config, toy, 2)
+    state.optimizer.register_step_pre_hook(
+        lambda *_: norms.append(torch.cat([p.grad.flatten() for p in toy.parameters()]).norm().item())
+    )
+    values = take_step(state, Task(train_step), [next(iter(loader(8)))])
+    assert values["grad_norm"] > 1
+    assert norms == pytest.approx([min(limit, values["grad_norm"].item()) if limit else values["grad_norm"].item()])
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path):
@@ -103,6 +108,104 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path):
     with pytest.raises(UserError, match="loss_b is nan on rank 0 at step 2; the weights were left as they were"):
         trained(tmp_path, 8, step=step)
     assert len(seen) == 3
+
+
+def faulty(fault, at, ranks=(0,), rank=0):
+    """A training step that goes wrong at one step."""
+
+    def step(model, batch, progress):
+        loss = train_step(model, batch, progress)["loss_mse"]
+        if progress.step != at or rank not in ranks:
+            return {"loss_mse": loss}
+        if fault == "nan loss":
+            return {"loss_mse": loss * float("nan")}
+        # a finite loss whose gradient is infinite
+        return {"loss_mse": loss + torch.sqrt(model(batch["x"] * 0).sum() * 0)}
+
+    return step
+
+
+def run_with_fault(folder, fault, late, rank=0, world_size=1, **values):
+    """Train a toy with a fault at step 7; the message, whether the weights stayed, the checkpoint's step."""
+    folder.mkdir(exist_ok=True)
+    config = TrainConfig(init_lr=0.01, max_epoch=30, num_workers=0, log_every=50, **values)
+    model = Toy()
+    kept, loop.FREE_TO_READ = loop.FREE_TO_READ, () if late else ("cpu",)
+    before = {}
+
+    def step(wrapped, batch, progress):
+        if progress.step == 7:
+            before.update({name: p.detach().clone() for name, p in model.named_parameters()})
+        return faulty(fault, 7, ranks=(world_size - 1,), rank=rank)(wrapped, batch, progress)
+
+    try:
+        with pytest.raises(UserError) as error:
+            fit(Run(folder, CPU), config, model, loader(2, rank, world_size), Task(step))
+    finally:
+        loop.FREE_TO_READ = kept
+    same = all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    last = folder / "checkpoint_last.pth"
+    return str(error.value), same, torch.load(last)["progress"]["step"] if last.exists() else 0
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("fault, told", [("nan loss", "loss_mse is nan"), ("infinite gradient", "gradient norm is")])
+@pytest.mark.parametrize("clip_grad", [0.0, 1.0])
+def test_a_bad_step_stops_the_run_with_the_weights_before_it(tmp_path, fault, told, late, clip_grad):
+    """Also where it is read long after it, as on a GPU, at a step when the losses are finite again."""
+    message, same, saved = run_with_fault(tmp_path, fault, late, clip_grad=clip_grad)
+    assert told in message and "at step 7; the weights were left as they were before it" in message
+    assert same and saved == 0
+
+
+def fault_on_one_rank(rank, world_size, folder, fault, late):
+    return run_with_fault(folder / f"rank{rank}", fault, late, rank, world_size)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("fault", ["nan loss", "infinite gradient"])
+def test_a_bad_step_of_one_rank_stops_both(tmp_path, fault, late):
+    first, second = run_in_processes(fault_on_one_rank, 2, tmp_path, fault, late)
+    assert first[0] == second[0] and "at step 7" in first[0] and first[1] and second[1] and first[2] <= 7
+    assert "on rank 1" in first[0] if fault == "nan loss" else "gradient norm" in first[0]
+
+
+def one_bad_batch(rank, world_size, folder):
+    model, config = Toy(), TrainConfig(init_lr=0.01, max_epoch=2, num_workers=0)
+    folder = folder / f"rank{rank}"
+    folder.mkdir()
+    inspect = lambda batch: "rank 1: too many bad images" if rank == 1 else ""  # noqa: E731
+    try:
+        fit(Run(folder, CPU), config, model, loader(4, rank, world_size), Task(train_step, inspect_batch=inspect))
+    except UserError as error:
+        return str(error)
+
+
+def test_a_problem_of_one_rank_ends_all(tmp_path):
+    assert run_in_processes(one_bad_batch, 2, tmp_path) == ["rank 1: too many bad images"] * 2
+
+
+def test_the_momentum_moves_once_per_step_of_accumulated_batches(tmp_path):
+    calls = []
+    toy = Toy()
+    toy.begin_step = lambda: calls.append("begin")
+    config = TrainConfig(init_lr=0.1, max_epoch=1, num_workers=0, grad_accum=2)
+    fit(Run(tmp_path, CPU), config, toy, loader(4), Task(train_step))
+    assert calls == ["begin"] * 2
+
+
+def test_fp16_skips_steps_whose_gradients_overflow(tmp_path):
+    config = TrainConfig(init_lr=0.1, max_epoch=1, num_workers=0, amp="fp16")
+    toy = Toy()
+    state = create_state(Run(tmp_path, CPU), config, toy, 2)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    batch, before = next(iter(loader(8))), {k: v.clone() for k, v in toy.state_dict().items()}
+    take_step(state, Task(train_step), [batch])
+    assert all(torch.equal(value, before[name]) for name, value in toy.state_dict().items())
+    assert state.scaler.get_scale() == 2.0**126 and not state.check.read()
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    take_step(state, Task(train_step), [batch])
+    assert not torch.equal(toy.linear.weight, before["linear.weight"])
 
 
 def bad_on_rank_one(rank, world_size, folder):
@@ -130,15 +233,15 @@ def test_too_few_data(tmp_path):
 def test_wrong_settings(tmp_path):
     with pytest.raises(UserError, match="schedule is 'weekly'; expected 'epoch' or 'step'"):
         trained(tmp_path / "a", 8, schedule="weekly")
-    with pytest.raises(UserError, match="amp is 'fp16'; expected 'bf16'"):
-        trained(tmp_path / "b", 8, amp="fp16")
+    with pytest.raises(UserError, match="amp is 'int8'; expected 'bf16'"):
+        trained(tmp_path / "b", 8, amp="int8")
 
 
 def test_the_watchdog_is_told_of_every_phase(tmp_path):
     run, told = Run(tmp_path, CPU), []
     run.watchdog.enter = lambda phase, step: told.append((phase, step))
     config = TrainConfig(init_lr=0.1, max_epoch=1, num_workers=0)
-    fit(run, config, Toy(), loader(8), train_step, lambda model: {"val_a": 1.0})
+    fit(run, config, Toy(), loader(8), Task(train_step, lambda model: {"val_a": 1.0}))
     assert told == [
         ("data loading", 0), ("a step", 0), ("data loading", 1), ("a step", 1),
         ("saving", 2), ("evaluation", 2), ("saving", 2), ("the report", 2),

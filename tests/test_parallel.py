@@ -17,8 +17,10 @@ from launch.config import TrainConfig
 from launch.run import LAST, Run
 from miniature.writing import write_miniature
 from models import linear, med
-from training import adapters, loop, parallel
-from training.contrast import add_candidates
+from training import adapters, parallel, state
+from training.checkpoint import restore, save
+from training.contrast import compute_candidates
+from training.loop import Task, take_step
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -70,9 +72,9 @@ def batch_of(number, rank):
     return {"image": image, "caption": captions, "idx": torch.arange(PAIRS) + PAIRS * rank}
 
 
-def losses_of(kind, model, batch):
+def losses_of(kind, model, batch, candidates=None):
     """The named losses of a task."""
-    image, texts, more = batch["image"], batch["caption"], {"candidates": batch.get("candidates")}
+    image, texts, more = batch["image"], batch["caption"], {"candidates": candidates}
     found = {
         "decoder": lambda: [model(image, texts)],
         "vqa": lambda: [model(image, texts, ["red", "two", "a ring", "no"], n=[1, 2, 1], weights=torch.ones(4))],
@@ -87,12 +89,12 @@ def losses_of(kind, model, batch):
 
 
 def prepared(case, how, folder, seen):
-    """The training loop of a case; `seen` takes each batch's losses and each step's gradients."""
+    """The run, state and task of a case; `seen` takes each batch's losses and each step's gradients."""
     kind, options, values = CASES[case]
 
-    def train_step(model, batch, progress):
+    def train_step(model, batch, progress, candidates=None):
         torch.manual_seed(len(seen["losses"]))  # of the negatives
-        losses = losses_of(kind, model, batch)
+        losses = losses_of(kind, model, batch, candidates)
         seen["losses"].append([value.item() for value in losses.values()])
         return losses
 
@@ -104,19 +106,17 @@ def prepared(case, how, folder, seen):
     model = small(kind, **options).train()
     config = TrainConfig(init_lr=LR, num_workers=0, parallel=how, **values)
     config.compile &= how == "fsdp"  # whole copies are compiled under test elsewhere, and here they take their time
-    prepare = add_candidates if case == "cached contrast" else None
-    batches = [None] * STEPS * config.grad_accum
-    made = loop.Loop(
-        Run(folder, CPU), config, model, batches, train_step, None, None, loop.default_schedule, None, prepare
-    )
+    task = Task(train_step, candidates=compute_candidates if case == "cached contrast" else None)
+    run = Run(folder, CPU)
+    made = state.create_state(run, config, model, STEPS * config.grad_accum)
     made.optimizer.register_step_pre_hook(keep_gradients)
-    return made
+    return run, made, task
 
 
-def take_step(made, rank):
+def step_once(made, task, rank):
     accum, number = made.config.grad_accum, made.progress.step
-    made.step([batch_of(number * accum + i, rank) for i in range(accum)])
-    made.progress.step += 1
+    take_step(made, task, [batch_of(number * accum + i, rank) for i in range(accum)])
+    made.progress.finish_step()
 
 
 def state_of(model):
@@ -127,12 +127,12 @@ def trained(case, how, rank, folder):
     """Two steps, with a checkpoint between them, and an evaluation."""
     seen = {"losses": [], "grads": []}
     folder.mkdir(exist_ok=True)
-    made = prepared(case, how, folder, seen)
+    run, made, task = prepared(case, how, folder, seen)
     assert parallel.is_sharded(made.model) == (how == "fsdp")
-    take_step(made, rank)
+    step_once(made, task, rank)
     if case in CONTINUED:
-        made.save()
-    take_step(made, rank)
+        save(made, run)
+    step_once(made, task, rank)
     files = saved_adapters(made) if made.config.adapter_rank else {}
     return {**seen, "state": state_of(made.model) | files, **evaluated(case, made)}
 
@@ -161,13 +161,12 @@ def evaluated(case, made):
 def continued(case, how, rank, folder):
     """The second step of a run whose first one was taken the other way; `same` as the saved optimizer."""
     seen = {"losses": [None], "grads": []}
-    made = prepared(case, how, folder, seen)
-    made.restore(folder / LAST)
-    made.progress.step = 1
+    run, made, task = prepared(case, how, folder, seen)
+    restore(made, run, folder / LAST)
     kept = parallel.full_optimizer_state(made.model, made.optimizer)["state"]
     saved = torch.load(folder / LAST, weights_only=True)["optimizer"]["state"]
     same = all(torch.equal(kept[i][key], value) for i, row in saved.items() for key, value in row.items())
-    take_step(made, rank)
+    step_once(made, task, rank)
     return {"losses": seen["losses"][1:], "grads": seen["grads"], "same": same and len(kept) == len(saved) > 10}
 
 
@@ -189,7 +188,7 @@ def everything(rank, commands, folder):
     join(rank, folder / "store")
     med.FIRST_MERGE_LAYER = 1  # of NLVR2's two layers
     linear.LEAST = 0  # also products as small as these are those of a model that is not
-    loop.compile_blocks = partial(loop.compile_blocks, backend="aot_eager", fullgraph=True)
+    state.compile_blocks = partial(state.compile_blocks, backend="aot_eager", fullgraph=True)
     for case in CASES:
         try:
             found[case] = {how: trained(case, how, rank, folder / f"{case}-{how}") for how in ("ddp", "fsdp")}

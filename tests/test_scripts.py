@@ -59,10 +59,11 @@ def test_retrieval(world, tmp_path):
     run("train_retrieval.py", *arguments(world, "retrieval", out, **sizes), processes=2)
     row = scores(out)
     assert {"train_loss_itc", "train_loss_itm", "val_r_mean", "test_txt_r1", "test_img_mdR"} <= row.keys()
-    model = torch.load(out / "model.pth", weights_only=True)["model"]
+    model = torch.load(out / "checkpoint_best.pth", weights_only=True)["model"]
     assert model["ptr_queue"].item() == (16 * 5 // 8 * 8) % 10  # 80 pairs of which 10 batches of 8 wrapped round
     report(out)
-    for one, two in evaluated_alike("train_retrieval.py", world, "retrieval", out / "model.pth", tmp_path, **sizes):
+    best = out / "checkpoint_best.pth"
+    for one, two in evaluated_alike("train_retrieval.py", world, "retrieval", best, tmp_path, **sizes):
         assert one["test_r_mean"] > 0 and len(two["test.json"]) == 45
 
 
@@ -71,12 +72,12 @@ def test_vqa(world, tmp_path):
     out = tmp_path / "out"
     run("train_vqa.py", *arguments(world, "vqa", out, **sizes), processes=2)
     assert "test_overall" in scores(out) and "test_yes/no" in scores(out)
-    found = evaluated_alike("train_vqa.py", world, "vqa", out / "model.pth", tmp_path, **sizes)
+    found = evaluated_alike("train_vqa.py", world, "vqa", out / "checkpoint_best.pth", tmp_path, **sizes)
     assert found[0][1] == found[1][1]
     answers = found[0][1]["vqa_result.json"]
     assert len(answers) == len({row["question_id"] for row in answers})
     assert set(answers[0]) == {"question_id", "answer"}
-    sizes |= dict(inference="generate", pretrained=out / "model.pth")
+    sizes |= dict(inference="generate", pretrained=out / "checkpoint_best.pth")
     free = arguments(world, "vqa", tmp_path / "free", **sizes)
     run("train_vqa.py", *free, "--evaluate")
     report(tmp_path / "free")
@@ -87,7 +88,7 @@ def test_nlvr(world, tmp_path):
     out = tmp_path / "out"
     run("train_nlvr.py", *arguments(world, "nlvr", out, **sizes), processes=2)
     assert {"val_acc", "test_acc", "test_consistency", "train_loss_nlvr"} <= scores(out).keys()
-    evaluated_alike("train_nlvr.py", world, "nlvr", out / "model.pth", tmp_path, **sizes)
+    evaluated_alike("train_nlvr.py", world, "nlvr", out / "checkpoint_best.pth", tmp_path, **sizes)
 
 
 def test_nocaps(world, tmp_path):
@@ -95,7 +96,7 @@ def test_nocaps(world, tmp_path):
     caption = tmp_path / "caption"
     roots = dict(coco_gt_root=world / "annotations", max_epoch=1, java="false", batch_size=8, max_length=12)
     run("train_caption.py", *arguments(world, "caption", caption, **roots))
-    model = caption / "model.pth"
+    model = caption / "checkpoint_best.pth"
     found = evaluated_alike("eval_nocaps.py", world, "nocaps", model, tmp_path, **truth, java="false", max_length=12)
     assert found[0][1] == found[1][1]
     assert "val_overall_CIDEr" in found[0][0]
@@ -110,7 +111,7 @@ def test_video(world, tmp_path):
     whole = bad.read_bytes()
     bad.write_bytes(b"no video")
     try:
-        model = retrieval / "model.pth"
+        model = retrieval / "checkpoint_best.pth"
         found = evaluated_alike("eval_retrieval_video.py", world, "retrieval_msrvtt", model, tmp_path, **sizes)
     finally:
         bad.write_bytes(whole)

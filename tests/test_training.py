@@ -53,9 +53,9 @@ def test_a_run_leaves_what_it_promises(whole):
     assert [row["epoch"] for row in rows] == [0, 1]
     assert {"train_loss_lm", "train_lr", "val_CIDEr", "test_Bleu_4"} <= rows[0].keys()
     assert rows[1]["train_loss_lm"] < rows[0]["train_loss_lm"]
-    for name in ("config.yaml", "checkpoint_best.pth", "model.pth", "report.html", "scores.png", "curve.png"):
+    for name in ("config.yaml", "checkpoint_best.pth", "report.html", "scores.png", "curve.png"):
         assert (folder / name).stat().st_size > 0, name
-    assert set(torch.load(folder / "model.pth", weights_only=True)) == {"model", "config"}
+    assert set(torch.load(folder / "checkpoint_best.pth", weights_only=True)) == {"model", "config", "epoch"}
     assert len(json.loads((folder / "result/test_epoch1.json").read_text())) == 6
     assert "images/s" in done.stderr and "GiB" in done.stderr
     assert "SPICE is left out" in done.stdout and "report:" in done.stdout
@@ -138,7 +138,7 @@ def test_mistakes(arguments, world, whole, tmp_path):
     ):
         bad.write_text(text)
         assert message in refused(arguments, *out, *settings(train_file=bad))
-    other = whole[0] / "model.pth"
+    other = whole[0] / "checkpoint_best.pth"
     wider = settings(vit="{embed_dim: 64, depth: 2, num_heads: 2, patch_size: 16}", pretrained=other)
     assert "of another architecture" in refused(arguments, *out, *wider)
 

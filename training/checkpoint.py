@@ -1,6 +1,7 @@
-"""Checkpoints: written whole or not at all, and read back to continue bit for bit."""
+"""Checkpoints of a run: the last, which continues it (on CPUs bit for bit), and the best weights."""
 
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,23 +9,26 @@ import numpy as np
 import torch
 
 from files import write_whole
-from launch.run import LAST
+from launch.run import BEST, LAST, Run
 from models.weights import refuse_compressed
+from training import adapters, parallel
+from training.progress import Progress
+from training.state import TrainState
 from utils import UserError, all_gather_object, barrier, get_rank, get_world_size, on_main_process
 
 
 def save_atomic(content: Any, path: Path) -> None:
-    """Save with torch under a temporary name, then rename, so that `path` is always a whole file.
+    """Save with torch under a temporary name, then rename, so that `path` is always complete.
 
     Raises:
-        UserError: it could not be written (a full disk); an earlier file of that name is untouched.
+        UserError: writing failed, for instance because the disk is full; an earlier file of that name is untouched.
     """
     with write_whole(path, "wb") as file:
         torch.save(content, file)
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """Return the state of this process's random numbers, as tensors and plain numbers."""
+    """Return the states of this process's random number generators, as tensors and plain numbers."""
     version, numbers, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
     state = {
@@ -38,7 +42,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Continue this process's random numbers from a state that `rng_state` gave."""
+    """Set this process's random number generators to what `rng_state` returned."""
     torch.set_rng_state(state["torch"])
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers.tolist()), gauss))
@@ -49,22 +53,49 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def save_last(folder: Path, content: dict[str, Any], device: torch.device) -> None:
-    """Save the checkpoint a run continues from; all ranks call it and all fail together."""
+    """Save a checkpoint to continue from; all ranks call it and all fail together."""
     rngs = all_gather_object(rng_state(device))
     on_main_process(lambda: save_atomic({**content, "rng": rngs}, folder / LAST))
 
 
+def save(state: TrainState, run: Run) -> None:
+    """Save what continuing the run needs; all ranks call it. A bad step is raised before anything is written."""
+    state.check.read()
+    run.watchdog.enter("saving", state.progress.step)
+    content = {
+        "model": parallel.full_state(state.model),
+        "optimizer": parallel.full_optimizer_state(state.model, state.optimizer),
+        "scaler": state.scaler.state_dict(),
+        "config": asdict(state.config),
+        "epoch": state.progress.epoch,
+        "progress": asdict(state.progress),
+        "meters": state.log.state(),
+        "best": state.best,
+    }
+    save_last(run.output_dir, content, run.device)
+
+
+def save_best(state: TrainState, run: Run) -> None:
+    """Save the weights with their config and epoch, and of a model with adapters the adapters alone too."""
+    weights = adapters.merged_state(state.model, state.config)
+    content = {"model": weights, "config": asdict(state.config), "epoch": state.progress.epoch}
+    on_main_process(lambda: save_atomic(content, run.output_dir / BEST))
+    if state.config.adapter_rank:
+        content = adapters.adapter_file(state.model, state.config)
+        on_main_process(lambda: save_atomic(content, run.output_dir / adapters.FILE))
+
+
 def load_last(path: Path, device: torch.device) -> dict[str, Any]:
-    """Read a checkpoint to continue from, and take up its random numbers.
+    """Read a checkpoint to continue from, and set the random number generators to it.
 
     Raises:
-        UserError: none there, damaged, not from this engine, or of another number of processes.
+        UserError: the file is missing, damaged, no checkpoint of a run, or of another number of processes.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; leave out --resume to start a run, or correct --output_dir")
     refuse_compressed(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds for a damaged file
         raise UserError(f"{path} cannot be read ({type(error).__name__}); start from another checkpoint") from None
     if not isinstance(content, dict) or not isinstance(content.get("rng"), list):
@@ -80,3 +111,32 @@ def load_last(path: Path, device: torch.device) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({type(error).__name__}); start from another checkpoint") from None
     barrier()
     return content
+
+
+def restore(state: TrainState, run: Run, path: Path) -> None:
+    """Continue from a checkpoint that `save` wrote.
+
+    Raises:
+        UserError: as `load_last`, or it holds another model or another length of an epoch.
+    """
+    content = load_last(path, run.device)
+    saved = Progress(**content["progress"])
+    steps_per_epoch = state.progress.steps_per_epoch
+    if saved.steps_per_epoch != steps_per_epoch and saved.step_in_epoch:
+        raise UserError(
+            f"{path} was saved within an epoch of {saved.steps_per_epoch} steps and this run's have "
+            f"{steps_per_epoch}; continue with the same data and batch size"
+        )
+    try:
+        parallel.load_full_state(state.model, content["model"])
+    except RuntimeError as error:
+        problem = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} holds another model ({problem}); continue with the run's own config") from None
+    parallel.load_full_optimizer_state(state.model, state.optimizer, content["optimizer"])
+    state.scaler.load_state_dict(content.get("scaler") or state.scaler.state_dict())
+    saved.max_epoch, saved.steps_per_epoch = state.progress.max_epoch, steps_per_epoch
+    state.progress, state.best = saved, content["best"]
+    state.log.load_state(content["meters"])
+    run.trim_log(lambda row: row["epoch"] < saved.epoch)
+    run.trim_log(lambda row: row["step"] <= saved.step, "curve.jsonl")
+    run.print(f"continuing from {path}: epoch {saved.epoch}, step {saved.step}")

@@ -1,36 +1,25 @@
-"""Accumulated batches whose contrast is that of one large batch.
+"""The contrast of several accumulated batches as that of one large batch (`itc_cached`).
 
-ITC compares online features with momentum features, and only the online ones have a gradient. So the loss of a
-large batch is a mean over its rows, each of which needs the momentum features of all pairs and its own online
-features alone: the momentum features of all batches are computed first, without gradients, and then each batch goes
-forward and backward once. Nothing is computed a second time, so there are no random numbers to repeat, and memory is
-a single batch's, with the gradients that wait beside it (figures in docs/large_runs.md). Matching and language
-modelling are means of the batches' own, with hard negatives from the batch.
+Image-text contrast compares online features with momentum features, and only the online features have a gradient. The
+loss of a large batch is a mean over its rows, and a row needs its own online features and the momentum features of all
+pairs. The momentum features of all batches are therefore computed first, without gradients; each batch then runs
+forward and backward once, so nothing is computed twice and memory is that of one batch. Matching and language modelling
+stay means over the batches, with hard negatives from the same batch.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
-import torch
-
-from models.momentum import MomentumModel
-from models.tokenizer import TokenBatch
+from models.momentum import Candidates, MomentumModel
 
 
-def add_candidates(model: MomentumModel, batches: list[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
-    """Give each batch of a step the momentum features that ITC compares it with, as "candidates".
+def compute_candidates(model: MomentumModel, batches: list[dict[str, Any]]) -> list[Candidates]:
+    """Return what the contrastive loss compares each batch of a step with.
 
     Args:
-        model: a model for pretraining or retrieval.
-        batches: with "image" and "caption", for retrieval also "idx"; of equally many pairs.
-        device: where the model is.
+        model: for pretraining or retrieval.
+        batches: on the model's device, with "image" and "caption", for retrieval also "idx"; all of the same size.
     """
-
-    def inputs() -> Iterator[tuple[torch.Tensor, TokenBatch, torch.Tensor | None]]:
-        for batch in batches:  # one at a time on the device
-            idx = batch.get("idx")
-            text = model.tokenize(batch["caption"], model.max_text_tokens, device)
-            yield batch["image"].to(device), text, None if idx is None else idx.to(device)
-
-    found = model.candidates(inputs())
-    return [{**batch, "candidates": candidates} for batch, candidates in zip(batches, found, strict=True)]
+    device, length = batches[0]["image"].device, model.max_text_tokens
+    return model.candidates(
+        (batch["image"], model.tokenize(batch["caption"], length, device), batch.get("idx")) for batch in batches
+    )

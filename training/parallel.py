@@ -162,25 +162,27 @@ def split_params(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 
 @torch.no_grad()
-def finish_gradients(model: nn.Module, clip_grad: float) -> None:
-    """Average what sharding leaves unaveraged, and clip the gradient's norm to `clip_grad` (0: no limit)."""
-    if not is_sharded(model):
-        if clip_grad > 0:
-            nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
-        return
+def finish_gradients(model: nn.Module, clip_grad: float) -> torch.Tensor:
+    """Average gradients that sharding leaves as they are, and clip their norm to `clip_grad` (0: no limit).
+
+    Returns:
+        The norm of all gradients before clipping, a scalar on the device.
+    """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     whole = [grad for grad in grads if not isinstance(grad, DTensor)]
-    for grad in whole:
-        dist.all_reduce(grad)
-        grad /= get_world_size()
-    if clip_grad <= 0:
-        return
     local = [grad.to_local() for grad in grads if isinstance(grad, DTensor)]
-    square = torch.stack([part.float().square().sum() for part in local]).sum()
-    dist.all_reduce(square)
-    norm = (square + sum(grad.float().square().sum() for grad in whole)).sqrt()
-    scale = (clip_grad / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(local + whole, scale)
+    if is_sharded(model):
+        for grad in whole:
+            dist.all_reduce(grad)
+            grad /= get_world_size()
+    norm = nn.utils.get_total_norm(whole)
+    if local:
+        square = nn.utils.get_total_norm(local).square()
+        dist.all_reduce(square)
+        norm = (square + norm.to(square.device).square()).sqrt()
+    if clip_grad > 0:
+        torch._foreach_mul_(local + whole, (clip_grad / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 # Checkpoints.

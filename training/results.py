@@ -1,26 +1,40 @@
-"""Result files, scores on the screen, and the report page that every script ends with."""
+"""The two ways a script runs, training or evaluation alone, and the report that ends both."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from launch.run import Run
 from models.precision import autocast
 from report.page import write_report
 from training.adapters import apply_adapters
-from training.loop import compile_blocks, prepare_model
+from training.loop import Scores, Task, fit
+from training.state import compile_blocks, prepare_model
 from utils import on_main_process
 
 
-def evaluate_only(run: Run, config: Any, model: nn.Module, evaluate: Callable[[nn.Module], dict]) -> dict[str, Any]:
+def splits_of(run: Run) -> tuple[str, ...]:
+    """Return the splits that a run reads."""
+    return ("val", "test") if run.evaluate else ("train", "val", "test")
+
+
+def train_or_evaluate(run: Run, config: Any, model: nn.Module, loaders: dict[str, DataLoader], task: Task) -> Scores:
+    """Train a model, or with `--evaluate` only evaluate it; return the scores."""
+    if run.evaluate:
+        return evaluate_only(run, config, model, task.evaluate)
+    return fit(run, config, model, loaders["train"], task)
+
+
+def evaluate_only(run: Run, config: Any, model: nn.Module, evaluate: Callable[[nn.Module], Scores]) -> Scores:
     """Evaluate a model as training would, and append the scores to evaluate.txt."""
     if not config.pretrained:
         run.note("these are scores of random weights: give --set pretrained=... to evaluate a checkpoint")
     if config.get("adapter_weights"):
         apply_adapters(model, config.adapter_weights)
-    model = prepare_model(model, config, run).eval()
+    model = prepare_model(model, config, run.device).eval()
     if config.compile:
         compile_blocks(model)
     with torch.no_grad(), autocast(config.amp, run.device):
@@ -29,17 +43,24 @@ def evaluate_only(run: Run, config: Any, model: nn.Module, evaluate: Callable[[n
     return scores
 
 
-def finish(run: Run, title: str, scores: dict[str, Any], images: Callable[[], list[dict[str, Any]]]) -> None:
-    """Print the scores and write the report page."""
+def report_scores(run: Run, title: str, scores: Scores, cards: Callable[[], list[dict[str, Any]]]) -> None:
+    """Print the scores and write the report page.
+
+    Args:
+        run: its folder, logs and notes.
+        title: of the page.
+        scores: of the best epoch, or of an evaluation.
+        cards: returns the examples that the page shows.
+    """
     scores = {name: value for name, value in scores.items() if name != "quality"}
     width = max((len(name) for name in scores), default=0)
     for name, value in scores.items():
         run.print(f"  {name.ljust(width)}  {value:.4g}")
     run.epoch = scores.get("epoch")
-    page = on_main_process(lambda: _report(run, title, scores, images()))
+    page = on_main_process(lambda: _write_report(run, title, scores, cards()))
     run.print(f"report: {page}")
 
 
-def _report(run: Run, title: str, scores: dict[str, Any], images: list[dict[str, Any]]) -> str:
+def _write_report(run: Run, title: str, scores: Scores, cards: list[dict[str, Any]]) -> str:
     log = run.read_log("curve.jsonl") + run.read_log()
-    return str(write_report(run.output_dir, title, scores, log, images, run.notes))
+    return str(write_report(run.output_dir, title, scores, log, cards, run.notes))
