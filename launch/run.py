@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +18,7 @@ import torch.distributed as dist
 
 from files import append, disk_is_full, to_free, write_whole
 from launch.config import ModelConfig, describe, load_config, save_config
-from launch.rendezvous import join_group, was_restarted
-from launch.watchdog import BUSY_MINUTES, Watchdog, first_to_speak
+from launch.watchdog import BUSY_MINUTES, Watchdog
 from utils import UserError, get_rank, get_world_size, has_group, is_main_process, on_main_process, user_message
 
 LAST, BEST = "checkpoint_last.pth", "checkpoint_best.pth"  # in the folder of a run
@@ -109,72 +107,56 @@ def launch(
     description: str,
     examples: Sequence[str] = (),
 ) -> int:
-    """Parse the command line, set everything up, run `main(config, run)`, and tear everything down.
+    """Parse the command line, start the run, call `main(config, run)`, and report its end.
 
     Returns:
-        The exit code: 0; 2 after something the user can mend; 130 after Ctrl-C; 143 after SIGTERM.
+        The exit code: 0; 2 after an error that the user can fix; 130 after Ctrl-C; 143 after SIGTERM.
     """
     args = _parser(config_class, default_config, default_output, description, examples).parse_args()
     watchdog = Watchdog()
     try:
         config = load_config(config_class, args.config, args.set)
+        slurm_to_torchrun()
+        device = choose_device(args.device)
         minutes = config.get("hang_minutes", HANG_MINUTES)
-        device = _start_processes(args.device, minutes)
-        watchdog = Watchdog(minutes, get_rank(), get_world_size(), _store()).start()
-        run = _prepare(args, config, device)
-        run.watchdog = watchdog
-        main(config, run)
+        store = join_process_group(device, minutes)
+        watchdog = Watchdog(minutes, get_rank(), get_world_size(), store).start()
+        main(config, start_run(args, config, device, watchdog))
         return 0
     except KeyboardInterrupt:
-        return _end("interrupted", 130)
+        return _end(watchdog, "\ninterrupted", 130)
     except Interrupted as stop:
-        return _end(str(stop), 143)
+        return _end(watchdog, str(stop), 143)
     except Exception as error:
-        message = user_message(error)
-        if message is None and disk_is_full(error):  # in a place that has no message of its own
-            file = getattr(error, "filename", None)
-            where = Path(file).parent if file else Path(args.output_dir)
-            message = f"the disk is full ({' '.join(str(error).split())}): {to_free(where)}"
-        if message is None and _lost_peer(error):
-            return _end_without_peer(watchdog)
-        if message is None:
-            raise
-        return _end(f"error: {message}", 2)
+        message = user_message(error) or _explain(error, watchdog, Path(args.output_dir))
+        if message:
+            return _end(watchdog, f"error: {message}", 2)
+        print(f"rank {get_rank()} failed in {watchdog.state}:", file=sys.stderr, flush=True)
+        raise
     finally:
         if has_group():
             dist.destroy_process_group()
         watchdog.close()
 
 
-def _end(message: str, code: int) -> int:
-    """Say why the run ends, once however many processes end with it."""
-    if _first_to_speak():
-        print(f"\n{message}" if code == 130 else message, file=sys.stderr, flush=True)
+def _end(watchdog: Watchdog, message: str, code: int) -> int:
+    """Print why the run ends, once if all ranks have the same message."""
+    if watchdog.is_first(message) and (has_group() or int(os.environ.get("LOCAL_RANK", 0)) == 0):
+        print(message, file=sys.stderr, flush=True)
     return code
 
 
-def _end_without_peer(watchdog: Watchdog) -> int:
-    """Say which process is gone, unless that one has said why."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it now; it takes a moment to see who is silent
-    if _first_to_speak():
-        gone = watchdog.gone() or f"rank {get_rank()} lost another process, which ended or was killed"
-        print(f"error: {gone}; continue with --resume", file=sys.stderr, flush=True)
-    return 2
-
-
-def _store() -> Any:
-    """Return the process group's store, None for one process."""
-    return dist.distributed_c10d._get_default_store() if has_group() else None
-
-
-def _first_to_speak() -> bool:
-    return first_to_speak(_store(), get_rank() if has_group() else int(os.environ.get("RANK", 0)))
-
-
-def _lost_peer(error: Exception) -> bool:
-    """Tell whether an error comes from another process that ended."""
-    signs = ("closed by peer", "reset by peer", "Broken pipe", "Socket", "NCCL", "remote process exited", "gloo")
-    return has_group() and isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+def _explain(error: Exception, watchdog: Watchdog, output_dir: Path) -> str:
+    """Return a line for an error of the disk or of a collective, with the original message; '' for other errors."""
+    problem = " ".join(str(error).split())
+    if disk_is_full(error):
+        file = getattr(error, "filename", None)
+        return f"the disk is full ({problem}): {to_free(Path(file).parent if file else output_dir)}"
+    lost = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
+    if has_group() and (isinstance(error, dist.DistError) or any(sign in problem for sign in lost)):
+        cause = "the cause is what another rank printed, or the loss of a process; continue with --resume"
+        return f"rank {get_rank()} in {watchdog.state}: a collective failed ({problem}); {cause}"
+    return ""
 
 
 def _parser(
@@ -188,7 +170,7 @@ def _parser(
     parser.add_argument("--config", default=default_config, help=f"YAML file of settings (default: {default_config})")
     parser.add_argument("--output_dir", default=default_output, help=f"folder of results (default: {default_output})")
     parser.add_argument("--evaluate", action="store_true", help="evaluate only")
-    parser.add_argument("--device", default="", help="cuda or cpu (default: cuda where there is one)")
+    parser.add_argument("--device", default="", help="cuda, xpu, mps or cpu (default: cuda if there is a GPU)")
     parser.add_argument("--seed", type=int, default=42, help="of all random numbers (default: 42)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --output_dir")
     parser.add_argument("--checkpoint", default="", help="continue from this checkpoint, of any folder")
@@ -201,27 +183,57 @@ def _parser(
     return parser
 
 
-def _start_processes(device: str, minutes: float) -> torch.device:
-    """Join the process group that torchrun or SLURM describes, if there is one, and choose the device."""
-    _slurm_to_torchrun()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+def choose_device(name: str) -> torch.device:
+    """Return this process's device, and make it the current one.
+
+    Args:
+        name: cuda, xpu, mps or cpu, perhaps with an index; "" for cuda where there is a GPU.
+
+    Raises:
+        UserError: there is no such device.
+    """
     try:
-        chosen = torch.device(kind)
-    except RuntimeError:
-        raise UserError(f"--device {device!r} is no device; expected cuda, cuda:0 or cpu") from None
-    if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(f"--device {device} was asked for and PyTorch sees no GPU; use --device cpu")
-        chosen = torch.device("cuda", local_rank if chosen.index is None else chosen.index)
-        torch.cuda.set_device(chosen)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        wait = timedelta(minutes=max(minutes, BUSY_MINUTES) + 10)  # the watchdog, which names the rank, speaks first
-        join_group("nccl" if chosen.type == "cuda" else "gloo", wait)
-    return chosen
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        module = torch.backends.mps if device.type == "mps" else torch.get_device_module(device)
+        available = module.is_available()
+    except (RuntimeError, AttributeError):
+        raise UserError(f"--device is {name!r}; expected cuda, cuda:0, xpu, mps or cpu") from None
+    if not available:
+        raise UserError(f"--device is {name!r}, and PyTorch finds no such device; use --device cpu")
+    if device.type in ("cpu", "mps"):
+        return device
+    count, local_rank = module.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    if device.index is None:
+        device = torch.device(device.type, local_rank % count)
+        if local_rank == count:  # as under SLURM with one visible GPU per task
+            print(f"LOCAL_RANK is {local_rank} with {count} visible GPU; this rank uses {device}", file=sys.stderr)
+    if device.index >= count:
+        raise UserError(f"--device is {name!r}, and PyTorch finds {count} of this kind; use a smaller index")
+    module.set_device(device)
+    return device
 
 
-def _slurm_to_torchrun() -> None:
+def join_process_group(device: torch.device, hang_minutes: float) -> dist.Store | None:
+    """Join the process group that the environment describes; return its store, None for a single process."""
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        return None
+    timeout = timedelta(minutes=max(hang_minutes, BUSY_MINUTES) + 10)  # the watchdog, which names the rank, is earlier
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    # torchrun keeps one store for all restarts of a run: the keys of an earlier start must not be read again
+    store = dist.PrefixStore(f"start_{restart_count()}", store)
+    backend, device_id = dist.get_default_backend_for_device(device), None if device.type == "cpu" else device
+    dist.init_process_group(
+        backend, timeout=timeout, store=store, rank=rank, world_size=world_size, device_id=device_id
+    )
+    return store
+
+
+def restart_count() -> int:
+    """Return how often torchrun has restarted this run (`--max_restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def slurm_to_torchrun() -> None:
     """Under `srun` without torchrun, set the variables that torchrun would."""
     env = os.environ
     if "RANK" in env or int(env.get("SLURM_NTASKS", 1)) < 2 or "SLURM_PROCID" not in env:
@@ -233,16 +245,19 @@ def _slurm_to_torchrun() -> None:
         env["MASTER_ADDR"] = hosts.stdout.split()[0]
 
 
-def _prepare(args: argparse.Namespace, config: ModelConfig, device: torch.device) -> Run:
-    """Seed, make the output folder and write the resolved configuration into it."""
+def start_run(args: argparse.Namespace, config: ModelConfig, device: torch.device, watchdog: Watchdog) -> Run:
+    """Seed the random numbers, make the output folder and write the resolved configuration into it.
+
+    A run that torchrun restarts (`--max_restarts`) continues from its last checkpoint.
+    """
     seed_everything(args.seed + get_rank())
     run = Run(Path(args.output_dir), device, args.seed, args.evaluate, command=f"python {' '.join(sys.argv)}")
-    run.overwrite = args.overwrite
+    run.overwrite, run.watchdog = args.overwrite, watchdog
     last = run.output_dir / LAST
-    restarted, holds_run = was_restarted(), on_main_process(last.is_file)  # decided once, for all processes
+    holds_run = on_main_process(last.is_file)  # decided once, for all ranks
     if args.checkpoint:
         run.resume = Path(args.checkpoint)
-    elif args.resume or (restarted and holds_run):
+    elif args.resume or (restart_count() and holds_run):
         run.resume = last
     elif holds_run and not args.evaluate and not args.overwrite:
         raise UserError(f"{run.output_dir} holds a run; continue it with --resume, or begin anew with --overwrite")

@@ -1,8 +1,7 @@
-"""Watches over the processes of a run: one that hangs or is gone ends the run, with a line that names it.
+"""Ends a run that hangs: prints which rank, in which phase, at which step, and the time limit.
 
-A thread of every process tells the others, through the process group's store, that it is there and how far its main
-thread is; so it goes on telling while the main thread is in a collective, or waits for data. A second thread, which
-asks nobody, judges what was heard and ends the process.
+A thread of every process publishes the process's state in the process group's store, also while the main thread waits
+in a collective or for data. A process that has made no progress for the time limit compares the states of all.
 """
 
 import json
@@ -11,8 +10,9 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,240 +20,146 @@ from typing import Any
 from utils import duration
 
 CODE_FOLDER = str(Path(__file__).resolve().parent.parent) + os.sep
-STRICT = ("data loading", "a step")  # all else, such as evaluation, may keep one process busy for long
-BUSY_MINUTES = 30.0  # for which a process may stand still in all else
-SILENT_BEATS = 4  # beats that a process is late after which it counts as gone, once a collective has failed
-NAMED = 3  # processes that a message names at most
+STRICT = ("data loading", "a step")  # phases with the limit `hang_minutes`, from the second time on
+BUSY_MINUTES = 30.0  # least limit of other phases, and of the first step, which compiles and starts NCCL
+STORE_SECONDS = 10.0  # for an answer
 
 
 @dataclass
 class State:
-    """What a process tells of itself.
+    """What a process publishes.
 
     Attributes:
-        beat: how often it has told.
-        place: how many phases its main thread has begun; alike in all processes, so the smallest is behind.
-        phase, step: the phase, and the steps done when it began.
-        stack: a number that changes when the main thread moves.
-        line: the innermost line of ours that the main thread is in.
-        waits: whether it waits there for other processes.
-        left: whether it has ended in order.
+        place: number of phases that the main thread has entered; a rank with a smaller one is behind.
+        phase, step: the phase, and the optimizer steps done when it began.
+        moved: when the process last made progress, in seconds of `time.time`.
+        line: the innermost line of this code that the main thread is in.
+        waits: the main thread is in a collective.
     """
 
-    beat: int = 0
     place: int = 0
     phase: str = "starting"
     step: int = 0
-    stack: int = 0
+    moved: float = 0.0
     line: str = ""
     waits: bool = False
-    left: bool = False
-
-    def progress(self) -> tuple[int, int]:
-        """Return what changes when the process moves; in a step, or waiting for data, nothing counts but its end."""
-        return self.place, 0 if self.phase in STRICT else self.stack
 
     def __str__(self) -> str:
         return f"{self.phase} at step {self.step}" + (f" ({self.line})" if self.line else "")
 
 
-@dataclass
-class Heard:
-    """A process's last state, and when it last told anything and last moved (seconds of `time.monotonic`)."""
-
-    state: State = field(default_factory=State)
-    told: float = field(default_factory=time.monotonic)
-    moved: float = field(default_factory=time.monotonic)
-
-    def take(self, state: State, now: float) -> None:
-        """Take a state that came at a time."""
-        if state.beat != self.state.beat:
-            self.told = now
-        if state.progress() != self.state.progress():
-            self.moved = now
-        self.state = state
-
-
 class Watchdog:
-    """One process's part of the watch.
+    """Watches one process of a run.
 
     Args:
-        minutes: for which a step, or waiting for its data, may take, and a process may be silent; 0 for no limit.
-        rank, world_size: this process and their number.
+        minutes: limit of a step, or of waiting for its data; 0 for no limit.
+        rank, world_size: this process and the number of processes.
         store: of the process group; None for one process.
     """
 
     def __init__(self, minutes: float = 0.0, rank: int = 0, world_size: int = 1, store: Any = None):
         self.limit, self.rank = 60 * minutes, rank
-        self.busy_limit = max(self.limit, 60 * BUSY_MINUTES)
-        self.interval = 0.5 * max(1.0, world_size / 16)  # the store answers world_size**2 questions an interval
-        if minutes:
-            self.interval = min(self.interval, self.limit / 10)
-        self.store = store.clone() if hasattr(store, "clone") else store  # a copy can be used beside the original
-        self.keys = [f"blip_watch/{rank}" for rank in range(world_size)]
-        self.heard = {rank: Heard() for rank in range(world_size)}
-        self.state, self.complete = State(), False
-        self.answered = time.monotonic()
+        self.store = store.clone() if hasattr(store, "clone") else store  # the clone has its own connection
+        self.keys = [f"watchdog/{other}" for other in range(world_size)]
+        self.state, self.phases, self.strict = State(moved=time.time()), {""}, False
+        self.progress: Any = None
         self.main, self.closed = threading.get_ident(), threading.Event()
-        self.teller = threading.Thread(target=self._exchange, daemon=True, name="watchdog-exchange")
 
     def enter(self, phase: str, step: int) -> None:
-        """Note that the main thread begins a phase, after so many steps."""
-        self.state = State(self.state.beat, self.state.place + 1, phase, step)
+        """Record that the main thread begins a phase, after so many optimizer steps."""
+        self.strict = phase in STRICT and phase in self.phases
+        self.phases.add(phase)
+        self.state = State(self.state.place + 1, phase, step, time.time())
 
     def start(self) -> "Watchdog":
-        """Begin to watch."""
-        self.teller.start()
+        """Start watching, unless there is no limit."""
         if self.limit:
-            threading.Thread(target=self._judge, daemon=True, name="watchdog").start()
+            threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
         return self
 
     def close(self) -> None:
-        """Tell the others that this process ends in order."""
-        if self.closed.is_set():
-            return
-        self.closed.set()
-        if self.teller.is_alive():
-            self.teller.join(10 * self.interval)  # or what it is about to tell would come after these last words
-        self.state.left = True
-        with suppress(RuntimeError):  # the store is gone, and with it those who would read this
-            if self.store is not None:
-                self.store.set(self.keys[self.rank], json.dumps(asdict(self.state)))
+        """Stop watching: this process ends as it should, and the others do not wait for it."""
+        if self.limit and not self.closed.is_set():
+            self.closed.set()
+            self._publish("")
 
-    # What is told and heard.
+    def is_first(self, message: str) -> bool:
+        """Return True if no other rank has printed this message, so that an error that all ranks have is one line."""
+        return self.store is None or self._ask(lambda: self.store.add(f"printed/{message}", 1)) in (1, None)
 
-    def _exchange(self) -> None:
-        while not self.closed.wait(self.interval):
-            try:
-                self.exchange()
-            except RuntimeError:  # the store is gone: there is nobody left to hear of
-                self.store = None
-                if len(self.keys) > 1:
-                    return
-
-    def exchange(self) -> None:
-        """Tell the others this process's state and hear theirs."""
-        state = self.state
-        state.beat += 1
-        state.stack, state.line, state.waits = look_at(sys._current_frames().get(self.main))
-        states = {self.rank: replace(state)}  # a copy: what was heard must not change with what will be told
-        if self.store is not None:
-            self.store.set(self.keys[self.rank], json.dumps(asdict(state)))
-            self.complete = self.complete or self.store.check(self.keys)
-            if self.complete:
-                states |= {rank: State(**json.loads(text)) for rank, text in enumerate(self._read())}
-        now = time.monotonic()
-        for rank, state in states.items():
-            self.heard[rank].take(state, now)
-        self.answered = now
-
-    def _read(self) -> list[bytes]:
-        if self.store.has_extended_api():
-            return self.store.multi_get(self.keys)
-        return [self.store.get(key) for key in self.keys]
-
-    # What is made of it.
-
-    def _judge(self) -> None:
-        last = time.monotonic()
-        while not self.closed.wait(self.interval):
-            now = time.monotonic()
-            if now - last > 0.5 * self.limit:  # this process itself was stopped: what it heard is old
-                self.forgive(now)
+    def _watch(self) -> None:
+        last, interval = time.time(), min(1.0, self.limit / 10)
+        while not self.closed.wait(interval):
+            now = time.time()
+            suspended = now - last > 0.5 * self.limit  # this process was, and perhaps the whole run
             last = now
-            if message := self.verdict(now):
+            self._look(now, suspended)
+            limit = self.limit if self.strict else max(self.limit, 60 * BUSY_MINUTES)
+            if (message := self.check(limit, now)) and not self.closed.is_set():
                 self.end(message)
 
-    def forgive(self, now: float) -> None:
-        """Begin anew to count how long the others are silent or do not move."""
-        self.answered = now
-        for heard in self.heard.values():
-            heard.told = heard.moved = now
+    def _look(self, now: float, restart: bool = False) -> None:
+        """Note whether the main thread has moved, and publish the state."""
+        state = self.state
+        stack, state.line, state.waits = inspect_stack(sys._current_frames().get(self.main))
+        progress = state.place, 0 if self.strict else stack  # in a strict phase nothing but its end is progress
+        if progress != self.progress or restart:
+            self.progress, state.moved = progress, now
+        self._publish(json.dumps(asdict(state)))
 
-    def verdict(self, now: float) -> str:
-        """Return why the run has to end, '' if it may go on."""
-        present = {rank: heard for rank, heard in self.heard.items() if not heard.state.left}
-        if not present:
+    def _publish(self, text: str) -> None:
+        if self.store is not None:
+            with suppress(RuntimeError):  # `check` reports it
+                self.store.set(self.keys[self.rank], text)
+
+    def check(self, limit: float, now: float) -> str:
+        """Return which ranks hang if no rank has made progress for `limit` seconds, else ''."""
+        if now - self.state.moved <= limit:
             return ""
-        still = now - max(heard.moved for heard in present.values())
-        patience = self.limit if still <= self.limit else 0.5 * self.limit  # a silence is then why nothing moves
-        if now - self.answered > patience:
-            return (
-                f"rank {self.rank} has had no answer from the process group's store for {duration(patience)}, in "
-                f"{self.state}: the process that holds it, rank 0 or torchrun, is stopped or gone"
-            )
-        silent = [rank for rank, heard in present.items() if rank != self.rank and now - heard.told > patience]
-        if silent:
-            told = f"{name(silent)} gave no sign for {duration(patience)}: stopped, or the machine is gone"
-            return f"{told}; the last was in {self.heard[silent[0]].state}"
-        return self._hanging(still)
-
-    def _hanging(self, still: float) -> str:
-        """Return who hangs, if no process has moved for so many seconds and that is too long."""
-        behind = self.behind()
-        state = self.heard[behind[0]].state
-        limit = self.limit if state.phase in STRICT else self.busy_limit
-        if still <= limit:
+        states = self._ask(self._read)
+        if states is None:
+            problem = f"no answer from the store, which rank 0 or torchrun holds, and no progress for {duration(limit)}"
+            return f"rank {self.rank} in {self.state}: {problem}"
+        if any(now - state.moved <= limit for state in states.values()):
             return ""
-        return f"{name(behind)} hangs in {state}: no process has moved for {duration(limit)}"
-
-    def behind(self) -> list[int]:
-        """Return the processes that the others wait for, as far as can be told."""
-        states = {rank: heard.state for rank, heard in self.heard.items() if not heard.state.left}
         place = min(state.place for state in states.values())
         behind = [rank for rank, state in states.items() if state.place == place]
-        return [rank for rank in behind if not states[rank].waits] or behind
+        behind = [rank for rank in behind if not states[rank].waits] or behind
+        names = f"rank{'s' * (len(behind) > 1)} {', '.join(map(str, behind))}"
+        return f"{names} in {states[behind[0]]}: hangs, or was stopped; no rank made progress for {duration(limit)}"
 
-    def gone(self) -> str:
-        """Name the process that has been gone since a collective failed, and where it was; waits for it to be late."""
-        if len(self.keys) == 1 or not self.complete:
-            return ""
-        wait = SILENT_BEATS * self.interval
-        time.sleep(wait)
-        late = [rank for rank, heard in self.heard.items() if self.answered - heard.told > 0.5 * wait]
-        if late:
-            return f"{name(late)} ended or was killed, in {self.heard[late[0]].state}"
-        if self.store is None and self.rank:
-            return f"rank 0, or torchrun, ended or was killed, in {self.heard[0].state}"
-        return ""
+    def _ask(self, question: Callable[[], Any]) -> Any:
+        """Return the store's answer, None if the process that holds the store has ended or is stopped."""
+        answers: list[Any] = []
+
+        def ask() -> None:
+            with suppress(RuntimeError):
+                answers.append(question())
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(STORE_SECONDS)
+        return answers[0] if answers else None
+
+    def _read(self) -> dict[int, State]:
+        """Return the states of the ranks that have published one and have not ended."""
+        states = {self.rank: self.state}
+        for rank, key in enumerate(self.keys):
+            if rank != self.rank and self.store.check([key]) and (text := self.store.get(key)):
+                states[rank] = State(**json.loads(text))
+        return states
 
     def end(self, message: str) -> None:
-        """Say why, unless another process has, and end this process and its data workers with exit code 2."""
-        if self.may_speak():
-            print(f"error: {message}; the run is ended, continue with --resume", file=sys.stderr, flush=True)
+        """Print why, and end this process and its data workers with exit code 2."""
+        if self.is_first(message):
+            print(f"error: {message}; continue with --resume", file=sys.stderr, flush=True)
         for child in multiprocessing.active_children():
             child.kill()
-        if self.rank == 0:
-            time.sleep(3 * self.interval)  # it may hold the store, which tells the others that this was said
         os._exit(2)
 
-    def may_speak(self) -> bool:
-        """Tell whether no other process has said why the run ends, as far as the store still answers."""
-        answer = [True]
-        asking = threading.Thread(target=lambda: answer.insert(0, first_to_speak(self.store, self.rank)), daemon=True)
-        asking.start()
-        asking.join(10 * self.interval)
-        return answer[0]
 
-
-def first_to_speak(store: Any, rank: int) -> bool:
-    """Tell whether no other process of the run has said yet why it ends."""
-    if store is None:
-        return rank == 0
-    try:
-        return store.add("blip_last_words", 1) == 1
-    except RuntimeError:  # rank 0, which held the store, is gone
-        return rank == 1
-
-
-def name(ranks: list[int]) -> str:
-    """Write ranks as 'rank 1' or 'ranks 1, 2'."""
-    listed = ", ".join(map(str, ranks[:NAMED])) + (f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else "")
-    return f"rank {listed}" if len(ranks) == 1 else f"ranks {listed}"
-
-
-def look_at(frame: FrameType | None) -> tuple[int, str, bool]:
-    """Return a number of a stack's place, its innermost line of ours, and whether that waits for other processes."""
+def inspect_stack(frame: FrameType | None) -> tuple[int, str, bool]:
+    """Return a hash of a stack, its innermost line of this code, and whether it is in a collective."""
     places, line, waits = [], "", False
     while frame is not None:
         file = frame.f_code.co_filename

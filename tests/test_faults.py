@@ -1,12 +1,17 @@
 """A short campaign of kills: torchrun's own restarts, which keep the store of the start before."""
 
 import json
+import os
 import subprocess
 import sys
 
 import torch
+import torch.distributed as dist
 from faults import differences
 from scripts import ROOT, environment
+
+from launch.run import join_process_group
+from processes import run_agent, start
 
 
 def test_restarted_runs_end_as_if_untouched(tmp_path):
@@ -32,3 +37,21 @@ def test_the_smallest_loss_is_seen(tmp_path):
     (tmp_path / "other" / "log.txt").unlink()
     told = ["checkpoint_last.pth differs", "log.txt is missing", "checkpoint_best.pth.part was left behind"]
     assert differences(tmp_path / "other", tmp_path / "whole") == told
+
+
+def work_of_two_starts(folder):
+    """In the first start both processes end; in the second each writes what it finds in the store."""
+    store = join_process_group(torch.device("cpu"), 1.0)
+    number = store.add("counter", 1)
+    dist.barrier()
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os._exit(3)
+    (folder / str(dist.get_rank())).write_text(str(number))
+
+
+def test_processes_that_torchrun_restarts_find_an_empty_store(tmp_path):
+    options = ["--nproc_per_node=2", "--max_restarts=1", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
+    agent = start(run_agent, options, environment(), work_of_two_starts, tmp_path)
+    agent.join(120)
+    assert agent.exitcode == 0
+    assert {(tmp_path / rank).read_text() for rank in "01"} == {"1", "2"}

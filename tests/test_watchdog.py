@@ -1,18 +1,22 @@
 """A process that hangs, is stopped or is killed ends the others, with a line that names it; a busy one does not."""
 
+import json
 import multiprocessing
 import os
 import signal
 import socket
 import sys
 import time
+import traceback
+from dataclasses import asdict
 
 import pytest
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 from launch.config import CaptionConfig
 from launch.run import launch
-from launch.watchdog import Heard, State, Watchdog
+from launch.watchdog import State, Watchdog
 from utils import all_gather_object, on_main_process
 
 SECONDS = 2.0  # that the tests' runs may stand still
@@ -44,7 +48,11 @@ def work(config, run, fault):
         if step == 3 and run.rank == int("rank 0" not in fault) and fault.startswith(("stop", "kill")):
             time.sleep(0.5)  # until the others have heard that it is in this step
             os.kill(os.getpid(), signal.SIGSTOP if fault.startswith("stop") else signal.SIGKILL)
+        if step == 3 and fault.startswith("error") and run.rank == 1:
+            raise RuntimeError(fault.removeprefix("error: "))
         all_gather_object(step)
+        if fault == "nothing" and step == 0:
+            time.sleep(1.5 * SECONDS)  # the first step compiles
         if fault == "nothing" and step == 3:
             run.watchdog.enter("evaluation", step)
             time.sleep(2 * SECONDS * run.rank)
@@ -59,7 +67,11 @@ def process(rank, port, fault, folder):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     sys.stderr = open(f"{folder}/{rank}.txt", "w", buffering=1)  # noqa: SIM115
     sys.argv = ["work", "--output_dir", f"{folder}/out", "--set", f"hang_minutes={SECONDS / 60}"]
-    code = launch(lambda c, r: work(c, r, fault), CaptionConfig, "configs/miniature/caption.yaml", "", "")
+    try:
+        code = launch(lambda c, r: work(c, r, fault), CaptionConfig, "configs/miniature/caption.yaml", "", "")
+    except RuntimeError:
+        traceback.print_exc()
+        code = 1
     os._exit(code)
 
 
@@ -84,74 +96,75 @@ def two_processes(fault, folder, limit=30):
     return codes, [line for line in told.splitlines() if line.startswith("error") or "Error" in line]
 
 
+HANGS = "hangs, or was stopped; no rank made progress for 2 s; continue with --resume"
+
+
 @pytest.mark.parametrize(
     ("fault", "codes", "message"),
     [
-        ("stop", [2, None], "rank 1 gave no sign for 1 s: stopped, or the machine is gone; the last was in a step at"),
-        ("stop rank 0", [None, 2], "the process that holds it, rank 0 or torchrun, is stopped or gone"),
-        ("kill", [2, -9], "rank 1 ended or was killed, in a step at step 3"),
-        ("kill rank 0", [-9, 2], "rank 0, or torchrun, ended or was killed, in a step at step 3"),
-        ("data", [2, 2], "rank 1 hangs in data loading at step 3 (tests/test_watchdog.py, line "),
-        ("data of a worker", [2, 2], "rank 1 hangs in data loading at step 3 (tests/test_watchdog.py, line "),
+        ("stop", [2, None], "rank 1 in a step at step 3 (tests/test_watchdog.py, line "),
+        ("stop rank 0", [None, 2], "no answer from the store, which rank 0 or torchrun holds, and no progress for 2 s"),
+        ("kill", [2, -9], "rank 0 in a step at step 3"),
+        ("kill rank 0", [-9, 2], "rank 1 in a step at step 3"),
+        ("data", [2, 2], "rank 1 in data loading at step 3 (tests/test_watchdog.py, line "),
+        ("data of a worker", [2, 2], "rank 1 in data loading at step 3 (tests/test_watchdog.py, line "),
     ],
 )  # fmt: skip
 def test_one_fault_ends_all(tmp_path, fault, codes, message):
     found, told = two_processes(fault, tmp_path)
     assert found == codes
     assert len(told) == 1 and message in told[0] and "continue with --resume" in told[0], told
+    if fault in ("stop", "data", "data of a worker"):
+        assert HANGS in told[0]
+    if fault.startswith("kill"):
+        assert "a collective failed (" in told[0] and "closed by peer" in told[0]  # the original, whole
 
 
 def test_a_process_that_is_busy_is_left_alone(tmp_path):
-    """One evaluates, and then the other saves, for longer than a step may take."""
+    """One evaluates, and then the other saves, for longer than a step may take; so does the first step of each."""
     assert two_processes("nothing", tmp_path) == ([0, 0], [])
 
 
-def heard(*states, told=0.0, moved=0.0):
-    """A watchdog of a minute that heard these states of its processes at those seconds."""
-    dog = Watchdog(1.0, 0, len(states))
-    dog.heard = {rank: Heard(state, told, moved) for rank, state in enumerate(states)}
-    dog.answered = 0.0
+@pytest.mark.parametrize("words", ["NCCL communicator was aborted", "gloo: mismatched sizes", "Socket of the lamp"])
+def test_17_7_no_error_hides_behind_a_lost_process(tmp_path, words):
+    """An error that names NCCL, gloo or a socket keeps its own type, text and traceback."""
+    found, told = two_processes(f"error: {words}", tmp_path)
+    assert found[1] != 0 and f"RuntimeError: {words}" in told
+    text = (tmp_path / "1.txt").read_text()
+    assert "rank 1 failed in a step at step 3:" in text and 'in work\n    raise RuntimeError' in text
+
+
+def watchdog_of(*states, rank=0):
+    """A watchdog of one minute, of a run whose ranks have published these states."""
+    store = dist.HashStore()
+    dog = Watchdog(1.0, rank, len(states), store)
+    for other, state in enumerate(states):
+        store.set(f"watchdog/{other}", json.dumps(asdict(state)))
+    dog.state = states[rank]
     return dog
 
 
-def test_who_is_named():
-    step, data = State(place=4, phase="a step", step=7, waits=True), State(place=3, phase="data loading", step=7)
-    assert heard(step, data, step).verdict(50) == ""
-    dog = heard(step, data, step, told=65)
-    dog.answered = 65
-    assert dog.verdict(61).startswith("rank 1 hangs in data loading at step 7")  # the one behind
-    busy, waiting = State(phase="evaluation", step=9), State(phase="evaluation", step=9, waits=True)
-    dog = heard(waiting, waiting, busy, told=1790, moved=0)
-    dog.answered = 1790
-    assert dog.verdict(1799) == ""  # half an hour
-    dog.answered = dog.heard[0].told = dog.heard[1].told = dog.heard[2].told = 1800
-    assert dog.verdict(1801).startswith("rank 2 hangs in evaluation at step 9")  # the one that waits for nobody
-    dog = heard(step, step, told=65, moved=65)
-    dog.answered, dog.heard[1].told = 65, 0
-    assert dog.verdict(66).startswith("rank 1 gave no sign for 1:00")
-    dog.heard[1].state.left = True  # it has ended in order
-    assert dog.verdict(66) == ""
+def test_which_rank_is_named():
+    step, data = State(4, "a step", 7, waits=True), State(3, "data loading", 7)
+    assert watchdog_of(step, data, step).check(60, 59) == ""
+    assert watchdog_of(step, data, step).check(60, 61).startswith("rank 1 in data loading at step 7: hangs")
+    busy, waiting = State(5, "evaluation", 9), State(5, "evaluation", 9, waits=True)
+    assert watchdog_of(waiting, waiting, busy).check(1800, 1801).startswith("rank 2 in evaluation at step 9: hangs")
+    assert watchdog_of(waiting, waiting, State(5, "evaluation", 9, moved=2)).check(1800, 1801) == ""  # it moves
+    dog = watchdog_of(step, data, step)
+    dog.store.set("watchdog/1", "")  # it has ended as it should
+    assert dog.check(60, 61).startswith("ranks 0, 2 in a step at step 7: hangs")
 
 
-def test_what_counts_as_moving():
-    one = Heard(State(place=1, phase="evaluation"), 0.0, 0.0)
-    one.take(State(beat=1, place=1, phase="evaluation", stack=5), 10.0)
-    assert (one.told, one.moved) == (10.0, 10.0)
-    one = Heard(State(place=1, phase="a step"), 0.0, 0.0)
-    one.take(State(beat=1, place=1, phase="a step", stack=5), 10.0)
-    assert (one.told, one.moved) == (10.0, 0.0)
-    one.take(State(beat=1, place=2, phase="a step", stack=5), 20.0)
-    assert (one.told, one.moved) == (10.0, 20.0)
-
-
-def test_a_run_that_was_stopped_as_a_whole_goes_on():
-    dog = heard(State(), State())
-    dog.forgive(1e6)
-    assert dog.verdict(1e6 + 50) == ""
-
-
-def test_every_exchange_is_a_sign():
-    dog = Watchdog(1.0, 0, 2)
-    for _ in range(2):  # without having heard of the other
-        dog.exchange()
-        assert dog.heard[0].told == dog.answered
+def test_what_counts_as_progress():
+    dog = Watchdog(1.0)
+    for phase, strict in (("a step", False), ("evaluation", False), ("a step", True), ("data loading", False)):
+        dog.enter(phase, 3)
+        assert dog.strict == strict  # the first step may compile, and the first batch starts the workers
+    for phase, moves in (("evaluation", True), ("a step", False)):
+        dog.enter(phase, 3)
+        dog._look(10.0)
+        dog._look(20.0)  # from another line: the main thread has moved
+        assert (dog.state.moved == 20.0) == moves
+    dog._look(30.0, restart=True)  # after the process was suspended
+    assert dog.state.moved == 30.0
