@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.floor import Part
-from models.linear import Linear, pytorch_products
+from models.cpu_products import pytorch_products, use_cpu_products
 
 RATE, RATE_BF16 = "matrix rate (GFLOP/s)", "matrix rate in bfloat16 (GFLOP/s)"
 PLAIN_RATE = "by PyTorch's own product"
@@ -73,7 +73,8 @@ def synchronize() -> None:
 
 def matrix_rate(device: str, dtype: torch.dtype = torch.float32, repeats: int = 10) -> float:
     """Return the rate of large matrix products in GFLOP/s, a multiplication and an addition counting two."""
-    maps = Linear(MATRIX, MATRIX, bias=False, device=device, dtype=dtype).requires_grad_(False)
+    maps = use_cpu_products(torch.nn.Linear(MATRIX, MATRIX, bias=False, device=device, dtype=dtype))
+    maps.requires_grad_(False)
     rows = torch.randn(MATRIX, MATRIX, device=device, dtype=dtype)
     maps(rows)
     times = [seconds(lambda: maps(rows)) for _ in range(repeats)]

@@ -14,6 +14,7 @@ from models.blip import BLIP_Decoder
 from models.blip_itm import BLIP_ITM
 from models.blip_pretrain import MAX_TEXT_TOKENS, BLIP_Pretrain
 from models.blip_vqa import BLIP_VQA
+from models.cpu_products import use_cpu_products
 from models.huggingface import from_huggingface
 from tests import plain
 from training.optimizer import create_optimizer
@@ -93,7 +94,7 @@ def captioning(device: str, amp: bool = False) -> Case:
     config = BlipConfig(text_config={"initializer_range": 0.06, "num_attention_heads": 12, "encoder_hidden_size": 768})
     config.vision_config.layer_norm_eps = 1e-6
     theirs = BlipForConditionalGeneration(config).eval().to(device)
-    ours = BLIP_Decoder().eval().to(device)
+    ours = use_cpu_products(BLIP_Decoder().eval().to(device))
     missing = ours.load_state_dict(from_huggingface(theirs.state_dict()), strict=False).missing_keys
     assert not missing, missing
     image = torch.randn(2, 3, 384, 384, device=device)
@@ -134,7 +135,7 @@ def captioning(device: str, amp: bool = False) -> Case:
 def reranking(device: str) -> Case:
     """One image against 32 texts, which the released code pads to 35 tokens."""
     torch.manual_seed(0)
-    model = BLIP_ITM().eval().to(device)
+    model = use_cpu_products(BLIP_ITM().eval().to(device))
     states, texts = torch.randn(1, 577, 768, device=device), word_texts(32)
     ids, mask = plain.tokens_of(model, texts, plain.MATCH_TOKENS, model.tokenizer.enc_token_id)
     rows = [model.tokenizer(text).input_ids for text in texts]
@@ -158,7 +159,7 @@ def reranking(device: str) -> Case:
 def retrieval_evaluation(device: str, share: int = 100) -> Case:
     """A hundredth of 500 images x 2,500 texts, `small`: the pairs of 5 images, and of 25 texts the other way."""
     torch.manual_seed(0)
-    model = BLIP_ITM(med_config=SMALL_TEXT, vit="small").eval().to(device)
+    model = use_cpu_products(BLIP_ITM(med_config=SMALL_TEXT, vit="small").eval().to(device))
     images, texts, k = 500, word_texts(2500), 64
     states = torch.randn(images, 577, 384, device=device)
     image_feat, text_feat = (
@@ -218,7 +219,7 @@ def answer_tokens(model: BLIP_VQA, count: int = 3128, longest: int = 8) -> tuple
 def answer_ranking(device: str, smooth_padding: bool) -> Case:
     """Two questions of 12 tokens, 128 of 3,128 candidates, without the ViT."""
     torch.manual_seed(0)
-    model = BLIP_VQA(smooth_padding=smooth_padding).eval().to(device)
+    model = use_cpu_products(BLIP_VQA(smooth_padding=smooth_padding).eval().to(device))
     ids, mask = (x.to(device) for x in answer_tokens(model))
     states, k = torch.randn(2, 12, 768, device=device), 128
     seen = torch.ones(2, 12, dtype=torch.long, device=device)

@@ -18,7 +18,7 @@ from benchmarks.rows import SMALL_TEXT, training_step, word_texts
 from inference.ranking import match_image, two_stage_scores
 from models.blip_itm import BLIP_ITM
 from models.blip_pretrain import BLIP_Pretrain
-from models.linear import pytorch_products
+from models.cpu_products import pytorch_products, use_cpu_products
 from report.figures import draw_lines
 from tests import plain
 
@@ -38,7 +38,7 @@ def median_seconds(work: Callable[[], Any]) -> float:
 @torch.no_grad()
 def reranking(sizes: tuple[int, ...] = (1, 8, 16, 32, 64, 128)) -> dict[str, Points]:
     """One image against k texts."""
-    model = BLIP_ITM(med_config=SMALL_TEXT, vit="small", image_size=224).eval()
+    model = use_cpu_products(BLIP_ITM(med_config=SMALL_TEXT, vit="small", image_size=224).eval())
     states, lines = torch.randn(1, TOKENS, 384), {"ours": [], "plain": []}
     for k in sizes:
         texts = word_texts(k)
@@ -70,7 +70,7 @@ def pretraining(cases: dict[int, list[str]]) -> dict[str, Points]:
 @torch.no_grad()
 def evaluation(sizes: tuple[int, ...] = (8, 16, 32, 64), k: int = 8) -> dict[str, Points]:
     """Both directions of a collection with two texts an image."""
-    model = BLIP_ITM(med_config=SMALL_TEXT, vit="small", image_size=224).eval()
+    model = use_cpu_products(BLIP_ITM(med_config=SMALL_TEXT, vit="small", image_size=224).eval())
     lines: dict[str, Points] = {"ours": [], "plain": []}
 
     def encode(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,7 +19,6 @@ from data.images import ImageSource, as_rgb
 from data.text import pre_question
 from files import write_whole
 from inference.predictor import MAX_WORDS, Answerer, Captioner, Matcher, Predictor, Row, clean
-from models.blip import ids_and_mask
 from models.blip_itm import MAX_TEXT_TOKENS
 from models.blip_vqa import MAX_QUESTION_TOKENS
 from models.med import TextTransformer
@@ -84,7 +83,7 @@ def _explain_match(model: Matcher, pixels: torch.Tensor, text: str, method: str,
     net = model.model
     tokens = tokenize(net.tokenizer, clean([text]), net.first_token, MAX_TEXT_TOKENS, model.device)
     with recorded(net.text_encoder, layer) as recording:
-        hidden = net.text_encoder(*ids_and_mask(tokens), net.text_encoder.project(net.visual_encoder(pixels)))
+        hidden = net.text_encoder(*tokens, net.text_encoder.project(net.visual_encoder(pixels)))
     logits = net.itm_head(hidden[0, 0])
     relevance = weigh(recording[0], logits[1] - logits[0], method)
     words = words_of(net.tokenizer, tokens)

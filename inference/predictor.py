@@ -12,9 +12,10 @@ from data.images import ImageSource, image_batches
 from data.text import pre_caption, pre_question
 from data.transforms import test_transform
 from models.architecture import settings_of
-from models.blip import blip_decoder, blip_feature_extractor, ids_and_mask
+from models.blip import blip_decoder, blip_feature_extractor
 from models.blip_itm import MAX_TEXT_TOKENS, blip_itm
 from models.blip_vqa import MAX_QUESTION_TOKENS, blip_vqa
+from models.cpu_products import use_cpu_products
 from models.generation import GenerationConfig, seeded_uniforms
 from models.precision import autocast
 from models.tokenizer import tokenize
@@ -174,7 +175,7 @@ class Answerer(Predictor):
             columns = []
             for text in texts:  # one at a time, so that no question is padded: written answers read padding
                 tokens = tokenize(self.model.tokenizer, [text] * len(image), "enc", MAX_QUESTION_TOKENS, self.device)
-                states = self.model.text_encoder(*ids_and_mask(tokens), projection)
+                states = self.model.text_encoder(*tokens, projection)
                 columns.append(
                     self._write(states) if candidates is None
                     else self._choose(states, tokens.attention_mask, candidates.input_ids, list(answers), k_test)
@@ -253,7 +254,7 @@ class Matcher(Predictor):
         first = self.model.first_token
         text = tokenize(self.model.tokenizer, clean(texts), first, MAX_TEXT_TOKENS, self.device)
         projection = self.model.text_encoder.project(tokens).read_by(len(texts))
-        ids, mask = (x.repeat(len(tokens), 1) for x in ids_and_mask(text))
+        ids, mask = (x.repeat(len(tokens), 1) for x in text)
         logits = self.model.itm_head(self.model.text_encoder(ids, mask, projection)[:, 0])
         return logits.float().view(len(tokens), len(texts), 2)
 
@@ -270,7 +271,7 @@ class Matcher(Predictor):
         flat = clean([text for own in texts for text in own])
         text = tokenize(self.model.tokenizer, flat, self.model.first_token, MAX_TEXT_TOKENS, self.device)
         projection = self.model.text_encoder.project(tokens).select(owner)
-        logits = self.model.itm_head(self.model.text_encoder(*ids_and_mask(text), projection)[:, 0])
+        logits = self.model.itm_head(self.model.text_encoder(*text, projection)[:, 0])
         found = iter(logits.float().softmax(dim=1)[:, 1].tolist())
         return [[next(found) for _ in own] for own in texts]
 
@@ -283,7 +284,7 @@ class Matcher(Predictor):
         if not texts or not all(clean(texts)):
             raise UserError("a text is empty; give at least one, such as 'a dog on a beach'")
         text = tokenize(self.model.tokenizer, clean(texts), "cls", MAX_TEXT_TOKENS, self.device)
-        return F.normalize(self.model.text_proj(self.model.text_encoder(*ids_and_mask(text))[:, 0]), dim=-1)
+        return F.normalize(self.model.text_proj(self.model.text_encoder(*text)[:, 0]), dim=-1)
 
     def image_feat(self, tokens: torch.Tensor) -> torch.Tensor:
         """Unit features (images, embed_dim) of images' tokens."""
@@ -330,8 +331,9 @@ KINDS: dict[str, tuple[type[Predictor], Callable[..., nn.Module]]] = {
 
 
 def load(
-    task: str, checkpoint: str | Path, device: str = "", amp: str = "", allow_pickle: bool = False, **settings: Any
-) -> Any:
+    task: str, checkpoint: str | Path, device: str = "", amp: str = "", allow_pickle: bool = False,
+    cpu_products: str = "auto", **settings: Any,
+) -> Any:  # fmt: skip
     """Load a checkpoint for a task.
 
     Args:
@@ -340,6 +342,7 @@ def load(
         device: "cuda", "cpu"; '' for a GPU where there is one.
         amp: "bf16" for mixed precision.
         allow_pickle: accept a file that may run code when it is read.
+        cpu_products: float32 products on a CPU, as for `models.cpu_products.use_cpu_products`.
         settings: what the checkpoint should not decide itself: image_size, vit, med_config, prompt, ...
 
     Returns:
@@ -361,7 +364,7 @@ def load(
     else:
         arguments.pop("embed_dim", None)
     model = factory(pretrained=source, allow_pickle=allow_pickle, **arguments)
-    model = model.to(choose_device(device)).eval()
+    model = use_cpu_products(model.to(choose_device(device)).eval(), cpu_products)
     return kind(model, arguments["image_size"], amp, config)
 
 

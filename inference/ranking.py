@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.blip import ids_and_mask
 from models.blip_retrieval import MAX_TEXT_TOKENS
 from models.tokenizer import TokenBatch, tokenize
 from utils import all_gather_object, get_rank, get_world_size, is_main_process, track
@@ -76,7 +75,7 @@ def encode_texts(model: nn.Module, texts: Sequence[str], batch_size: int, device
     feats = []
     for start in track(range(0, len(share), batch_size), "texts"):
         text = tokenize(model.tokenizer, share[start : start + batch_size], "cls", MAX_TEXT_TOKENS, device)
-        hidden = model.text_encoder(*ids_and_mask(text))
+        hidden = model.text_encoder(*text)
         feats.append(nn.functional.normalize(model.text_proj(hidden[:, 0]), dim=-1))
     return gather_features(torch.cat(feats) if feats else None)[1].to(device)
 
@@ -138,7 +137,7 @@ def match_image(
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]  # texts of like length, so little padding
         text = pad([token_ids[i] for i in part], model.tokenizer, image_embeds.device)
-        hidden = model.text_encoder(*ids_and_mask(text), projection.read_by(len(part)))
+        hidden = model.text_encoder(*text, projection.read_by(len(part)))
         logits[torch.tensor(part, device=logits.device)] = model.itm_head(hidden[:, 0])[:, 1].float()
     return logits
 

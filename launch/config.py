@@ -51,13 +51,15 @@ class ModelConfig(Settings):
     allow_pickle: bool = setting(False, "accept a checkpoint that may run code when read; only from those you trust")
     vit: str | dict = setting("base", "tiny, small, base, large, or embed_dim, depth, num_heads, patch_size")
     med_config: str | dict = setting("", "text transformer: a JSON file or a mapping; '' for configs/med_config.json")
-    vit_grad_ckpt: bool = setting(False, "recompute the ViT's last blocks in the backward pass, to save memory")
-    vit_ckpt_layer: int = setting(0, "how many of the ViT's last blocks that concerns")
+    vit_grad_ckpt: bool = setting(False, "recompute the last ViT blocks in the backward pass, to save memory")
+    vit_ckpt_layer: int = setting(0, "number of final ViT blocks to checkpoint")
+    grad_ckpt: str = setting("torch", "checkpointing of ViT blocks by 'torch', or by 'fairscale' as released")
     image_size: int = setting(384, "side of the square input in pixels")
     exif_orientation: bool = setting(False, "turn images as EXIF says, and scale 16 bits to 8, as predict.py does")
     num_workers: int = setting(4, "processes that load data, per process that trains")
     amp: str = setting("", "'bf16' for mixed precision in bfloat16; '' for float32")
     compile: bool = setting(False, "compile the transformer blocks")
+    cpu_products: str = setting("auto", "float32 products on a CPU: 'onednn', 'torch', or 'auto': oneDNN with AVX-512")
 
     def model_settings(self) -> dict[str, Any]:
         """Return the arguments that every model's factory takes."""

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its own shape, so that nobody who uses it has to know."""
+"""Read the architecture of a model from its checkpoint."""
 
 import json
 from collections.abc import Mapping
@@ -14,27 +14,27 @@ from models.weights import resolve, torch_load
 from utils import UserError
 
 Shapes = dict[str, tuple[int, ...]]
-HEAD_WIDTH = 64  # of every released size
+HEAD_WIDTH = 64  # in every released model
 BASE_TEXT = (768, 12, 3072)  # width, layers and feed-forward width of configs/med_config.json
 BASE_VOCABULARY = (30522, 30524)  # bert-base-uncased's, without and with [DEC] and [ENC]
 
 
 def settings_of(source: str, allow_pickle: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arguments that build the model a checkpoint belongs to, and the configuration saved with it.
+    """Return the arguments that build the model of a checkpoint, and the configuration saved with it.
 
-    Shapes are read from the weights. What weights do not tell, the number of heads and a vocabulary of its own,
-    is read from the configuration saved with them; without one, heads are 64 wide, as in every released model.
+    Sizes come from the shapes of the weights. The number of heads and the vocabulary come from the saved
+    configuration; without one, heads have width 64, as in every released model.
 
     Args:
         source: a path, a URL or `hf:owner/name`.
         allow_pickle: accept a file that may run code when it is read.
 
     Returns:
-        "vit", "image_size", "med_config", and "embed_dim" where there are contrastive projections; and the
+        "vit", "image_size", "med_config", and "embed_dim" if there are contrastive projections; and the
         configuration, {} if none was saved.
 
     Raises:
-        UserError: no such file, no BLIP weights, or a vocabulary that nothing describes.
+        UserError: the file is missing, holds no BLIP weights, or has an unknown vocabulary.
     """
     shapes: Shapes = {}
     config: dict[str, Any] = {}
@@ -49,7 +49,7 @@ def settings_of(source: str, allow_pickle: bool = False) -> tuple[dict[str, Any]
         return _settings(shapes, config, source), config
     except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{source} holds no whole BLIP model ({reason}); give another checkpoint") from None
+        raise UserError(f"{source} holds no complete BLIP model ({reason}); give another checkpoint") from None
 
 
 def _settings(shapes: Shapes, config: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def _settings(shapes: Shapes, config: Mapping[str, Any], source: str) -> dict[st
 
 
 def read_shapes(path: Path, allow_pickle: bool = False) -> tuple[Shapes, dict[str, Any]]:
-    """Return the shapes of a file's weights, and the configuration saved in it or, on the Hub's terms, beside it."""
+    """Return the shapes of the weights in a file, and the configuration in it or in config.json beside it."""
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     content = torch_load(path, allow_pickle)
@@ -90,7 +90,7 @@ def _read_safetensors(path: Path) -> tuple[Shapes, dict[str, Any]]:
 
 
 def _from_hub(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Translate transformers' configuration as far as weights do not tell it."""
+    """Translate those parts of transformers' configuration that weights do not show."""
     text, vision = config.get("text_config", {}), config.get("vision_config", {})
     heads = text.get("num_attention_heads")
     if (text.get("hidden_size", 768), heads) == (768, 8):
@@ -106,7 +106,7 @@ def _from_hub(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def vit_of(shapes: Shapes, config: Mapping[str, Any]) -> str | dict[str, int]:
-    """Return the image encoder's name, or its sizes if it has none."""
+    """Return the name of the image encoder, or its sizes if it has no name."""
     width = shapes["visual_encoder.pos_embed"][-1]
     saved = config.get("vit")
     sizes = {
@@ -119,13 +119,13 @@ def vit_of(shapes: Shapes, config: Mapping[str, Any]) -> str | dict[str, int]:
 
 
 def image_size_of(shapes: Shapes) -> int:
-    """Return the side in pixels of the square that the position embeddings are for."""
+    """Return the image side in pixels that the position embeddings fit."""
     grid = round((shapes["visual_encoder.pos_embed"][1] - 1) ** 0.5)
     return grid * shapes["visual_encoder.patch_embed.proj.weight"][-1]
 
 
 def med_config_of(shapes: Shapes, config: Mapping[str, Any], source: str) -> str | dict[str, Any]:
-    """Return the text transformer's configuration: the saved one, or what the shapes say."""
+    """Return the configuration of the text transformer: the saved one, or sizes from shapes."""
     saved = config.get("med_config")
     if isinstance(saved, str) and saved:
         return saved
@@ -138,7 +138,7 @@ def med_config_of(shapes: Shapes, config: Mapping[str, Any], source: str) -> str
     saved = dict(saved or {})
     if vocabulary not in BASE_VOCABULARY and "vocab_file" not in saved:
         raise UserError(
-            f"{source} has a vocabulary of {vocabulary} entries and does not say which; give med_config, "
+            f"{source} has a vocabulary of {vocabulary} entries and no vocabulary file; give med_config, "
             "a JSON file with vocab_file"
         )
     if (width, layers, inner) == BASE_TEXT and not saved:

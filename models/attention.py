@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.linear import Linear
-
 KeyValue = tuple[torch.Tensor, torch.Tensor]  # each (sources, heads, source length, head width)
 FEW_QUERIES = 16  # for fewer, plain products are faster on a CPU than the fused kernel, which packs keys anew
 
@@ -110,9 +108,9 @@ class Heads(nn.Module):
     def __init__(self, width: int, num_heads: int, states_width: int):
         super().__init__()
         self.num_heads = num_heads
-        self.query = Linear(width, width)
-        self.key = Linear(states_width, width)
-        self.value = Linear(states_width, width)
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(states_width, width)
+        self.value = nn.Linear(states_width, width)
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, length, width) -> (rows, heads, length, head width)."""
@@ -128,7 +126,7 @@ class Output(nn.Module):
 
     def __init__(self, in_width: int, width: int, norm_eps: float, dropout: float):
         super().__init__()
-        self.dense = Linear(in_width, width)
+        self.dense = nn.Linear(in_width, width)
         self.LayerNorm = nn.LayerNorm(width, eps=norm_eps)
         self.dropout = nn.Dropout(dropout)
 
@@ -142,9 +140,9 @@ class TwoImageOutput(nn.Module):
 
     def __init__(self, width: int, norm_eps: float, dropout: float, merge: bool):
         super().__init__()
-        self.dense0 = Linear(width, width)
-        self.dense1 = Linear(width, width)
-        self.merge_layer = Linear(2 * width, width) if merge else None
+        self.dense0 = nn.Linear(width, width)
+        self.dense1 = nn.Linear(width, width)
+        self.merge_layer = nn.Linear(2 * width, width) if merge else None
         self.LayerNorm = nn.LayerNorm(width, eps=norm_eps)
         self.dropout = nn.Dropout(dropout)
 

@@ -1,18 +1,16 @@
-"""The feature extractor and the captioner, and what every BLIP model is built from."""
+"""The feature extractor and the captioner."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from models.generation import GenerationConfig, generate
-from models.losses import IGNORED, lm_loss
-from models.med import MED_CONFIG, MedConfig, TextDecoder, TextTransformer, load_med_config
+from models.generation import GenerationConfig, generate, log_probs
+from models.losses import IGNORED
+from models.med import MED_CONFIG, TextDecoder, TextTransformer, create_text_config
 from models.pretrained import load_checkpoint, load_pretrained
-from models.tokenizer import TokenBatch, init_tokenizer, tokenize
+from models.tokenizer import decode, init_tokenizer, tokenize
 from models.vit import create_vit
 from utils import UserError
 
@@ -29,24 +27,14 @@ __all__ = [
 MAX_CAPTION_TOKENS = 40
 
 
-def text_parts(
-    med_config: str | Path | Mapping | None, encoder_width: int, default: Path = MED_CONFIG
-) -> tuple[Any, MedConfig]:
-    """Return the tokenizer and the text transformer's shape, with room for [DEC] and [ENC]."""
-    config = load_med_config(med_config, default)
-    tokenizer = init_tokenizer(config.vocab_file or None)
-    vocab_size = max(config.vocab_size, len(tokenizer)) if not config.vocab_file else len(tokenizer)
-    return tokenizer, replace(config, encoder_width=encoder_width, vocab_size=vocab_size)
-
-
 class BLIP_Base(nn.Module):
-    """Image encoder and text encoder: features of images, of texts, and of both together.
+    """Image encoder and text encoder, for features of images, of texts, and of both together.
 
     Args:
-        med_config: shape of the text transformer, a JSON path or a mapping.
+        med_config: configuration of the text transformer, a JSON path or a mapping.
         image_size: side of the square input in pixels.
         vit: "tiny", "small", "base", "large" or a mapping of sizes (see `models.vit.create_vit`).
-        vit_grad_ckpt, vit_ckpt_layer: recompute the last blocks of the ViT in the backward pass.
+        vit_grad_ckpt, vit_ckpt_layer: recompute the last `vit_ckpt_layer` ViT blocks in the backward pass.
     """
 
     def __init__(
@@ -59,17 +47,17 @@ class BLIP_Base(nn.Module):
     ):
         super().__init__()
         self.visual_encoder, vision_width = create_vit(vit, image_size, vit_grad_ckpt, vit_ckpt_layer)
-        self.tokenizer, config = text_parts(med_config, vision_width)
+        self.tokenizer, config = create_text_config(med_config, vision_width)
         self.text_encoder = TextTransformer(config)
 
     def forward(self, image: torch.Tensor, caption: str | Sequence[str], mode: str) -> torch.Tensor:
         """Return token features.
 
         Args:
-            image: float (batch, 3, H, W); its device is used for the text too.
+            image: float (batch, 3, H, W); the text is moved to its device.
             caption: a text per image.
             mode: "image": image tokens (batch, 1 + patches, vision width); "text": text tokens alone
-                (batch, length, text width); "multimodal": text tokens that have read the image, same shape.
+                (batch, length, text width); "multimodal": text tokens after cross-attention to the image, same shape.
 
         Raises:
             UserError: another mode.
@@ -77,17 +65,12 @@ class BLIP_Base(nn.Module):
         if mode == "image":
             return self.visual_encoder(image)
         if mode == "text":
-            return self.text_encoder(*ids_and_mask(tokenize(self.tokenizer, caption, device=image.device)))
+            return self.text_encoder(*tokenize(self.tokenizer, caption, device=image.device))
         if mode == "multimodal":
             text = tokenize(self.tokenizer, caption, first="enc", device=image.device)
             projection = self.text_encoder.project(self.visual_encoder(image))
-            return self.text_encoder(*ids_and_mask(text), projection)
+            return self.text_encoder(*text, projection)
         raise UserError(f"mode is {mode!r}; expected 'image', 'text' or 'multimodal'")
-
-
-def ids_and_mask(text: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what a text transformer takes first."""
-    return text.input_ids, text.attention_mask
 
 
 class BLIP_Decoder(nn.Module):
@@ -95,8 +78,8 @@ class BLIP_Decoder(nn.Module):
 
     Args:
         med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer: as `BLIP_Base`.
-        prompt: begins every caption; its tokens are not in the loss.
-        smooth_padding: label smoothing counts padding and prompt too, as in the released training.
+        prompt: start of every caption; its tokens are left out of the loss.
+        smooth_padding: label smoothing includes padding and prompt, as in the released training.
     """
 
     def __init__(
@@ -111,7 +94,7 @@ class BLIP_Decoder(nn.Module):
     ):
         super().__init__()
         self.visual_encoder, vision_width = create_vit(vit, image_size, vit_grad_ckpt, vit_ckpt_layer)
-        self.tokenizer, config = text_parts(med_config, vision_width)
+        self.tokenizer, config = create_text_config(med_config, vision_width)
         self.text_decoder = TextDecoder(config)
         self.prompt = prompt
         self.prompt_length = len(self.tokenizer(prompt).input_ids) - 1  # without [SEP]
@@ -122,13 +105,13 @@ class BLIP_Decoder(nn.Module):
 
         Args:
             image: float (batch, 3, H, W).
-            caption: one per image, prompt included.
+            caption: one per image, with the prompt.
         """
         text = tokenize(self.tokenizer, caption, "dec", MAX_CAPTION_TOKENS, image.device)
         projection = self.text_decoder.bert.project(self.visual_encoder(image))
         labels = text.input_ids.masked_fill(text.attention_mask == 0, IGNORED)
         labels[:, : self.prompt_length] = IGNORED
-        return next_token_loss(self.text_decoder, text, labels, projection, self.smooth_padding)
+        return self.text_decoder.next_token_loss(text, labels, projection, self.smooth_padding)
 
     @torch.no_grad()
     def generate(
@@ -147,9 +130,9 @@ class BLIP_Decoder(nn.Module):
             image: float (batch, 3, H, W).
             sample: nucleus sampling with `top_p` instead of beam search.
             num_beams: width of the search; 1 is greedy.
-            max_length, min_length: in tokens, prompt and [DEC] included.
-            top_p: share of probability that sampling draws from.
-            repetition_penalty: above 1 discourages tokens already said.
+            max_length, min_length: in tokens, including [DEC] and the prompt.
+            top_p: probability mass of the nucleus.
+            repetition_penalty: values above 1 discourage tokens that occur already.
 
         Returns:
             A caption per image, without the prompt.
@@ -167,43 +150,20 @@ class BLIP_Decoder(nn.Module):
 
         Args:
             image: float (batch, 3, H, W).
-            config: how; `num_return` captions an image stand together, best first.
-            uniforms: random numbers for sampling, as `models.generation.generate` takes them.
+            config: how to decode; the `num_return` captions of an image are adjacent, best first.
+            uniforms: random numbers for sampling, as for `models.generation.generate`.
 
         Returns:
-            Captions without the prompt, and each one's log-probability given image and prompt
+            Captions without the prompt, and the log-probability of each, given image and prompt
             (batch * num_return,).
         """
         prompt = tokenize(self.tokenizer, self.prompt, "dec", device=image.device).input_ids[:, :-1]
         projection = self.text_decoder.bert.project(self.visual_encoder(image))
         prompts = prompt.expand(len(image), -1)
         found = generate(self.text_decoder, projection, prompts, self.tokenizer.sep_token_id, config, uniforms)
-        said = decode(self.tokenizer, prompt[:1])[0]
-        start = len(said) + 1 if said else 0  # the released code cuts by characters, and not by tokens
+        prefix = decode(self.tokenizer, prompt[:1])[0]
+        start = len(prefix) + 1 if prefix else 0  # as in the released code, by characters
         return [text[start:] for text in decode(self.tokenizer, found[0])], log_probs(*found, config)
-
-
-def next_token_loss(
-    decoder: TextDecoder, text: TokenBatch, labels: torch.Tensor, projection: Any, smooth_padding: bool
-) -> torch.Tensor:
-    """Mean loss of each position's next token; without `smooth_padding` only labelled positions meet the LM head."""
-    hidden = decoder.hidden_states(text.input_ids, attention_mask=text.attention_mask, projection=projection)
-    hidden, labels = hidden[:, :-1], labels[:, 1:]
-    if not smooth_padding:
-        labelled = labels != IGNORED
-        hidden, labels = hidden[labelled], labels[labelled]
-    return lm_loss(decoder.logits(hidden), labels, smooth_padding)
-
-
-def log_probs(ids: Sequence[torch.Tensor], scores: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
-    """Turn scores of generated texts (texts,) into log-probabilities: undo the division by length."""
-    lengths = torch.tensor([len(row) for row in ids], device=scores.device)
-    return scores * lengths**config.length_penalty
-
-
-def decode(tokenizer: Any, ids: Sequence[torch.Tensor]) -> list[str]:
-    """Turn token ids into texts, special tokens left out."""
-    return [tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=True) for row in ids]
 
 
 def blip_decoder(pretrained: str = "", allow_pickle: bool = False, **kwargs) -> BLIP_Decoder:

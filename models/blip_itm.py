@@ -1,4 +1,4 @@
-"""Image-text matching: does this text describe this image?"""
+"""Image-text matching."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.blip import ids_and_mask, text_parts
-from models.med import MED_CONFIG, TextTransformer
+from models.med import MED_CONFIG, TextTransformer, create_text_config
 from models.pretrained import load_pretrained
 from models.tokenizer import tokenize
 from models.vit import create_vit
@@ -23,8 +22,8 @@ class BLIP_ITM(nn.Module):
     Args:
         med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer: as `models.blip.BLIP_Base`.
         embed_dim: width of the contrastive features.
-        first_token: first token of a text before the matching head. "cls" is what the released model does,
-            though its head was trained with "enc", which gives better scores.
+        first_token: first token of a text for the matching head: "cls" as in the released model, or "enc" as in
+            training, which gives better scores.
     """
 
     def __init__(
@@ -41,7 +40,7 @@ class BLIP_ITM(nn.Module):
         if first_token not in ("cls", "enc"):
             raise UserError(f"first_token is {first_token!r}; expected 'cls' (as released) or 'enc' (as trained)")
         self.visual_encoder, vision_width = create_vit(vit, image_size, vit_grad_ckpt, vit_ckpt_layer)
-        self.tokenizer, config = text_parts(med_config, vision_width)
+        self.tokenizer, config = create_text_config(med_config, vision_width)
         self.text_encoder = TextTransformer(config)
         self.vision_proj = nn.Linear(vision_width, embed_dim)
         self.text_proj = nn.Linear(config.hidden_size, embed_dim)
@@ -66,9 +65,9 @@ class BLIP_ITM(nn.Module):
         first = self.first_token if match_head == "itm" else "cls"
         text = tokenize(self.tokenizer, caption, first, MAX_TEXT_TOKENS, image.device)
         if match_head == "itm":
-            hidden = self.text_encoder(*ids_and_mask(text), self.text_encoder.project(image_embeds))
+            hidden = self.text_encoder(*text, self.text_encoder.project(image_embeds))
             return self.itm_head(hidden[:, 0])
-        hidden = self.text_encoder(*ids_and_mask(text))
+        hidden = self.text_encoder(*text)
         image_feat = F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1)
         return image_feat @ F.normalize(self.text_proj(hidden[:, 0]), dim=-1).T
 

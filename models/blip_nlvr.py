@@ -1,4 +1,4 @@
-"""NLVR2: is a statement true of a pair of images? (section 4.4)"""
+"""NLVR2: classify a statement about two images as true or false (section 4.4)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,15 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.blip import ids_and_mask, text_parts
-from models.med import MED_CONFIG, TextTransformer
+from models.med import MED_CONFIG, TextTransformer, create_text_config
 from models.pretrained import load_pretrained
 from models.tokenizer import tokenize
 from models.vit import create_vit
 
 
 class BLIP_NLVR(nn.Module):
-    """A text encoder that reads two images in each layer, and a two-way classifier.
+    """A text encoder that attends to two images in each layer, and a two-way classifier.
 
     Args:
         med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer: as `models.blip.BLIP_Base`.
@@ -35,7 +34,7 @@ class BLIP_NLVR(nn.Module):
         self.visual_encoder, vision_width = create_vit(
             vit, image_size, vit_grad_ckpt, vit_ckpt_layer, drop_path_rate
         )
-        self.tokenizer, config = text_parts(med_config, vision_width)
+        self.tokenizer, config = create_text_config(med_config, vision_width)
         self.text_encoder = TextTransformer(config, two_images=True)
         width = config.hidden_size
         self.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
@@ -43,17 +42,17 @@ class BLIP_NLVR(nn.Module):
     def forward(
         self, image: torch.Tensor, text: Sequence[str], targets: torch.Tensor, train: bool = True
     ) -> torch.Tensor:
-        """Judge statements.
+        """Classify statements.
 
         Args:
             image: float (2 * batch, 3, H, W): all left images, then all right ones.
             text: a statement per pair.
-            targets: int64 (batch,), 1 where it is true.
+            targets: int64 (batch,), 1 where the statement is true.
             train: return the cross-entropy, a scalar; otherwise the logits of false and true (batch, 2).
         """
         left, right = self.visual_encoder(image).chunk(2)
         tokens = tokenize(self.tokenizer, text, "enc", device=image.device)
-        hidden = self.text_encoder(*ids_and_mask(tokens), self.text_encoder.project(left, right))
+        hidden = self.text_encoder(*tokens, self.text_encoder.project(left, right))
         logits = self.cls_head(hidden[:, 0])
         return F.cross_entropy(logits.float(), targets) if train else logits
 

@@ -7,25 +7,24 @@ import torch
 import torch.nn.functional as F
 
 from models.attention import Projection
-from models.blip import next_token_loss
 from models.losses import IGNORED, draw_negatives
 from models.med import BERT_CONFIG, TextDecoder
-from models.momentum import Candidates, MomentumModel, enqueue, pick
+from models.momentum import Candidates, MomentumModel, enqueue
 from models.pretrained import load_pretrained
 from models.tokenizer import TokenBatch
 
 MAX_TEXT_TOKENS = 30
-NEGATIVE_FLOOR = 1e-4  # added to each negative's probability
+NEGATIVE_FLOOR = 1e-4  # added to the probability of each negative
 
 
 class BLIP_Pretrain(MomentumModel):
     """Pretraining model; arguments as `MomentumModel`.
 
-    The decoder shares embeddings, cross-attention and feed-forward with the text encoder, so that ITM and LM
-    read one projection of each image.
+    The decoder shares embeddings, cross-attention and feed-forward with the text encoder, so that ITM and LM use
+    one projection of each image.
 
     Args:
-        smooth_padding: label smoothing counts padding too, all texts padded to 30 tokens, as in the released
+        smooth_padding: label smoothing includes padding, with all texts padded to 30 tokens, as in the released
             training.
     """
 
@@ -59,9 +58,8 @@ class BLIP_Pretrain(MomentumModel):
         Args:
             image: float (batch, 3, H, W).
             caption: one per image.
-            alpha: weight of the momentum model's soft targets.
-            candidates: what `MomentumModel.candidates` gave for this batch of a step of several; None for a step
-                of this batch alone.
+            alpha: weight of the soft targets of the momentum encoders.
+            candidates: from `MomentumModel.candidates`, in a step of several batches; None in a step of one.
         """
         if self.forward_begins_step:
             self._begin_step()
@@ -83,26 +81,26 @@ class BLIP_Pretrain(MomentumModel):
     def matching_loss(
         self, text: TokenBatch, projection: Projection, sim_i2t: torch.Tensor, sim_t2i: torch.Tensor
     ) -> torch.Tensor:
-        """ITM with negatives from the local batch, by similarity (batch, batch) to its momentum features."""
+        """ITM with negatives of the local batch, drawn by similarity to its momentum features (batch, batch)."""
         batch = len(sim_i2t)
         text = text.with_first(self.tokenizer.enc_token_id)
         own = torch.eye(batch, dtype=torch.bool, device=sim_i2t.device)
         negative_image = draw_negatives(sim_t2i.detach(), own, NEGATIVE_FLOOR)
         negative_text = draw_negatives(sim_i2t.detach(), own, NEGATIVE_FLOOR)
-        return self.match(text, projection, pick(text, negative_text), projection.select(negative_image))
+        return self.match(text, projection, text.select(negative_text), projection.select(negative_image))
 
     def language_loss(self, text: TokenBatch, projection: Projection) -> torch.Tensor:
-        """LM of each image's text."""
+        """LM of the texts."""
         text = text.with_first(self.tokenizer.bos_token_id)
         if self.smooth_padding:
             text = text.padded_to(MAX_TEXT_TOKENS, self.tokenizer.pad_token_id)
         labels = text.input_ids.masked_fill(text.attention_mask == 0, IGNORED)
-        return next_token_loss(self.text_decoder, text, labels, projection, self.smooth_padding)
+        return self.text_decoder.next_token_loss(text, labels, projection, self.smooth_padding)
 
 
 def blip_pretrain(pretrained: str = "", allow_pickle: bool = False, **kwargs) -> BLIP_Pretrain:
     """Build a pretraining model, with weights from `pretrained` (path, URL, or '' for none).
 
-    Starting weights of its parts (DeiT or ViT-in21k, and BERT) are loaded by `models.pretrained`.
+    `models.pretrained` has the starting weights of its parts: DeiT or ViT-in21k, and BERT.
     """
     return load_pretrained(BLIP_Pretrain(**kwargs), pretrained, "pretrain", allow_pickle)

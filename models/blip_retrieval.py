@@ -7,13 +7,13 @@ import torch
 
 from models.losses import draw_negatives
 from models.med import MED_CONFIG
-from models.momentum import Candidates, MomentumModel, enqueue, pick
+from models.momentum import Candidates, MomentumModel, enqueue
 from models.pretrained import load_pretrained
 from models.tokenizer import TokenBatch
 from utils import all_gather, all_gather_with_grad, get_world_size
 
 MAX_TEXT_TOKENS = 35
-EMPTY_INDEX = -100  # image index of queue entries not yet written
+EMPTY_INDEX = -100  # image index of queue entries that are still random
 
 
 class BLIP_Retrieval(MomentumModel):
@@ -58,10 +58,9 @@ class BLIP_Retrieval(MomentumModel):
         Args:
             image: float (batch, 3, H, W).
             caption: one per image.
-            alpha: weight of the momentum model's soft targets.
+            alpha: weight of the soft targets of the momentum encoders.
             idx: int64 (batch,); equal where pairs have the same image.
-            candidates: what `MomentumModel.candidates` gave for this batch of a step of several; None for a step
-                of this batch alone.
+            candidates: from `MomentumModel.candidates`, in a step of several batches; None in a step of one.
         """
         if self.forward_begins_step:
             self._begin_step()
@@ -77,7 +76,7 @@ class BLIP_Retrieval(MomentumModel):
         return loss_ita, self.matching_loss(image_embeds, text, feats, idx)
 
     def hard_targets(self, idx: torch.Tensor, idx_all: torch.Tensor) -> torch.Tensor:
-        """Spread each row over all entries of the same image: (batch, candidates + queue_size)."""
+        """Uniform targets over all entries of the same image (batch, candidates + queue_size)."""
         same = (idx[:, None] == torch.cat((idx_all[None], self.idx_queue), dim=1)).float()
         return same / same.sum(dim=1, keepdim=True)
 
@@ -95,19 +94,19 @@ class BLIP_Retrieval(MomentumModel):
             text = text.padded_to(MAX_TEXT_TOKENS, self.tokenizer.pad_token_id)  # one length on all ranks
             texts = TokenBatch(all_gather(text.input_ids), all_gather(text.attention_mask))
             negative_image, negative_text = self.negatives(feats, idx, gather=True)
-            # With gradients to the ranks the images come from.
+            # gradients flow back to the ranks of these images
             negative_projection = self.text_encoder.project(all_gather_with_grad(image_embeds)[negative_image])
         else:
             texts = text
             negative_image, negative_text = self.negatives(feats, idx, gather=False)
             negative_projection = projection.select(negative_image)
-        return self.match(text, projection, pick(texts, negative_text), negative_projection)
+        return self.match(text, projection, texts.select(negative_text), negative_projection)
 
     @torch.no_grad()
     def negatives(
         self, feats: tuple[torch.Tensor, torch.Tensor], idx: torch.Tensor, gather: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw an image for each text and a text for each image, int64 (batch,), among one or all ranks' rows."""
+        """Draw an image for each text and a text for each image, int64 (batch,), from the local rank or from all."""
         image_feat, text_feat = feats
         images, texts, indices = (
             (all_gather(x) for x in (image_feat, text_feat, idx)) if gather else (image_feat, text_feat, idx)

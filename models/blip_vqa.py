@@ -1,6 +1,7 @@
-"""Visual question answering: the question reads the image, the answer reads the question (section 4.3)."""
+"""Visual question answering: the question attends to the image, the answer to the question (section 4.3)."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,12 @@ import torch
 from torch import nn
 
 from models.attention import Projection
-from models.blip import decode, ids_and_mask, log_probs, text_parts
-from models.generation import GenerationConfig, generate
+from models.generation import GenerationConfig, generate, log_probs
 from models.losses import IGNORED, lm_sequence_losses, lm_token_losses
-from models.med import MED_CONFIG, TextDecoder, TextTransformer
+from models.med import MED_CONFIG, TextDecoder, TextTransformer, create_text_config
 from models.prefix_tree import build_prefix_trees
 from models.pretrained import load_pretrained
-from models.tokenizer import TokenBatch, tokenize
+from models.tokenizer import TokenBatch, decode, tokenize
 from models.vit import create_vit
 from utils import UserError
 
@@ -22,11 +22,11 @@ MAX_QUESTION_TOKENS = 35
 
 
 class BLIP_VQA(nn.Module):
-    """Question encoder over the image, answer decoder over the question's states.
+    """Question encoder over image tokens, answer decoder over question states.
 
     Args:
         med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer: as `models.blip.BLIP_Base`.
-        smooth_padding: label smoothing counts padded positions too, as in the released training and ranking.
+        smooth_padding: label smoothing includes padding, as in the released training and ranking.
         drop_path_rate: stochastic depth of the ViT.
     """
 
@@ -44,10 +44,9 @@ class BLIP_VQA(nn.Module):
         self.visual_encoder, vision_width = create_vit(
             vit, image_size, vit_grad_ckpt, vit_ckpt_layer, drop_path_rate
         )
-        self.tokenizer, config = text_parts(med_config, vision_width)
+        self.tokenizer, config = create_text_config(med_config, vision_width)
         self.text_encoder = TextTransformer(config)
-        _, decoder_config = text_parts(med_config, config.hidden_size)
-        self.text_decoder = TextDecoder(decoder_config)
+        self.text_decoder = TextDecoder(replace(config, encoder_width=config.hidden_size))
         self.smooth_padding = smooth_padding
 
     def forward(
@@ -61,18 +60,18 @@ class BLIP_VQA(nn.Module):
         inference: str = "rank",
         k_test: int = 128,
     ) -> torch.Tensor | list[str]:
-        """Train on answers, or answer.
+        """Return the loss of answers, or answer the questions.
 
         Args:
             image: float (batch, 3, H, W).
             question: one per image.
-            answer: to train, the answers of all questions in one list; to rank, the tokenized candidates
+            answer: in training, the answers of all questions in one list; for ranking, the tokenized candidates
                 (`input_ids` and `attention_mask`, first token [DEC]).
             n: number of answers of each question.
-            weights: float (answers,), each answer's weight.
+            weights: float (answers,), the weight of each answer.
             train: return the loss.
-            inference: "rank" chooses among candidates, "generate" writes freely.
-            k_test: number of candidates, chosen by their first token, that are scored whole.
+            inference: "rank" chooses among candidates, "generate" decodes an answer.
+            k_test: number of candidates, chosen by their first token, that are scored in full.
 
         Returns:
             A scalar loss; candidate indices int64 (batch,) for "rank"; answers for "generate".
@@ -88,8 +87,8 @@ class BLIP_VQA(nn.Module):
         raise UserError(f"inference is {inference!r}; expected 'rank' or 'generate'")
 
     def question_states(self, image: torch.Tensor, text: TokenBatch) -> torch.Tensor:
-        """Let questions read their images; returns (batch, length, text width)."""
-        return self.text_encoder(*ids_and_mask(text), self.text_encoder.project(self.visual_encoder(image)))
+        """Encode questions with their images; returns (batch, length, text width)."""
+        return self.text_encoder(*text, self.text_encoder.project(self.visual_encoder(image)))
 
     def answer_loss(
         self,
@@ -99,7 +98,7 @@ class BLIP_VQA(nn.Module):
         n: Sequence[int],
         weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Sum of the answers' weighted losses over the number of questions."""
+        """Sum of the weighted losses of the answers, divided by the number of questions."""
         device = question_states.device
         text = tokenize(self.tokenizer, answer, "dec", device=device)
         owner = torch.repeat_interleave(torch.as_tensor(n, device=device))  # question of each answer
@@ -113,7 +112,7 @@ class BLIP_VQA(nn.Module):
 
     @torch.no_grad()
     def generate_answers(self, question_states: torch.Tensor) -> tuple[list[str], torch.Tensor]:
-        """Write answers of 1 to 10 tokens by beam search; also their log-probabilities (batch,).
+        """Decode answers of 1 to 10 tokens by beam search; also return their log-probabilities (batch,).
 
         Padding of the question is not masked, as in the released code.
         """
@@ -140,7 +139,7 @@ class BLIP_VQA(nn.Module):
     def rank_losses(
         self, question_states: torch.Tensor, question_atts: torch.Tensor, answer_ids: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Score the `k` candidates whose first token is the likeliest.
+        """Score the `k` candidates with the most probable first tokens.
 
         Args:
             question_states: (batch, length, text width).
@@ -149,7 +148,7 @@ class BLIP_VQA(nn.Module):
             k: lowered to the number of candidates.
 
         Returns:
-            Token-summed losses (batch, k) and the candidates they belong to, int64 (batch, k).
+            Token-summed losses (batch, k) and their candidates, int64 (batch, k).
         """
         projection = self.text_decoder.bert.project(question_states, mask=question_atts)
         start = answer_ids[:1, :1].expand(len(question_states), 1)

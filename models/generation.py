@@ -149,6 +149,12 @@ def continue_singly(stepper: Stepper, texts: torch.Tensor) -> tuple[list[torch.T
     return [text[:length] for text, length in zip(texts, lengths, strict=True)], scores
 
 
+def log_probs(ids: Sequence[torch.Tensor], scores: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
+    """Turn scores of generated texts (texts,) into log-probabilities: undo the division by length."""
+    lengths = torch.tensor([len(row) for row in ids], device=scores.device)
+    return scores * lengths**config.length_penalty
+
+
 def seeded_uniforms(seed: int, names: Sequence[str], texts: int, length: int, device: torch.device) -> torch.Tensor:
     """Return random numbers for sampling, (names * texts, length); a name's depend on it and the seed only."""
     rows = []

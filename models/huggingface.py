@@ -1,8 +1,8 @@
-"""Names of parameters in Hugging Face transformers' BLIP, and ours, both ways.
+"""Parameter names of Hugging Face transformers' BLIP and of this project.
 
-Three things differ between the two besides names. The text configuration on the Hub may say 8 heads where 12 are
-right, and its vision configuration eps 1e-5 where 1e-6 is. transformers' VQA model feeds questions with [CLS] where
-the released model was trained with [ENC]. Its generation divides a score by the generated length only.
+Three other things differ. Configurations on the Hub may have 8 text heads (12 is right) and eps 1e-5 in the image
+encoder (1e-6 is right). transformers' VQA model starts questions with [CLS], while the released model was trained
+with [ENC]. Its generation divides a score by the generated length only.
 """
 
 import re
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import torch
 
-# Ours and theirs; {} is a block's number. Texts and projections have one name in both.
+# our name and theirs; {} is the index of a block; names of text transformers and projections are equal
 NAMES = (
     ("visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
     ("visual_encoder.pos_embed", "vision_model.embeddings.position_embedding"),
@@ -22,11 +22,11 @@ NAMES = (
     ("visual_encoder.blocks.{}.mlp.", "vision_model.encoder.layers.{}.mlp."),
     ("visual_encoder.norm.", "vision_model.post_layernorm."),
 )
-HOMELESS = ("_m.", "queue", "temp")  # momentum copies, queues and temperature have no place there
+LEFT_OUT = ("_m.", "queue", "temp")  # transformers has no momentum encoders, queues and temperature
 
 
 def is_huggingface(state: dict[str, torch.Tensor]) -> bool:
-    """Tell whether a state dict has transformers' names."""
+    """Return True if a state dict has transformers' names."""
     return any(key.startswith("vision_model.") for key in state)
 
 
@@ -40,12 +40,12 @@ def _rename(key: str, names: Iterable[tuple[str, str]]) -> str:
 
 
 def to_huggingface(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename a captioner's, VQA model's or ITM model's state dict to transformers' names."""
-    kept = {key: value for key, value in state.items() if not any(word in key for word in HOMELESS)}
+    """Rename the state dict of a captioner, VQA model or ITM model to transformers' names."""
+    kept = {key: value for key, value in state.items() if not any(word in key for word in LEFT_OUT)}
     return {_rename(key, NAMES): value for key, value in kept.items()}
 
 
 def from_huggingface(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename transformers' state dict to ours; its `position_ids` and `logit_scale` are dropped."""
+    """Rename a state dict from transformers' names; its `position_ids` and `logit_scale` are dropped."""
     kept = {k: v for k, v in state.items() if not k.endswith("position_ids") and k != "logit_scale"}
     return {_rename(key, [(theirs, ours) for ours, theirs in NAMES]): value for key, value in kept.items()}

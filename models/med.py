@@ -1,13 +1,14 @@
-"""The one text transformer, MED: text encoder, image-grounded encoder and decoder (paper section 3.1).
+"""MED, the text transformer: text encoder, image-grounded encoder and decoder in one class (paper section 3.1).
 
-What it does is chosen by its arguments, not by its class: without a projection it encodes text alone, with
-one it reads an image (or a question), with `causal` it decodes. BERT's shape, post-norm, no token types.
+Arguments of a call choose the mode: without a projection the transformer encodes text alone, with one it attends to
+an image (or a question), with `causal` it decodes. Architecture: BERT, post-norm, no token types.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,8 @@ from models.attention import (
     TextCache,
     TwoImageCrossAttention,
 )
-from models.linear import Linear
+from models.losses import IGNORED, lm_loss
+from models.tokenizer import TokenBatch, init_tokenizer
 from utils import UserError
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
@@ -34,10 +36,10 @@ FIRST_MERGE_LAYER = 6  # NLVR2: from this layer on the two images are merged by 
 
 @dataclass(frozen=True)
 class MedConfig:
-    """Shape of a text transformer; the defaults are bert-base-uncased's.
+    """Sizes of a text transformer; the defaults are those of bert-base-uncased.
 
-    `vocab_file` is the vocabulary's path, '' for bert-base-uncased's. `vocab_size` 0 means as many as the
-    tokenizer has. Keys of transformers' BERT configuration that fix nothing here are accepted and ignored.
+    `vocab_file` is the path of the vocabulary, '' for that of bert-base-uncased. `vocab_size` 0 is the length of the
+    tokenizer. Other keys of transformers' BERT configuration are accepted and ignored.
     """
 
     hidden_size: int = 768
@@ -55,20 +57,33 @@ class MedConfig:
     vocab_file: str = ""
 
 
-def load_med_config(med_config: str | Path | Mapping | None, default: Path = MED_CONFIG) -> MedConfig:
-    """Read a configuration from a JSON file or a mapping.
+def create_text_config(med_config: str | Path | Mapping | None, encoder_width: int) -> tuple[Any, MedConfig]:
+    """Return the tokenizer and the configuration of a text transformer whose vocabulary includes [DEC] and [ENC].
 
-    A released path such as 'configs/med_config.json' that does not exist under the working directory is
-    looked for beside the code.
+    Args:
+        med_config: as `load_med_config`.
+        encoder_width: width of the states that cross-attention reads.
+    """
+    config = load_med_config(med_config)
+    tokenizer = init_tokenizer(config.vocab_file or None)
+    vocab_size = len(tokenizer) if config.vocab_file else max(config.vocab_size, len(tokenizer))
+    return tokenizer, replace(config, encoder_width=encoder_width, vocab_size=vocab_size)
+
+
+def load_med_config(med_config: str | Path | Mapping | None) -> MedConfig:
+    """Read a configuration from a JSON file or a mapping; '' and None select configs/med_config.json.
+
+    A relative path such as 'configs/med_config.json' that does not exist in the working directory is looked up beside
+    the code.
 
     Raises:
-        UserError: no such file, not JSON, or heads that do not divide the width.
+        UserError: the file is missing or not JSON, or num_attention_heads does not divide hidden_size.
     """
     folder = CONFIG_FOLDER
     if isinstance(med_config, Mapping):
         values = dict(med_config)
     else:
-        path = _find_config(Path(med_config or default))
+        path = _find_config(Path(med_config or MED_CONFIG))
         folder, values = path.parent, _read_json(path)
     known = {f.name for f in fields(MedConfig)}
     config = MedConfig(**{key: value for key, value in values.items() if key in known})
@@ -78,7 +93,7 @@ def load_med_config(med_config: str | Path | Mapping | None, default: Path = MED
             f"num_attention_heads {config.num_attention_heads}; change one of them"
         )
     if config.vocab_file and not Path(config.vocab_file).is_absolute():
-        config = MedConfig(**{**vars(config), "vocab_file": str(folder / config.vocab_file)})
+        config = replace(config, vocab_file=str(folder / config.vocab_file))
     return config
 
 
@@ -87,7 +102,7 @@ def _find_config(path: Path) -> Path:
     for candidate in (path, beside_code):
         if candidate.is_file():
             return candidate
-    raise UserError(f"med_config {path} does not exist, neither here nor as {beside_code}; correct its path")
+    raise UserError(f"med_config {path} exists neither in the working directory nor as {beside_code}; correct the path")
 
 
 def _read_json(path: Path) -> dict:
@@ -98,7 +113,7 @@ def _read_json(path: Path) -> dict:
 
 
 class Embeddings(nn.Module):
-    """Word plus position embeddings, norm and dropout."""
+    """Sum of word and position embeddings, norm and dropout."""
 
     def __init__(self, config: MedConfig):
         super().__init__()
@@ -113,11 +128,11 @@ class Embeddings(nn.Module):
 
 
 class Intermediate(nn.Module):
-    """First half of the feed-forward network."""
+    """First linear layer of the feed-forward network, and GELU."""
 
     def __init__(self, config: MedConfig):
         super().__init__()
-        self.dense = Linear(config.hidden_size, config.intermediate_size)
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(rows, length, width) -> (rows, length, intermediate width)."""
@@ -125,7 +140,7 @@ class Intermediate(nn.Module):
 
 
 class Layer(nn.Module):
-    """Self-attention, cross-attention where there is something to read, feed-forward."""
+    """Self-attention, cross-attention if there is a projection, feed-forward."""
 
     def __init__(self, config: MedConfig, index: int, two_images: bool):
         super().__init__()
@@ -146,7 +161,7 @@ class Layer(nn.Module):
         reads: Reads | None,
         cache: LayerCache | None,
     ) -> torch.Tensor:
-        """Transform texts (rows, length, width)."""
+        """Transform hidden states (rows, length, width)."""
         hidden = self.attention(hidden, mask, cache)
         if reads is not None:
             hidden = self.crossattention(hidden, reads)
@@ -154,7 +169,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The stack of layers; its name is part of the released parameter names."""
+    """The stack of layers, named as in the released parameter names."""
 
     def __init__(self, config: MedConfig, two_images: bool):
         super().__init__()
@@ -165,7 +180,7 @@ class TextTransformer(nn.Module):
     """BERT with cross-attention.
 
     Args:
-        config: its shape.
+        config: sizes.
         two_images: cross-attention reads two images (NLVR2).
     """
 
@@ -178,11 +193,11 @@ class TextTransformer(nn.Module):
         init_weights(self, config.initializer_range)
 
     def project(self, *states: torch.Tensor, mask: torch.Tensor | None = None) -> Projection:
-        """Project states once, for all layers and every text that will read them.
+        """Project states to the keys and values of every layer, once for all texts that read them.
 
         Args:
             states: one tensor (sources, length, encoder width); two for a two-image transformer.
-            mask: int or bool (sources, length), 0 where no text may look.
+            mask: int or bool (sources, length), 0 at states that no text attends to.
         """
         layers = [layer.crossattention.project(list(states)) for layer in self.encoder.layer]
         return Projection(layers, None if mask is None else mask.bool()[:, None, None, :])
@@ -200,11 +215,11 @@ class TextTransformer(nn.Module):
 
         Args:
             input_ids: int64 (rows, length). With a projection, rows = sources * readers.
-            attention_mask: (rows, length), 0 at padding; or (rows, length, length), who looks at whom; or None.
+            attention_mask: (rows, length), 0 at padding; or a mask per query (rows, length, length); or None.
             projection: what cross-attention reads; None skips it.
-            causal: a position sees only itself and those before it.
+            causal: a position attends only to itself and earlier ones.
             positions: int64 (length,) or (rows, length); by default 0, 1, 2 ... after what the cache holds.
-            cache: holds earlier positions and takes the new ones; new positions must not be padding.
+            cache: keys and values of earlier positions, to which the new ones are added; none may be padding.
 
         Returns:
             Hidden states (rows, length, width).
@@ -215,7 +230,7 @@ class TextTransformer(nn.Module):
         hidden = self.embeddings(input_ids, positions)
         mask = attention_bias(attention_mask, input_ids.shape[1], past, causal, input_ids.device)
         for index, layer in enumerate(self.encoder.layer):
-            # no layer knows its number, so that one compiled graph serves all
+            # layers do not see their index, so that one compiled graph serves all
             reads, held = (None if whole is None else whole.at(index) for whole in (projection, cache))
             if self.grad_checkpointing and self.training:
                 hidden = checkpoint(layer, hidden, mask, reads, held, use_reentrant=False)
@@ -227,7 +242,7 @@ class TextTransformer(nn.Module):
 def attention_bias(
     attention_mask: torch.Tensor | None, length: int, past: int, causal: bool, device: torch.device
 ) -> torch.Tensor | None:
-    """Return a bool mask that broadcasts to (rows, heads, length, past + length), or None where all is seen."""
+    """Return a bool mask that broadcasts to (rows, heads, length, past + length), or None if nothing is masked."""
     mask = None
     if attention_mask is not None:
         mask = attention_mask.bool()
@@ -239,23 +254,23 @@ def attention_bias(
 
 
 class LMHead(nn.Module):
-    """Dense, GELU, norm, and a linear map tied to the word embeddings, with bias."""
+    """Linear layer, GELU, norm, and an output layer with bias whose weight is that of the word embeddings."""
 
     def __init__(self, config: MedConfig, word_embeddings: nn.Embedding):
         super().__init__()
         self.transform = nn.ModuleDict(
             {
-                "dense": Linear(config.hidden_size, config.hidden_size),
+                "dense": nn.Linear(config.hidden_size, config.hidden_size),
                 "LayerNorm": nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
             }
         )
         init_weights(self, config.initializer_range)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self.decoder = Linear(config.hidden_size, config.vocab_size)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
         self.tie(word_embeddings)
 
     def tie(self, word_embeddings: nn.Embedding) -> None:
-        """Share the output matrix with the word embeddings, and the bias with `bias`."""
+        """Share the output weight with the word embeddings, and the output bias with `bias`."""
         self.decoder.weight = word_embeddings.weight
         self.decoder.bias = self.bias
 
@@ -269,8 +284,8 @@ class TextDecoder(nn.Module):
     """A causal text transformer (`bert`) with a language-modelling head (`cls.predictions`).
 
     Args:
-        config: its shape.
-        shared_with: an encoder whose embeddings, cross-attention and feed-forward it shares (section 3.2).
+        config: sizes.
+        shared_with: an encoder whose embeddings, cross-attention and feed-forward are shared (section 3.2).
     """
 
     def __init__(self, config: MedConfig, shared_with: TextTransformer | None = None):
@@ -289,9 +304,23 @@ class TextDecoder(nn.Module):
         """(..., width) -> (..., vocabulary)."""
         return self.cls["predictions"](hidden)
 
+    def next_token_loss(
+        self, text: TokenBatch, labels: torch.Tensor, projection: Projection, smooth_padding: bool
+    ) -> torch.Tensor:
+        """Mean language-modelling loss of texts, a scalar; labels int64 (rows, length) stand at their own position.
+
+        Without `smooth_padding` the LM head runs on labelled positions only.
+        """
+        hidden = self.hidden_states(text.input_ids, attention_mask=text.attention_mask, projection=projection)
+        hidden, labels = hidden[:, :-1], labels[:, 1:]
+        if not smooth_padding:
+            labelled = labels != IGNORED
+            hidden, labels = hidden[labelled], labels[labelled]
+        return lm_loss(self.logits(hidden), labels, smooth_padding)
+
 
 def share_all_but_self_attention(decoder: TextTransformer, encoder: TextTransformer) -> None:
-    """Make the decoder use the encoder's embeddings, cross-attention and feed-forward as its own."""
+    """Replace the decoder's embeddings, cross-attention and feed-forward with the encoder's."""
     decoder.embeddings = encoder.embeddings
     for own, other in zip(decoder.encoder.layer, encoder.encoder.layer, strict=True):
         own.crossattention = other.crossattention
@@ -301,7 +330,7 @@ def share_all_but_self_attention(decoder: TextTransformer, encoder: TextTransfor
 
 @torch.no_grad()
 def init_weights(module: nn.Module, std: float) -> None:
-    """Initialise as BERT does: normal matrices and embeddings, zero biases."""
+    """Initialise as BERT does: weights and embeddings normal, biases zero."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Embedding):
             part.weight.normal_(0.0, std)

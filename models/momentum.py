@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.attention import Projection
-from models.blip import ids_and_mask, text_parts
 from models.losses import itc_loss, itm_loss, soft_targets
-from models.med import TextTransformer
+from models.med import TextTransformer, create_text_config
 from models.tokenizer import TokenBatch, tokenize
-from models.vit import create_vit
+from models.vit import create_vit, vit_sizes
 from utils import all_gather, get_rank
 
 MOMENTUM_PARTS = ("visual_encoder", "vision_proj", "text_encoder", "text_proj")
@@ -23,13 +22,13 @@ TEMPERATURE_RANGE = (0.001, 0.5)
 
 @dataclass(frozen=True)
 class Candidates:
-    """Momentum features that a batch is compared with beside the queues', each pair's own among them.
+    """Momentum features that ITC compares a batch with, besides the queues; they include those of the batch.
 
     Attributes:
         image, text: unit features (pairs, embed_dim), without gradient.
-        idx: int64 (pairs,), equal where pairs have the same image; None where that is not told.
-        first: row of the batch's first pair.
-        last: no batch of the same step comes after this one, so the queues can take the features.
+        idx: int64 (pairs,), equal for pairs of the same image; None if unknown.
+        first: row of the first pair of the batch.
+        last: True for the last batch of a step, after which the features enter the queues.
     """
 
     image: torch.Tensor
@@ -47,9 +46,9 @@ class MomentumModel(nn.Module):
         embed_dim: width of the contrastive features.
         queue_size: number of past features of each kind that ITC compares with.
         momentum: share of the momentum weights that a step keeps.
-        itc_all_ranks: ITC compares with the batches of all ranks instead of the local one. Only the online side
-            has a gradient, and each rank has its own rows of it whole, so the mean over ranks that DDP takes is
-            the gradient of one large batch, and nothing need be sent back.
+        itc_all_ranks: ITC compares with the batches of all ranks instead of the local one. Only the online features
+            have gradients and each rank computes the loss of its own rows, so the mean that DDP takes over ranks is
+            the gradient of one large batch, without communication in the backward pass.
     """
 
     max_text_tokens: int
@@ -67,9 +66,9 @@ class MomentumModel(nn.Module):
         itc_all_ranks: bool = False,
     ):
         super().__init__()
+        self.tokenizer, config = create_text_config(med_config, vit_sizes(vit)["embed_dim"])
         for suffix, checkpointed in (("", vit_grad_ckpt), ("_m", False)):
             vision, vision_width = create_vit(vit, image_size, checkpointed, vit_ckpt_layer)
-            self.tokenizer, config = text_parts(med_config, vision_width)
             setattr(self, "visual_encoder" + suffix, vision)
             setattr(self, "text_encoder" + suffix, TextTransformer(config))
             setattr(self, "vision_proj" + suffix, nn.Linear(vision_width, embed_dim))
@@ -89,7 +88,7 @@ class MomentumModel(nn.Module):
 
     def text_feat(self, text: TokenBatch, suffix: str = "") -> torch.Tensor:
         """Unit features (batch, embed_dim) of texts that begin with [CLS]."""
-        hidden = getattr(self, "text_encoder" + suffix)(*ids_and_mask(text))
+        hidden = getattr(self, "text_encoder" + suffix)(*text)
         return F.normalize(getattr(self, "text_proj" + suffix)(hidden[:, 0]), dim=-1)
 
     @torch.no_grad()
@@ -144,9 +143,9 @@ class MomentumModel(nn.Module):
 
         Args:
             feats: online image and text features, each (batch, embed_dim).
-            candidates: what they are compared with.
+            candidates: momentum features of the batches compared with.
             hard_targets: float (batch, candidates + queue_size), rows sum to 1.
-            alpha: weight of the momentum model's soft targets.
+            alpha: weight of the soft targets of the momentum encoders.
 
         Returns:
             The loss, and the similarities over temperature (batch, candidates + queue_size), image to text
@@ -176,22 +175,17 @@ class MomentumModel(nn.Module):
             text, text_negative: [ENC] texts of one length (batch, length).
             projection, negative_projection: of each pair's image, and of each text's negative image.
         """
-        # Both texts of an image stand side by side, so that they read its projection folded.
+        # both texts of an image are adjacent, so that they share its projection
         ids = torch.stack((text.input_ids, text_negative.input_ids), dim=1).flatten(0, 1)
         mask = torch.stack((text.attention_mask, text_negative.attention_mask), dim=1).flatten(0, 1)
         both = self.text_encoder(ids, mask, projection.read_by(2))[:, 0]
         positive, negative_text = both.unflatten(0, (-1, 2)).unbind(dim=1)
-        negative_image = self.text_encoder(*ids_and_mask(text), negative_projection)[:, 0]
+        negative_image = self.text_encoder(*text, negative_projection)[:, 0]
         return itm_loss(self.itm_head(positive), self.itm_head(torch.cat((negative_image, negative_text))))
 
     def tokenize(self, texts: str | Sequence[str], max_length: int, device: torch.device) -> TokenBatch:
-        """Tokenize texts with [CLS] in front."""
+        """Tokenize texts with [CLS] as the first token."""
         return tokenize(self.tokenizer, texts, "cls", max_length, device)
-
-
-def pick(text: TokenBatch, index: torch.Tensor) -> TokenBatch:
-    """Return rows `index` of a batch of texts."""
-    return TokenBatch(text.input_ids[index], text.attention_mask[index])
 
 
 def momentum_pairs(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
@@ -217,13 +211,13 @@ def random_queue(embed_dim: int, queue_size: int) -> torch.Tensor:
 def enqueue(
     pointer: torch.Tensor, *queues_and_rows: tuple[torch.Tensor, torch.Tensor], gathered: bool = False
 ) -> None:
-    """Write all ranks' newest rows over the oldest entries, wrapping round the end.
+    """Replace the oldest entries of the queues with new rows of all ranks, wrapping around.
 
     Args:
-        pointer: int64 (1,), next entry to overwrite; moved on.
-        queues_and_rows: pairs of a queue (width, queue_size) and this rank's rows (batch, width). Of a global
-            batch larger than the queue the last rows stay.
-        gathered: the rows are all ranks' already.
+        pointer: int64 (1,), next entry to overwrite; updated in place.
+        queues_and_rows: pairs of a queue (width, queue_size) and the rows of this rank (batch, width). If the
+            global batch is larger than the queue, its last rows are kept.
+        gathered: the rows are those of all ranks already.
     """
     for queue, rows in queues_and_rows:
         rows, size = rows if gathered else all_gather(rows), queue.shape[1]

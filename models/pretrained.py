@@ -1,4 +1,4 @@
-"""Every load of weights: what was loaded, resized, left fresh or left over is told; what a task needs must be there."""
+"""Load checkpoints into models, report every entry, and refuse checkpoints that lack what a task needs."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -14,17 +14,17 @@ from models.weights import State, read_source
 from utils import UserError, is_main_process, on_main_process
 
 MOMENTUM = r"(_m\.|queue|^temp$)"
-# What a task may lack in a file and start fresh. Everything else of its model must be there.
+# what a checkpoint may lack for a task, and then starts fresh; it must have every other entry of the model
 MAY_BE_FRESH = {
     "caption": r"$^",
     "features": r"$^",
     "itm": r"$^",
     "retrieval": MOMENTUM,
-    "vqa": r"^text_decoder\..*crossattention\.self\.(key|value)",  # only if it read states of another width
+    "vqa": r"^text_decoder\..*crossattention\.self\.(key|value)",  # only if their width differs
     "nlvr": r"(merge_layer|^cls_head)",
     "pretrain": MOMENTUM,
 }
-KINDS = (  # how to recognise a checkpoint: its name, prefixes it has, prefixes it lacks
+KINDS = (  # of checkpoint: name, prefixes that are present, prefixes that are absent
     ("pretraining", ("itm_head", "text_decoder"), ()),
     ("NLVR2", ("cls_head",), ()),
     ("retrieval", ("itm_head",), ("text_decoder",)),
@@ -32,7 +32,7 @@ KINDS = (  # how to recognise a checkpoint: its name, prefixes it has, prefixes 
     ("captioning", ("text_decoder",), ("text_encoder",)),
     ("features", ("text_encoder",), ("text_decoder", "itm_head")),
 )
-MEANING = {
+NOTES = {
     ("caption", "pretraining"): "a pretraining checkpoint: a start for fine-tuning, but its captions imitate web texts",
     ("vqa", "pretraining"): "a pretraining checkpoint: a start for fine-tuning, but it has not learned to answer",
     ("caption", "VQA"): "a VQA checkpoint: its decoder answers questions, so captions are gibberish until fine-tuned",
@@ -44,7 +44,7 @@ BERT = "hf:google-bert/bert-base-uncased"
 
 @dataclass
 class LoadReport:
-    """What became of a checkpoint's entries and a model's."""
+    """How the entries of a checkpoint and of a model matched."""
 
     source: str
     loaded: list[str] = field(default_factory=list)
@@ -54,7 +54,7 @@ class LoadReport:
     notes: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """Return a few lines for people."""
+        """Return the report as lines of text."""
         found = [f"weights from {self.source}: {len(self.loaded)} entries loaded"]
         for title, keys in (("resized", self.resized), ("fresh", self.fresh), ("left over", self.left_over)):
             if keys:
@@ -63,7 +63,7 @@ class LoadReport:
 
 
 def grouped(keys: Iterable[str]) -> str:
-    """Count keys by their first part: "text_encoder (197), temp"."""
+    """Return keys counted by their first part: "text_encoder (197), temp"."""
     counts: dict[str, int] = {}
     for key in keys:
         counts[key.split(".")[0]] = counts.get(key.split(".")[0], 0) + 1
@@ -71,7 +71,7 @@ def grouped(keys: Iterable[str]) -> str:
 
 
 def load_pretrained(model: nn.Module, source: str, task: str, allow_pickle: bool = False) -> nn.Module:
-    """Load weights into a model for a task, and tell on the main process what happened.
+    """Load weights into a model for a task, and print a report on the main process.
 
     Args:
         model: any of the BLIP models.
@@ -83,7 +83,7 @@ def load_pretrained(model: nn.Module, source: str, task: str, allow_pickle: bool
         The model.
 
     Raises:
-        UserError: no such file, damaged, refused, of another architecture, or lacking what the task needs.
+        UserError: the file is missing, damaged or refused, of another architecture, or lacks what the task needs.
     """
     if source:
         report = load_state(model, read_source(source, allow_pickle), source, task)
@@ -93,7 +93,7 @@ def load_pretrained(model: nn.Module, source: str, task: str, allow_pickle: bool
 
 
 def load_checkpoint(model: nn.Module, url_or_filename: str) -> tuple[nn.Module, Any]:
-    """Load what fits, as the released function does; returns the model and its missing and unexpected keys."""
+    """Load the entries that fit, as the released function does; return the model, and missing and unexpected keys."""
     state = fit_to(model, read_source(url_or_filename), LoadReport(url_or_filename))
     own = model.state_dict()
     state = {key: value for key, value in state.items() if key not in own or own[key].shape == value.shape}
@@ -106,7 +106,7 @@ def load_checkpoint(model: nn.Module, url_or_filename: str) -> tuple[nn.Module, 
 def load_state(model: nn.Module, state: State, source: str, task: str) -> LoadReport:
     """Load a state dict as `load_pretrained` does."""
     report = LoadReport(source)
-    kind = kind_of(state)
+    kind = checkpoint_kind(state)
     state = fit_to(model, state, report)
     own = model.state_dict()
     _refuse_other_shapes(own, state, report, task, kind)
@@ -114,14 +114,14 @@ def load_state(model: nn.Module, state: State, source: str, task: str) -> LoadRe
     report.left_over = [key for key in state if key not in own]
     _refuse_missing(own, state, report, task, kind)
     model.load_state_dict({key: state[key] for key in report.loaded}, strict=False)
-    start_twins(model, state)
-    if (task, kind) in MEANING:
-        report.notes.append(MEANING[task, kind])
+    start_momentum(model, state)
+    if (task, kind) in NOTES:
+        report.notes.append(NOTES[task, kind])
     return report
 
 
-def kind_of(state: State) -> str:
-    """Recognise what a checkpoint was trained for."""
+def checkpoint_kind(state: State) -> str:
+    """Return the name of the task that a checkpoint was trained for, or "unknown"."""
     prefixes = {key.split(".")[0] for key in state}
     for kind, has, lacks in KINDS:
         if prefixes.issuperset(has) and prefixes.isdisjoint(lacks):
@@ -130,7 +130,7 @@ def kind_of(state: State) -> str:
 
 
 def fit_to(model: nn.Module, state: State, report: LoadReport) -> State:
-    """Bring entries to the model's form: position embeddings, vocabulary, NLVR2's two cross-attentions."""
+    """Adapt entries to the model: position embeddings, vocabulary, the two cross-attentions of NLVR2."""
     own = model.state_dict()
     state = {key: value for key, value in state.items() if not key.endswith("position_ids")}
     for name in ("visual_encoder", "visual_encoder_m"):
@@ -150,13 +150,13 @@ def fit_to(model: nn.Module, state: State, report: LoadReport) -> State:
 
 
 def _lacks_added_tokens(key: str, value: torch.Tensor, own: torch.Tensor) -> bool:
-    """Tell whether an entry is of BERT's vocabulary, without [DEC] and [ENC]."""
+    """Return True if an entry belongs to a vocabulary without [DEC] and [ENC]."""
     vocabulary = "word_embeddings" in key or "cls.predictions." in key
     return vocabulary and value.shape[1:] == own.shape[1:] and len(value) == len(own) - 2
 
 
 def two_image_attention(state: State) -> State:
-    """Start both of NLVR2's cross-attention sets from the one of a one-image checkpoint."""
+    """Copy the cross-attention of a one-image checkpoint to both sets of NLVR2."""
     result = {}
     for key, value in state.items():
         copies = [key]
@@ -175,7 +175,7 @@ def _refuse_other_shapes(own: State, state: State, report: LoadReport, task: str
             raise UserError(
                 f"{report.source} is a {kind} checkpoint of another architecture: {key} is "
                 f"{tuple(state[key].shape)} there and {tuple(own[key].shape)} here; set vit, med_config and embed_dim "
-                "as it was trained"
+                "as in its training"
             )
     for key in wrong:
         del state[key]
@@ -193,13 +193,13 @@ def _refuse_missing(own: State, state: State, report: LoadReport, task: str, kin
 
 
 def _untouched(own: State, loaded: list[str]) -> list[str]:
-    """Return a model's entries that were not loaded, nor share memory with one that was."""
+    """Return entries of a model that were not loaded and share no memory with a loaded one."""
     storages = {own[key].data_ptr() for key in loaded}
     return [key for key, value in own.items() if value.data_ptr() not in storages]
 
 
-def start_twins(model: nn.Module, state: State) -> None:
-    """Make momentum copies that a file lacks copies of what was loaded."""
+def start_momentum(model: nn.Module, state: State) -> None:
+    """Copy the loaded encoders to momentum encoders that the checkpoint lacks."""
     for name, module in model.named_children():
         if name.endswith("_m") and not any(key.startswith(f"{name}.") for key in state):
             module.load_state_dict(getattr(model, name.removesuffix("_m")).state_dict())
@@ -209,7 +209,7 @@ def start_twins(model: nn.Module, state: State) -> None:
 
 
 def load_part(module: nn.Module, state: State, source: str) -> None:
-    """Load what a part of a model shares, by name and shape, with a checkpoint of another kind; tell what it was."""
+    """Load the entries of another kind of checkpoint that fit a part of a model by name and shape; print a report."""
     own, report = module.state_dict(), LoadReport(source)
     for key in list(state):
         if key in own and _lacks_added_tokens(key, state[key], own[key]):
@@ -225,7 +225,7 @@ def load_part(module: nn.Module, state: State, source: str) -> None:
 
 
 def load_bert(text: nn.Module, source: str = BERT) -> None:
-    """Start a text transformer, or a decoder with its LM head, from BERT.
+    """Load BERT into a text transformer, or into a decoder with its LM head.
 
     Cross-attention stays fresh; token types and pooler are left out.
     """
@@ -240,18 +240,18 @@ def load_bert(text: nn.Module, source: str = BERT) -> None:
 
 
 def load_deit(visual_encoder: nn.Module, source: str = DEIT_URL) -> None:
-    """Start the base image encoder from DeiT-B/16 (224 px)."""
+    """Load DeiT-B/16 (224 px) into the base image encoder."""
     _load_vit(visual_encoder, read_source(source), source)
 
 
 def load_vit_in21k(visual_encoder: nn.Module, source: str = VIT_IN21K) -> None:
-    """Start the large image encoder from ViT-L/16 trained on ImageNet-21k: a timm name, or a file."""
+    """Load ViT-L/16 trained on ImageNet-21k into the large image encoder; `source` is a timm name or a file."""
     if Path(source).is_file() or source.startswith(("http", "hf:")):
         _load_vit(visual_encoder, read_source(source), source)
         return
     state: State = {}
     on_main_process(lambda: state.update(_timm_weights(source)))
-    _load_vit(visual_encoder, state or _timm_weights(source), source)  # the others find it in timm's cache
+    _load_vit(visual_encoder, state or _timm_weights(source), source)  # the other processes read timm's cache
 
 
 def _timm_weights(name: str) -> State:
@@ -262,16 +262,10 @@ def _timm_weights(name: str) -> State:
         return load(name, pretrained=True, num_classes=0).state_dict()
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:150]
-        raise UserError(f"timm's weights {name} could not be had ({reason}); set init: random, or pretrained") from None
+        raise UserError(f"timm's {name} could not be loaded ({reason}); set init: random, or pretrained") from None
 
 
 def _load_vit(visual_encoder: nn.Module, state: State, source: str) -> None:
     if "pos_embed" in state:
         state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], visual_encoder)
     load_part(visual_encoder, state, source)
-
-
-if __name__ == "__main__":
-    from models.convert import main
-
-    raise SystemExit(main())

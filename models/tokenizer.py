@@ -1,9 +1,8 @@
-"""The vocabulary, its two added tokens, and the only place that sets a text's first token."""
+"""WordPiece tokenizer with the two added tokens [DEC] and [ENC]; the only place that sets a text's first token."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -49,9 +48,8 @@ def _bert_tokenizer(vocab_file: Path) -> BertTokenizer:
     return BertTokenizer(vocab={token: index for index, token in enumerate(tokens)})
 
 
-@dataclass
-class TokenBatch:
-    """Token ids of several texts: `input_ids` and `attention_mask`, both int64 (batch, length)."""
+class TokenBatch(NamedTuple):
+    """Token ids of several texts and their mask, both int64 (batch, length); unpacks into a text transformer's call."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
@@ -63,13 +61,17 @@ class TokenBatch:
         )
 
     def with_first(self, token_id: int) -> "TokenBatch":
-        """Return the batch with `token_id` at position 0 of every text."""
+        """Return the batch with `token_id` at position 0 of each text."""
         input_ids = self.input_ids.clone()
         input_ids[:, 0] = token_id
         return TokenBatch(input_ids, self.attention_mask)
 
+    def select(self, index: torch.Tensor) -> "TokenBatch":
+        """Return the rows `index`, int64 (rows,)."""
+        return TokenBatch(self.input_ids[index], self.attention_mask[index])
+
     def padded_to(self, length: int, pad_token_id: int) -> "TokenBatch":
-        """Return the batch padded on the right to `length` positions (never shortened)."""
+        """Return the batch padded on the right to at least `length` positions."""
         extra = (0, max(length - self.input_ids.shape[1], 0))
         return TokenBatch(
             torch.nn.functional.pad(self.input_ids, extra, value=pad_token_id),
@@ -84,7 +86,7 @@ def tokenize(
     max_length: int | None = None,
     device: torch.device | str = "cpu",
 ) -> TokenBatch:
-    """Tokenize texts to the longest among them.
+    """Tokenize texts, padded to the longest.
 
     Args:
         tokenizer: from `init_tokenizer`.
@@ -98,7 +100,7 @@ def tokenize(
         Token ids (batch, longest).
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
-    texts = [text.encode("utf-8", "replace").decode() for text in texts]  # JSON may hold halves of characters
+    texts = [text.encode("utf-8", "replace").decode() for text in texts]  # JSON may hold lone surrogates
     encoded = tokenizer(
         texts, padding="longest", truncation=max_length is not None, max_length=max_length, return_tensors="pt"
     )
@@ -106,3 +108,8 @@ def tokenize(
     if first != "cls":
         batch = batch.with_first({"enc": tokenizer.enc_token_id, "dec": tokenizer.bos_token_id}[first])
     return batch.to(torch.device(device))
+
+
+def decode(tokenizer: Any, ids: Sequence[torch.Tensor]) -> list[str]:
+    """Return the texts of rows of token ids, without special tokens."""
+    return [tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=True) for row in ids]

@@ -1,16 +1,15 @@
-"""The image encoder: timm's Vision Transformer with BLIP's names, sizes and checkpointing (paper section 3.1)."""
+"""The image encoder: timm's Vision Transformer in BLIP's sizes, with gradient checkpointing (paper section 3.1)."""
 
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
+from timm.models import vision_transformer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.linear import use_faster_products
 from utils import UserError
 
 VARIANTS = {
@@ -20,6 +19,42 @@ VARIANTS = {
     "large": dict(embed_dim=1024, depth=24, num_heads=16, patch_size=16),
 }
 LARGE_DROP_PATH_RATE = 0.1  # the released large ViT has stochastic depth in every task
+
+
+class VisionTransformer(vision_transformer.VisionTransformer):
+    """timm's Vision Transformer, which can recompute its last blocks in the backward pass to save memory.
+
+    Args:
+        use_grad_checkpointing: recompute the last `ckpt_layer` blocks.
+        ckpt_layer: number of final blocks to checkpoint.
+        settings: as for timm's class.
+    """
+
+    def __init__(self, use_grad_checkpointing: bool = False, ckpt_layer: int = 0, **settings: Any):
+        super().__init__(**settings)
+        self.num_checkpointed = min(ckpt_layer, len(self.blocks)) if use_grad_checkpointing else 0
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Encode images (batch, 3, H, W) to tokens (batch, 1 + patches, width)."""
+        x = self.norm_pre(self._pos_embed(self.patch_embed(image)))
+        first = len(self.blocks) - (self.num_checkpointed if torch.is_grad_enabled() else 0)
+        for index, block in enumerate(self.blocks):
+            x = block(x) if index < first else checkpoint(block, x, use_reentrant=False)
+        return self.norm(x)
+
+    def use_fairscale(self) -> None:
+        """Recompute the checkpointed blocks by fairscale's wrapper instead of PyTorch's, as the released code does.
+
+        Raises:
+            UserError: fairscale is not installed.
+        """
+        try:
+            from fairscale.nn.checkpoint import checkpoint_wrapper
+        except ImportError:
+            raise UserError("grad_ckpt: fairscale needs the package; pip install fairscale, or use torch") from None
+        for block in self.blocks[len(self.blocks) - self.num_checkpointed :]:
+            checkpoint_wrapper(block)
+        self.num_checkpointed = 0
 
 
 def create_vit(
@@ -34,16 +69,16 @@ def create_vit(
     Args:
         vit: "tiny", "small", "base", "large", or a mapping with embed_dim, depth, num_heads, patch_size.
         image_size: side of the square input in pixels; a multiple of the patch size.
-        use_grad_checkpointing: recompute attention and MLP of the last `ckpt_layer` blocks in the backward pass.
-        ckpt_layer: number of blocks, counted from the last, that are checkpointed.
-        drop_path_rate: stochastic depth of the last block (0 to 1), growing linearly from 0 at the first.
+        use_grad_checkpointing: recompute the last `ckpt_layer` blocks in the backward pass, to save memory.
+        ckpt_layer: number of final blocks to checkpoint.
+        drop_path_rate: stochastic depth of the last block (0 to 1), growing linearly from 0 at the first block.
 
     Returns:
         The encoder, mapping images (batch, 3, H, W) to tokens (batch, 1 + patches, width) after the final
         norm, and its width.
 
     Raises:
-        UserError: unknown variant, missing or surplus size, or an image size the patches do not divide.
+        UserError: unknown variant, missing or surplus size, or an image size that is no multiple of the patch size.
     """
     sizes = vit_sizes(vit)
     if image_size % sizes["patch_size"]:
@@ -57,16 +92,15 @@ def create_vit(
         global_pool="",
         drop_path_rate=drop_path_rate or (LARGE_DROP_PATH_RATE if vit == "large" else 0.0),
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_grad_checkpointing=use_grad_checkpointing,
+        ckpt_layer=ckpt_layer,
         **sizes,
     )
-    use_faster_products(encoder)
-    if use_grad_checkpointing:
-        checkpoint_last_blocks(encoder, ckpt_layer)
     return encoder, sizes["embed_dim"]
 
 
 def vit_sizes(vit: str | Mapping) -> dict[str, int]:
-    """Return embed_dim, depth, num_heads and patch_size of a variant's name or of a mapping."""
+    """Return embed_dim, depth, num_heads and patch_size of a named variant or a mapping."""
     if isinstance(vit, str) and vit in VARIANTS:
         return VARIANTS[vit]
     if isinstance(vit, Mapping) and set(vit) == set(VARIANTS["base"]):
@@ -77,38 +111,15 @@ def vit_sizes(vit: str | Mapping) -> dict[str, int]:
     )
 
 
-def checkpoint_last_blocks(encoder: VisionTransformer, num_blocks: int) -> None:
-    """Recompute attention and MLP of the last `num_blocks` blocks in the backward pass, to save memory."""
-    for block in list(encoder.blocks)[max(len(encoder.blocks) - num_blocks, 0) :]:
-        for part in (block.attn, block.mlp):
-            part.__class__ = _recomputed(type(part))
-
-
-class Recomputed:
-    """Mixed into a module's class: its forward runs again in the backward pass, instead of keeping what it computed."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the module's own."""
-        if not torch.is_grad_enabled():
-            return super().forward(*args, **kwargs)
-        return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
-
-
-@cache
-def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
-    # a class, since a patched forward would bind the module it was patched on, whose copies would then call it
-    return type(kind.__name__, (Recomputed, kind), {})
-
-
 def interpolate_pos_embed(pos_embed_checkpoint: torch.Tensor, visual_encoder: nn.Module) -> torch.Tensor:
     """Resize position embeddings to the encoder's grid, bicubically; the [CLS] position is kept.
 
     Args:
         pos_embed_checkpoint: (1, 1 + grid * grid, width), any float dtype.
-        visual_encoder: the encoder that is to read them.
+        visual_encoder: the encoder that will use them.
 
     Returns:
-        (1, 1 + new_grid * new_grid, width); the argument itself where the sizes agree.
+        (1, 1 + new_grid * new_grid, width); the argument itself if the sizes agree.
     """
     num_extra = visual_encoder.pos_embed.shape[-2] - visual_encoder.patch_embed.num_patches
     old_grid = int((pos_embed_checkpoint.shape[-2] - num_extra) ** 0.5)

@@ -1,4 +1,4 @@
-"""Files of weights, from a path, a URL or the Hub: got once on each machine, and read without running any code."""
+"""Read checkpoints from a path, a URL or the Hub, downloaded once per machine, without running code in them."""
 
 import pickle
 import re
@@ -20,7 +20,7 @@ State = dict[str, torch.Tensor]
 
 
 def read_source(source: str, allow_pickle: bool = False) -> State:
-    """Return the state dict that a path, URL or `hf:` name holds, under our names."""
+    """Return the state dict of a path, URL or `hf:` name, with the names of this project."""
     state: State = {}
     for path in resolve(source):
         state |= read_state_dict(path, allow_pickle)
@@ -28,18 +28,18 @@ def read_source(source: str, allow_pickle: bool = False) -> State:
 
 
 def resolve(source: str) -> list[Path]:
-    """Return the files of a source, downloading them if need be, once on each machine; all processes call it.
+    """Return the files of a source, downloaded if needed, once per machine; all processes call it.
 
     Raises:
-        UserError: nothing there.
+        UserError: the source does not exist.
     """
     if source.startswith(("http://", "https://")):
-        return [_get_on_each_machine(lambda: cached(source, _no_checkpoint))]
+        return [_fetch_once_per_machine(lambda: cached(source, _no_checkpoint))]
     if source.startswith("hf:"):
-        folder = _get_on_each_machine(lambda: _hub_folder(source.removeprefix("hf:")))
+        folder = _fetch_once_per_machine(lambda: _hub_folder(source.removeprefix("hf:")))
         paths = sorted(folder.glob("*.safetensors"))
         if not paths:
-            raise UserError(f"{source} holds no .safetensors file; give one that does, or a path to weights")
+            raise UserError(f"{source} holds no .safetensors file; give another folder, or the path of a checkpoint")
         return paths
     if not Path(source).is_file():
         raise UserError(f"pretrained weights {source} do not exist; correct the path")
@@ -47,18 +47,18 @@ def resolve(source: str) -> list[Path]:
 
 
 def _no_checkpoint(path: Path) -> str:
-    """Say what a downloaded file is, if it is of none of the formats of weights; '' if it may be."""
+    """Return why a downloaded file is no checkpoint, '' if it may be one."""
     with open(path, "rb") as file:
         start = file.read(32)
-    known = start.startswith((b"PK", b"\x80")) or start[8:9] == b"{"  # torch's two formats, and safetensors
+    known = start.startswith((b"PK", b"\x80")) or start[8:9] == b"{"  # the two formats of torch, and safetensors
     return "" if known else f"begins with {start[:20]!r}, so it is no checkpoint"
 
 
-def _get_on_each_machine(get: Callable[[], Path]) -> Path:
-    """Let the main process get a file or folder, and then those processes that do not see it on their disk."""
+def _fetch_once_per_machine(get: Callable[[], Path]) -> Path:
+    """Fetch a file or folder on the main process, then on processes whose disk does not have it."""
     path = on_main_process(get)
     absent = not path.exists()
-    barrier()  # no process may take for whole what a neighbour has only begun
+    barrier()  # a process must not see what another one is still writing
     return get() if absent else path
 
 
@@ -76,7 +76,7 @@ def _hub_folder(name: str) -> Path:
 
 
 def read_state_dict(path: Path, allow_pickle: bool = False) -> State:
-    """Read the weights of a .pth or .safetensors file; other entries, such as an optimizer, stay on disk."""
+    """Read the weights of a .pth or .safetensors file; other entries, such as the optimizer state, stay on disk."""
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -92,23 +92,23 @@ def read_state_dict(path: Path, allow_pickle: bool = False) -> State:
 
 
 def torch_load(path: Path, allow_pickle: bool = False) -> Any:
-    """Read a file that torch wrote, its tensors mapped from disk."""
+    """Read a file written by torch, with tensors mapped from disk."""
     refuse_compressed(path)
     try:
-        try:  # mapped from disk, so that what is not used is never read
+        try:  # mapped from disk, so that unused tensors are never read
             return torch.load(path, map_location="cpu", weights_only=not allow_pickle, mmap=True)
-        except (RuntimeError, ValueError):  # a file of the format before PyTorch 1.6
+        except (RuntimeError, ValueError):  # the format before PyTorch 1.6
             return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         if not named:
             raise UserError(f"{path} is damaged or no checkpoint; download it again") from None
         raise UserError(
-            f"{path} holds {named[1]}, not only weights, and reading that may run code; if you trust where it comes "
-            "from, accept it with allow_pickle (--set allow_pickle=true, or --allow_pickle)"
+            f"{path} holds {named[1]}, not only weights, and reading that may run code; if you trust its source, "
+            "accept it with allow_pickle (--set allow_pickle=true, or --allow_pickle)"
         ) from None
     except (AttributeError, ImportError) as error:
-        raise UserError(f"{path} holds objects of code that is not here ({error}); install it") from None
+        raise UserError(f"{path} holds objects of code that is not installed ({error}); install it") from None
     except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, ArithmeticError, AssertionError,
             MemoryError, struct.error) as error:  # fmt: skip
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:100]
@@ -116,13 +116,13 @@ def torch_load(path: Path, allow_pickle: bool = False) -> Any:
 
 
 def refuse_compressed(path: Path) -> None:
-    """Refuse an archive whose entries are larger than itself, and might fill any memory; torch compresses none.
+    """Refuse a compressed archive, which could fill the memory; torch does not compress.
 
     Raises:
-        UserError: it is compressed, or its entries overlap.
+        UserError: the archive is compressed, or its entries overlap.
     """
     try:
-        if not zipfile.is_zipfile(path):  # the format before PyTorch 1.6, or damaged, as torch will say
+        if not zipfile.is_zipfile(path):  # the format before PyTorch 1.6, or damaged, which torch reports
             return
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -131,5 +131,5 @@ def refuse_compressed(path: Path) -> None:
     size, have = sum(entry.file_size for entry in entries), path.stat().st_size
     if size > have or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise UserError(
-            f"{path} is compressed ({size} bytes in {have}), which no checkpoint is that torch wrote; download it again"
+            f"{path} is compressed ({size} bytes in {have}), unlike any checkpoint written by torch; download it again"
         )

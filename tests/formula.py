@@ -15,10 +15,12 @@ from models.blip_nlvr import BLIP_NLVR
 from models.blip_pretrain import BLIP_Pretrain
 from models.blip_retrieval import BLIP_Retrieval
 from models.blip_vqa import BLIP_VQA
+from models.cpu_products import use_cpu_products
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = GOLDEN / "tiny"
 MED_CONFIG = TINY / "med_config.json"
+products = "torch"  # of linear layers, see `models.cpu_products`
 MODELS = {
     "feature_extractor": BLIP_Base,
     "decoder": BLIP_Decoder,
@@ -114,7 +116,8 @@ def build(name, vocab_file="", **kwargs):
     med_config = {**json.loads(MED_CONFIG.read_text()), "vocab_file": str(vocab_file)}
     if name == "pretrain":
         med_config["vocab_size"] = 30522
-    return fill(MODELS[name](med_config=med_config, image_size=spec["image_size"], vit=spec["vit"], **kwargs))
+    model = MODELS[name](med_config=med_config, image_size=spec["image_size"], vit=spec["vit"], **kwargs)
+    return use_cpu_products(fill(model), products)
 
 
 @torch.no_grad()

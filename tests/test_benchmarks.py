@@ -8,7 +8,7 @@ from benchmarks import floor, results, throughput
 from benchmarks.measure import Timing, summary
 from benchmarks.rows import ROWS, needed_tokens, pretraining_floor, word_texts
 from models.blip_pretrain import BLIP_Pretrain
-from models.linear import pytorch_products
+from models.cpu_products import pytorch_products
 from models.med import MedConfig, TextDecoder, TextTransformer
 from models.vit import create_vit
 from tests import plain

@@ -20,11 +20,11 @@ from transformers import (
 
 from formula import arr
 from miniature.scene import draw_scene, render
-from models import convert
 from models.architecture import settings_of
 from models.blip import blip_decoder
 from models.blip_itm import blip_itm
 from models.blip_vqa import blip_vqa
+from models.export import export, select_part, write_checkpoint, write_huggingface
 from models.generation import GenerationConfig
 from models.tokenizer import tokenize
 from models.weights import read_source
@@ -74,14 +74,14 @@ def images(size, count=2):
 @torch.no_grad()
 def test_captioner_both_ways(tmp_path, size):
     own, path = checkpoint(tmp_path, blip_decoder, size)
-    convert.to_hub(str(path), tmp_path / "hub")
+    write_huggingface(str(path), tmp_path / "hub")
     other = BlipForConditionalGeneration.from_pretrained(tmp_path / "hub").eval()
     prompt = tokenize(own.tokenizer, [own.prompt] * 2, "dec").input_ids
     settings = dict(max_length=12, min_length=5, num_beams=3)
     ids = other.generate(pixel_values=images(size), input_ids=prompt, length_penalty=0.0, **settings)
     expected = [text[len(own.prompt) :] for text in own.tokenizer.batch_decode(ids, skip_special_tokens=True)]
     assert own.caption(images(size), GenerationConfig(length_penalty=0.0, **settings))[0] == expected
-    convert.save(f"hf:{tmp_path / 'hub'}", tmp_path / "back.safetensors")
+    write_checkpoint(f"hf:{tmp_path / 'hub'}", tmp_path / "back.safetensors")
     back = blip_decoder(
         pretrained=str(tmp_path / "back.safetensors"), **settings_of(str(tmp_path / "back.safetensors"))[0]
     )
@@ -92,7 +92,7 @@ def test_captioner_both_ways(tmp_path, size):
 @torch.no_grad()
 def test_matching_both_ways(tmp_path, size):
     own, path = checkpoint(tmp_path, blip_itm, size, embed_dim=32)
-    convert.to_hub(str(path), tmp_path / "hub")
+    write_huggingface(str(path), tmp_path / "hub")
     other = BlipForImageTextRetrieval.from_pretrained(tmp_path / "hub").eval()
     text = tokenize(own.tokenizer, TEXTS)
     arguments = dict(pixel_values=images(size), input_ids=text.input_ids, attention_mask=text.attention_mask)
@@ -108,7 +108,7 @@ def test_matching_both_ways(tmp_path, size):
 @torch.no_grad()
 def test_vqa_both_ways(tmp_path, size):
     own, path = checkpoint(tmp_path, blip_vqa, size)
-    convert.to_hub(str(path), tmp_path / "hub")
+    write_huggingface(str(path), tmp_path / "hub")
     other = BlipForQuestionAnswering.from_pretrained(tmp_path / "hub").eval()
     processor = BlipProcessor.from_pretrained(tmp_path / "hub")
     question = processor(text=["what is it?"] * 2, return_tensors="pt")
@@ -120,8 +120,8 @@ def test_vqa_both_ways(tmp_path, size):
     expected = own.tokenizer.batch_decode(ids, skip_special_tokens=True)
     text = tokenize(own.tokenizer, ["what is it?"] * 2, "enc")
     states = own.question_states(images(size), text)
-    from models.blip import decode
     from models.generation import generate
+    from models.tokenizer import decode
 
     start = torch.full((2, 1), own.tokenizer.bos_token_id)
     settings = GenerationConfig(max_length=10, min_length=1, num_beams=3, length_penalty=0.0)
@@ -133,14 +133,14 @@ def test_vqa_both_ways(tmp_path, size):
 
 def test_vqa_of_two_widths_has_no_place_there(tmp_path):
     _, path = checkpoint(tmp_path, blip_vqa, "large, two layers")
-    with pytest.raises(UserError, match="no place for this model"):
-        convert.to_hub(str(path), tmp_path / "hub")
+    with pytest.raises(UserError, match="cannot be converted"):
+        write_huggingface(str(path), tmp_path / "hub")
 
 
 @torch.no_grad()
 def test_their_processor_and_model_see_a_image_as_ours(tmp_path):
     """The shipped model and its vocabulary, through their processor: the same probability."""
-    convert.to_hub(str(MODEL), tmp_path / "hub", "match")
+    write_huggingface(str(MODEL), tmp_path / "hub", "match")
     other, processor = (
         BlipForImageTextRetrieval.from_pretrained(tmp_path / "hub"),
         BlipProcessor.from_pretrained(tmp_path / "hub"),
@@ -158,7 +158,7 @@ def test_heads_of_the_hubs_configurations_are_mended(tmp_path):
     shape = dict(num_hidden_layers=1, hidden_size=768)
     torch.save({"model": blip_itm(vit=SIZES["small"]["vit"], image_size=32, med_config=shape).state_dict(),
                 "config": {"vit": SIZES["small"]["vit"]}}, tmp_path / "m.pth")  # fmt: skip
-    convert.to_hub(str(tmp_path / "m.pth"), tmp_path / "hub")
+    write_huggingface(str(tmp_path / "m.pth"), tmp_path / "hub")
     config = json.loads((tmp_path / "hub" / "config.json").read_text())
     assert config["text_config"]["num_attention_heads"] == 12 and config["vision_config"]["layer_norm_eps"] == 1e-6
     config["text_config"]["num_attention_heads"] = 8
@@ -169,7 +169,7 @@ def test_heads_of_the_hubs_configurations_are_mended(tmp_path):
 
 def test_half_precision(tmp_path):
     own, path = checkpoint(tmp_path, blip_decoder, "small")
-    convert.save(str(path), tmp_path / "half.safetensors", half=True)
+    write_checkpoint(str(path), tmp_path / "half.safetensors", half=True)
     state = read_source(str(tmp_path / "half.safetensors"))
     assert {value.dtype for value in state.values()} == {torch.float16}
     assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * path.stat().st_size
@@ -180,8 +180,8 @@ def test_half_precision(tmp_path):
 @pytest.mark.parametrize("part", ["image", "match"])
 @torch.no_grad()
 def test_export_gives_equal_outputs(tmp_path, part):
-    convert.export(str(MODEL), part, tmp_path / "part.pt2", onnx=False)
-    module, inputs, _ = convert.exported(str(MODEL), part)
+    export(str(MODEL), part, tmp_path / "part.pt2", onnx=False)
+    module, inputs, _ = select_part(str(MODEL), part)
     inputs = other_inputs(module, part)
     found = torch.export.load(tmp_path / "part.pt2").module()(*inputs)
     torch.testing.assert_close(found, module(*inputs), rtol=1e-4, atol=1e-5)
@@ -192,8 +192,8 @@ def test_export_gives_equal_outputs(tmp_path, part):
 def test_onnx_gives_equal_outputs(tmp_path, part):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    convert.export(str(MODEL), part, tmp_path / "part.onnx", onnx=True)
-    module, _, _ = convert.exported(str(MODEL), part)
+    export(str(MODEL), part, tmp_path / "part.onnx", onnx=True)
+    module, _, _ = select_part(str(MODEL), part)
     inputs = other_inputs(module, part)
     session = onnxruntime.InferenceSession(tmp_path / "part.onnx")
     names = [found.name for found in session.get_inputs()]
@@ -211,11 +211,11 @@ def other_inputs(module, part):
 
 
 def test_command_line(tmp_path):
-    command = [sys.executable, "-m", "models.pretrained"]
+    command = [sys.executable, "convert.py"]
     done = subprocess.run([*command, "--to-half", str(MODEL), "--output", str(tmp_path / "a" / "m.safetensors")],
                           cwd=ROOT, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0 and (tmp_path / "a" / "m.safetensors").is_file(), done.stderr
     done = subprocess.run(
         [*command, "--to-hf", str(MODEL), "--output", str(tmp_path / "b")], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 2 and "say with --task" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and "choose the model with --task" in done.stderr and done.stderr.count("\n") == 1

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+import formula
 from formula import arr, assert_close, build, expected, golden, grad_norms, img, load_trained, train
-from models import linear
+from models import cpu_products
 from models.tokenizer import init_tokenizer, tokenize
 from models.vit import interpolate_pos_embed
 
@@ -12,11 +13,11 @@ LOOP = pytest.mark.parametrize("loop", ["released", "ours"])  # ours begins each
 SMOOTH = pytest.mark.parametrize("smooth_padding", [True, False])
 
 
-@pytest.fixture(autouse=True, params=["as many products by oneDNN as pay", "all"])
+@pytest.fixture(autouse=True, params=["torch", "onednn"])
 def products(request, monkeypatch):
-    """Models as small as these would hardly meet the product that full-size ones go through."""
-    if request.param == "all":
-        monkeypatch.setattr(linear, "LEAST", 0)
+    """Run every test with PyTorch's products and with all products by oneDNN, however small."""
+    monkeypatch.setattr(cpu_products, "MIN_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(formula, "products", request.param)
 
 
 def assert_norms(norms, expected, rtol=2e-4):

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,6 @@ ALLOWED = {
 }
 ROOMS = set(ALLOWED) | {"demo", "benchmarks"}
 OURS = ROOMS | {path.stem for path in ROOT.glob("*.py")} | {"tests"}
-EXCEPTIONS = {"models/__init__.py": {"inference"}}
 
 
 def files(room):
@@ -46,8 +46,33 @@ def imported(path):
 def test_imports_point_one_way(room):
     for path in files(room):
         wrong = {name.split(".")[0] for name in imported(path)} & OURS - ALLOWED[room]
-        wrong -= EXCEPTIONS.get(str(path.relative_to(ROOT)), set())
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+def imported_files(path, by_module):
+    """Yield our files that a file imports; of a package's attribute, the package's `__init__`."""
+    for name in imported(path):
+        if name in by_module and by_module[name] != path:
+            yield by_module[name]
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Over all rooms, imports inside functions included."""
+    paths = [path for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
+    by_module = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in paths}
+    graph = {path: set(imported_files(path, by_module)) for path in paths}
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(str(path.relative_to(ROOT)) for path in error.args[1]))
+
+
+def test_inference_imports_nothing_of_training():
+    """Nor does anything that it imports."""
+    code = "import sys, inference.predictor, inference.search, inference.explain, inference.ranking\n"
+    code += "print([name for name in sys.modules if name.split('.')[0] == 'training'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
 
 
 def test_importing_prints_nothing_and_needs_no_optional_package():

@@ -16,7 +16,7 @@ from launch import run
 from launch.config import TrainConfig
 from launch.run import LAST, Run
 from miniature.writing import write_miniature
-from models import linear, med
+from models import cpu_products, med
 from training import adapters, parallel, state
 from training.checkpoint import restore, save
 from training.contrast import compute_candidates
@@ -187,7 +187,7 @@ def everything(rank, commands, folder):
     found = {"commands": [by_command_line(rank, folder / f"store{n}", command) for n, command in enumerate(commands)]}
     join(rank, folder / "store")
     med.FIRST_MERGE_LAYER = 1  # of NLVR2's two layers
-    linear.LEAST = 0  # also products as small as these are those of a model that is not
+    cpu_products.MIN_MULTIPLICATIONS = 0  # also products as small as these are those of a model that is not
     state.compile_blocks = partial(state.compile_blocks, backend="aot_eager", fullgraph=True)
     for case in CASES:
         try:

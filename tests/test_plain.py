@@ -7,7 +7,6 @@ import torch
 
 from inference.ranking import two_stage_scores
 from models import blip_pretrain
-from models.blip import ids_and_mask
 from models.med import TextTransformer
 from models.tokenizer import tokenize
 from tests import plain
@@ -86,10 +85,10 @@ def test_answer_ranking(smooth_padding):
     questions = tokenize(model.tokenizer, ["what is this ?", "how many rings are left of the star ?"], "enc")
     states = arr("plain:states", (2, questions.input_ids.shape[1], model.text_decoder.config.encoder_width))
     mask = questions.attention_mask
-    best, losses = plain.rank_answers(model, states, mask, *ids_and_mask(candidates), k=6)
+    best, losses = plain.rank_answers(model, states, mask, *candidates, k=6)
     found, _ = model.rank_losses(states, mask, candidates.input_ids, 6)
     torch.testing.assert_close(found, losses, rtol=1e-4, atol=1e-4)
-    assert torch.equal(model.rank_answer(states, mask, *ids_and_mask(candidates), 6), best)
+    assert torch.equal(model.rank_answer(states, mask, *candidates, 6), best)
 
 
 @pytest.mark.parametrize(("kind", "amp"), [("pretrain", False), ("decoder", False), ("decoder", True)])

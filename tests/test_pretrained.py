@@ -18,7 +18,7 @@ from models.blip_pretrain import blip_pretrain
 from models.blip_retrieval import blip_retrieval
 from models.blip_vqa import blip_vqa
 from models.huggingface import to_huggingface
-from models.pretrained import kind_of, load_bert, load_deit
+from models.pretrained import checkpoint_kind, load_bert, load_deit
 from utils import UserError
 
 SIZES = dict(med_config=json.loads(MED_CONFIG.read_text()), image_size=48, vit=golden()["spec"]["vit"])
@@ -98,7 +98,7 @@ def test_pretraining_starts_every_task(pretraining, capsys):
     assert "fresh: text_encoder (4), cls_head (4)" in capsys.readouterr().out
 
 
-def test_twins_start_as_copies(tmp_path):
+def test_momentum_encoders_start_as_copies(tmp_path):
     source = build("pretrain")
     state = {key: value for key, value in source.state_dict().items() if "_m." not in key and "queue" not in key}
     torch.save(state, tmp_path / "a.pth")
@@ -136,7 +136,7 @@ def test_vqa_checkpoint_in_a_captioner(tmp_path, capsys):
     vqa = blip_vqa(**wide)
     blip_decoder(pretrained=save(vqa, tmp_path / "vqa.pth"), **wide)
     assert "gibberish until fine-tuned" in capsys.readouterr().out
-    assert kind_of(source.state_dict()) == "VQA"
+    assert checkpoint_kind(source.state_dict()) == "VQA"
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_vqa_checkpoint_in_a_captioner(tmp_path, capsys):
     [("pretrain", "pretraining"), ("nlvr", "NLVR2"), ("retrieval", "retrieval"), ("decoder", "captioning")],
 )
 def test_kinds(name, kind):
-    assert kind_of(build(name).state_dict()) == kind
+    assert checkpoint_kind(build(name).state_dict()) == kind
 
 
 def refused(match, source, factory=blip_decoder, **kwargs):
@@ -196,7 +196,7 @@ def test_bert_starts_the_decoder_with_its_head(tmp_path, capsys):
 def test_a_path_of_another_machine_is_got_here_too(tmp_path, monkeypatch):
     (tmp_path / "here").write_text("")
     monkeypatch.setattr(models.weights, "on_main_process", lambda get: tmp_path / "on the main machine")
-    assert models.weights._get_on_each_machine(lambda: tmp_path / "here") == tmp_path / "here"
+    assert models.weights._fetch_once_per_machine(lambda: tmp_path / "here") == tmp_path / "here"
 
 
 def test_starting_weights(tmp_path, capsys):

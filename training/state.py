@@ -9,9 +9,10 @@ from torch import nn
 
 from launch.config import TrainConfig
 from launch.run import Run
-from models.med import TextTransformer
+from models.cpu_products import use_cpu_products
 from training import adapters, parallel
 from training.check import StepCheck
+from training.grad_checkpoint import set_grad_checkpointing
 from training.log import TrainLog
 from training.optimizer import create_optimizer
 from training.progress import Progress
@@ -102,12 +103,10 @@ def create_state(run: Run, config: TrainConfig, model: nn.Module, num_batches: i
 
 
 def prepare_model(model: nn.Module, config: Any, device: torch.device) -> nn.Module:
-    """Move a model to its device, and recompute its text layers in the backward pass if asked for."""
+    """Move a model to its device; set gradient checkpointing and the matrix products of a CPU."""
     model = model.to(device)
-    for part in model.modules():
-        if isinstance(part, TextTransformer):
-            part.grad_checkpointing = config.get("text_grad_ckpt", False)
-    return model
+    set_grad_checkpointing(model, config)
+    return use_cpu_products(model, config.cpu_products)
 
 
 def compile_blocks(model: nn.Module, **options: Any) -> int:

@@ -1,0 +1,81 @@
+"""Convert checkpoints: to and from Hugging Face transformers' BLIP, to half precision, to ONNX and torch.export."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from models.export import export, write_checkpoint, write_huggingface
+from utils import UserError, user_message
+
+EXAMPLES = """examples:
+  python convert.py --to-hf model_base_vqa_capfilt_large.pth --output blip-vqa
+  python convert.py --from-hf hf:Salesforce/blip-image-captioning-base --output captioner.safetensors
+  python convert.py --to-half output/caption/checkpoint_best.pth --output captioner.safetensors
+  python convert.py --to-onnx output/caption/checkpoint_best.pth --part image --output image_encoder.onnx
+  python convert.py --to-export model_base_retrieval_coco.pth --part match --output match.pt2
+"""
+NOTES = """The processor of transformers' VQA model starts questions with [CLS]; BLIP was trained with [ENC]. Set it
+yourself: inputs["input_ids"][:, 0] = processor.tokenizer.convert_tokens_to_ids("[ENC]").
+transformers divides the score of a caption by its generated length, the released code by its whole length: pass
+length_penalty=0 to both for equal beam searches. Its matching model starts texts with [CLS], as this project's does
+with first_token="cls"."""
+
+
+def main() -> int:
+    """Run the command line; return the exit code."""
+    args = _parser().parse_args()
+    try:
+        convert(args)
+        print(f"wrote {args.output}")
+        return 0
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except UserError as error:
+        print(f"error: {user_message(error)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(
+            f"error: {args.output} could not be written ({error.strerror}); free space, or choose --output",
+            file=sys.stderr,
+        )
+        return 2
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Convert one checkpoint."""
+    output, allow_pickle = Path(args.output), args.allow_pickle
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if args.to_hf:
+        write_huggingface(args.to_hf, output, args.task, allow_pickle)
+        print(NOTES)
+    elif args.from_hf:
+        write_checkpoint(args.from_hf if args.from_hf.startswith("hf:") else f"hf:{args.from_hf}", output, allow_pickle)
+    elif args.to_half:
+        write_checkpoint(args.to_half, output, allow_pickle, half=True)
+    else:
+        export(args.to_onnx or args.to_export, args.part, output, bool(args.to_onnx), allow_pickle)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=f"{EXAMPLES}\n{NOTES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--to-hf", metavar="CHECKPOINT", help="write a folder for transformers' from_pretrained")
+    what.add_argument("--from-hf", metavar="FOLDER", help="read such a folder, or hf:owner/name")
+    what.add_argument("--to-half", metavar="CHECKPOINT", help="write half precision, no momentum encoders")
+    what.add_argument("--to-onnx", metavar="CHECKPOINT", help="write ONNX")
+    what.add_argument("--to-export", metavar="CHECKPOINT", help="write a .pt2 file for torch.export.load")
+    parser.add_argument("--output", required=True, help="file, or folder for --to-hf")
+    parser.add_argument(
+        "--task", choices=("caption", "vqa", "match"), default="", help="model of --to-hf, if several fit"
+    )
+    parser.add_argument("--part", choices=("image", "match"), default="image", help="image encoder or matching model")
+    parser.add_argument("--allow_pickle", action="store_true", help="accept a checkpoint that may run code")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

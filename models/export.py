@@ -1,0 +1,207 @@
+"""Write checkpoints in other formats: Hugging Face transformers, half precision, ONNX and torch.export."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_bytes
+from torch import nn
+
+from files import write_whole
+from models.architecture import settings_of
+from models.blip import blip_decoder
+from models.blip_itm import blip_itm
+from models.blip_vqa import blip_vqa
+from models.huggingface import to_huggingface
+from models.med import load_med_config
+from models.pretrained import checkpoint_kind
+from models.tokenizer import init_tokenizer, tokenize
+from models.vit import vit_sizes
+from models.weights import read_source
+from utils import UserError
+
+LEFT_OUT = ("_m.", "queue", "decoder.cls.predictions.decoder.")  # they start fresh, or are tied
+KEPT = ("max_length", "min_length", "num_beams", "prompt")  # settings of generation that stay with a captioner
+TASK_OF = {"captioning": "caption", "VQA": "vqa", "retrieval": "match"}
+FACTORIES: dict[str, Callable[..., nn.Module]] = {"caption": blip_decoder, "vqa": blip_vqa, "match": blip_itm}
+
+
+def build(source: str, task: str = "", allow_pickle: bool = False) -> tuple[nn.Module, dict[str, Any], str]:
+    """Build the model of a checkpoint in eval mode; return it, the settings it was built with, and its task.
+
+    Raises:
+        UserError: the checkpoint fits several tasks, and none was given.
+    """
+    settings, _ = settings_of(source, allow_pickle)
+    kind = checkpoint_kind(read_source(source, allow_pickle))
+    task = task or TASK_OF.get(kind, "")
+    if task not in FACTORIES:
+        raise UserError(f"{source} is a {kind} checkpoint; choose the model with --task: caption, vqa or match")
+    arguments = {key: value for key, value in settings.items() if key != "embed_dim" or task == "match"}
+    model = FACTORIES[task](pretrained=source, allow_pickle=allow_pickle, **arguments)
+    return model.eval(), settings, task
+
+
+# Hugging Face.
+
+
+def write_huggingface(source: str, folder: Path, task: str = "", allow_pickle: bool = False) -> None:
+    """Write a captioner, VQA model or matching model, with its processor, for transformers' `from_pretrained`.
+
+    Raises:
+        UserError: transformers cannot hold the model (a VQA model with two widths).
+    """
+    import transformers
+
+    kinds = {
+        "caption": transformers.BlipForConditionalGeneration,
+        "vqa": transformers.BlipForQuestionAnswering,
+        "match": transformers.BlipForImageTextRetrieval,
+    }
+    model, settings, task = build(source, task, allow_pickle)
+    config = hub_config(settings, len(model.tokenizer))
+    if task == "vqa" and config.text_config.hidden_size != config.vision_config.hidden_size:
+        raise UserError(
+            f"transformers' VQA model expects question states of width {config.vision_config.hidden_size} and this "
+            f"model's have width {config.text_config.hidden_size}; it cannot be converted"
+        )
+    other = kinds[task](config)
+    unexpected = other.load_state_dict(to_huggingface(model.state_dict()), strict=False).unexpected_keys
+    assert not unexpected, unexpected  # transformers has a place for every parameter
+    other.tie_weights()
+    other.save_pretrained(folder)
+    size = {"height": settings["image_size"], "width": settings["image_size"]}
+    transformers.BlipProcessor(transformers.BlipImageProcessor(size=size), model.tokenizer).save_pretrained(folder)
+    write_vocabulary(model.tokenizer, folder)
+
+
+def write_vocabulary(tokenizer: Any, folder: Path) -> None:
+    """Write vocab.txt without the two added tokens, for a vocabulary that is not BERT's."""
+    tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])[: tokenizer.bos_token_id]
+    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token, _ in tokens), encoding="utf-8")
+
+
+def hub_config(settings: dict[str, Any], vocab_size: int) -> Any:
+    """Return transformers' configuration of a model built with `settings`."""
+    from transformers import BlipConfig
+
+    med = load_med_config(settings["med_config"])
+    vit, tokenizer = vit_sizes(settings["vit"]), init_tokenizer(med.vocab_file or None)
+    text = dict(
+        hidden_size=med.hidden_size, num_hidden_layers=med.num_hidden_layers, layer_norm_eps=med.layer_norm_eps,
+        num_attention_heads=med.num_attention_heads, intermediate_size=med.intermediate_size, vocab_size=vocab_size,
+        max_position_embeddings=med.max_position_embeddings, encoder_hidden_size=vit["embed_dim"], hidden_act="gelu",
+        hidden_dropout_prob=med.hidden_dropout_prob, attention_probs_dropout_prob=med.attention_probs_dropout_prob,
+        is_decoder=True, label_smoothing=0.1, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.sep_token_id, sep_token_id=tokenizer.sep_token_id,
+    )  # fmt: skip
+    vision = dict(
+        hidden_size=vit["embed_dim"], intermediate_size=4 * vit["embed_dim"], num_hidden_layers=vit["depth"],
+        num_attention_heads=vit["num_heads"], patch_size=vit["patch_size"], image_size=settings["image_size"],
+        layer_norm_eps=1e-6, hidden_act="gelu",
+    )  # fmt: skip
+    return BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=settings.get("embed_dim", 256))
+
+
+def write_checkpoint(source: str, output: Path, allow_pickle: bool = False, half: bool = False) -> None:
+    """Write a checkpoint with the names of this project and the settings that build its model.
+
+    Args:
+        source: a path, a URL or `hf:owner/name`.
+        output: the file, .safetensors or .pth.
+        allow_pickle: accept a file that may run code when it is read.
+        half: store half precision, without momentum encoders and queues.
+    """
+    settings, config = settings_of(source, allow_pickle)
+    settings |= {key: config[key] for key in KEPT if key in config}
+    if checkpoint_kind(state := read_source(source, allow_pickle)) == "pretraining":
+        settings["prompt"] = ""  # pretraining has no prompt
+    if half:
+        state = {key: value.half() for key, value in state.items() if not any(part in key for part in LEFT_OUT)}
+    with write_whole(output, "wb") as file:
+        if output.suffix == ".pth":
+            torch.save({"model": state, "config": settings}, file)
+        else:
+            whole = {key: value.contiguous().clone() for key, value in state.items()}
+            file.write(to_bytes(whole, {"config": json.dumps(settings)}))
+
+
+# ONNX and torch.export.
+
+
+class ImagePart(nn.Module):
+    """Images (batch, 3, H, W) to tokens (batch, 1 + patches, width)."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.visual_encoder = model.visual_encoder
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Encode."""
+        return self.visual_encoder(image)
+
+
+class MatchPart(nn.Module):
+    """Images (batch, 3, H, W) and texts (batch, length), first token set, to matching logits (batch, 2)."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Match."""
+        text = self.model.text_encoder
+        projection = text.project(self.model.visual_encoder(image))
+        return self.model.itm_head(text(input_ids, attention_mask, projection)[:, 0])
+
+
+def select_part(source: str, part: str, allow_pickle: bool = False) -> tuple[nn.Module, tuple, dict[str, dict]]:
+    """Return the part of a model to export, example inputs, and their dynamic dimensions.
+
+    Raises:
+        UserError: the checkpoint does not have the part.
+    """
+    task = {"image": "", "match": "match"}[part]
+    model, settings, task = build(source, task or _any_task(source, allow_pickle), allow_pickle)
+    side, batch = settings["image_size"], torch.export.Dim("batch", min=1, max=1024)
+    image = torch.zeros(2, 3, side, side)
+    if part == "image":
+        return ImagePart(model).eval(), (image,), {"image": {0: batch}}
+    text = tokenize(model.tokenizer, ["a picture", "a picture of it"], "enc")
+    shape = {0: batch, 1: torch.export.Dim("length", min=2, max=64)}
+    return (
+        MatchPart(model).eval(),
+        (image, *text),
+        {"image": {0: batch}, "input_ids": shape, "attention_mask": shape},
+    )
+
+
+def _any_task(source: str, allow_pickle: bool) -> str:
+    return TASK_OF.get(checkpoint_kind(read_source(source, allow_pickle)), "caption")
+
+
+def export(source: str, part: str, output: Path, onnx: bool, allow_pickle: bool = False) -> None:
+    """Export the image encoder or the matching model of a checkpoint.
+
+    Args:
+        source: a checkpoint.
+        part: "image" or "match".
+        output: the file.
+        onnx: write ONNX (needs the packages onnx and onnxscript) instead of a file for `torch.export.load`.
+        allow_pickle: accept a checkpoint that may run code when it is read.
+
+    Raises:
+        UserError: a package of the ONNX export is missing.
+    """
+    module, inputs, shapes = select_part(source, part, allow_pickle)
+    if not onnx:
+        torch.export.save(torch.export.export(module, inputs, dynamic_shapes=shapes), output)
+        return
+    try:
+        torch.onnx.export(
+            module, inputs, output, dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False
+        )
+    except ImportError as error:
+        raise UserError(f"ONNX needs packages that are not installed ({error}); pip install onnx onnxscript") from None
