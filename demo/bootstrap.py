@@ -1,9 +1,9 @@
-"""The paper's tables 1 and 2 in miniature: what captioning and filtering web texts is worth (sections 4.2 and 4.3).
+"""CapFilt on the miniature world, as the paper's tables 1 and 2 (sections 4.2 and 4.3).
 
     python -m demo.bootstrap --output output/bootstrap
 
-For every seed: pretrain on human and web pairs, fine-tune a captioner and a filter on the human ones, bootstrap the
-web pairs, and pretrain anew on each set of pairs, always as long. A killed run goes on with the same command.
+For each seed: pretrain on human and web pairs, fine-tune a captioner and a filter on the human pairs, bootstrap the web
+pairs, and pretrain for as long on each set of pairs. A stopped run continues with the same command.
 """
 
 import argparse
@@ -16,14 +16,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from demo.bootstrap_table import SETS, write_tables
+from files import read_json, write_json
 from launch.config import PretrainConfig, load_config
 from models.blip_pretrain import blip_pretrain
 from models.pretrained import load_pretrained
@@ -35,18 +35,18 @@ DECODING = {"nucleus": "true", "beam": "false"}  # capfilt.py's `sample`
 
 @dataclass(frozen=True)
 class Plan:
-    """How large everything is.
+    """Sizes of the experiment.
 
     Args:
-        seeds: runs of everything but the world.
-        level: of the world.
+        seeds: number of repetitions, on one world.
+        level: level of the world.
         train: images with five human captions each.
-        web: images with one web text each, of which 45% do not match.
+        web: images with one web text each; 45% of the texts do not match.
         test: images that every model captions and ranks.
-        rows: pairs of one pass of pretraining, whatever the set's size: repeated or left out at random.
-        passes: of pretraining.
-        tuning: passes of fine-tuning over the human pairs.
-        warmup: steps.
+        rows: pairs of an epoch of pretraining, for any set: drawn or repeated at random.
+        passes: epochs of pretraining.
+        tuning: epochs of fine-tuning on the human pairs.
+        warmup: steps of warm-up.
     """
 
     seeds: int = 3
@@ -65,12 +65,12 @@ QUICK = Plan(seeds=1, level=1, train=16, web=24, test=8, rows=32, passes=1, tuni
 
 @dataclass
 class Stage:
-    """One step of the experiment: a function, then a command, either of which may be absent.
+    """One stage of the experiment: a function, then a command; either may be absent.
 
     Args:
-        name: also its folder's path from the root.
-        needs: stages that come before.
-        before: called first.
+        name: name, and path of the stage's folder below the root.
+        needs: names of the stages that must be done before.
+        before: function called first.
         command: arguments of Python.
     """
 
@@ -84,17 +84,18 @@ class Stage:
 
 
 def all_stages(root: Path, plan: Plan) -> list[Stage]:
-    """Return every stage, in an order in which they could run one by one."""
+    """Return every stage after those it needs; stages of different seeds, which can run at once, take turns."""
     counts = {"train": plan.train, "val": 8, "test": plan.test, "web": plan.web, "level": plan.level, "seed": 1}
     options = [word for name, count in counts.items() for word in (f"--{name}", str(count))]
     world = Stage("world", command=["-m", "miniature", "--output", str(root / "world"), *options])
-    return [world, *(stage for seed in range(plan.seeds) for stage in seed_stages(root, plan, seed))]
+    turns = zip(*(seed_stages(root, plan, seed) for seed in range(plan.seeds)), strict=True)
+    return [world, *itertools.chain.from_iterable(turns)]
 
 
 def seed_stages(root: Path, plan: Plan, seed: int) -> Iterator[Stage]:
     """Yield the stages of one seed: the tools, the bootstrapped pairs, and the models to compare."""
     here = f"seed{seed}"
-    start = root / here / "start.safetensors"
+    start = root / here / "start.pth"
     yield Stage(f"{here}/start", ("world",), lambda: start_weights(start, seed))
     yield from model_stages(root, plan, seed, "none", f"{here}/start")
     for name, script, config in (
@@ -114,13 +115,13 @@ def seed_stages(root: Path, plan: Plan, seed: int) -> Iterator[Stage]:
 
 
 def model_stages(root: Path, plan: Plan, seed: int, name: str, needed: str) -> Iterator[Stage]:
-    """Yield the pretraining on one set of pairs, and the evaluation of what came out, without fine-tuning."""
+    """Yield the pretraining on one set of pairs, and the evaluations of the model without fine-tuning."""
     here = f"seed{seed}/{name}"
     pairs = root / here / "pairs.jsonl"
     settings = {
         "image_root": root / "world",
         "train_file": [pairs],
-        "pretrained": root / f"seed{seed}" / "start.safetensors",
+        "pretrained": root / f"seed{seed}" / "start.pth",
         "batch_size": 32,
         "max_epoch": plan.passes,
         "warmup_steps": plan.warmup,
@@ -152,12 +153,12 @@ def script_stage(
 
 
 def world_settings(root: Path) -> dict:
-    """Return where images and annotations are."""
+    """Return the settings that name the folders of images and annotations."""
     return {"image_root": root / "world", "ann_root": root / "world" / "annotations"}
 
 
 def tuning_settings(root: Path, plan: Plan, tool: str) -> dict:
-    """Return the settings of fine-tuning on the human captions; nothing but the validation images is evaluated."""
+    """Return the settings of fine-tuning on the human captions; only the validation images are evaluated."""
     annotations = root / "world" / "annotations"
     settings = world_settings(root) | {"max_epoch": plan.tuning, "eval_every": plan.tuning, "warmup": plan.warmup}
     settings |= {"init_lr": "3e-4", "train_file": annotations / "coco_karpathy_train.json"}
@@ -169,7 +170,7 @@ def tuning_settings(root: Path, plan: Plan, tool: str) -> dict:
     return settings | {key: annotations / name for key, name in files.items()}
 
 
-# What the stages read and write.
+# Files of the stages.
 
 
 def web_list(root: Path) -> Path:
@@ -178,10 +179,10 @@ def web_list(root: Path) -> Path:
 
 
 def start_weights(path: Path, seed: int) -> None:
-    """Write the weights that every pretraining of a seed starts from.
+    """Write the initial weights of every pretraining of a seed.
 
-    As the paper's image encoder starts from ImageNet's, ours starts from the miniature model's, made on other
-    images; the text transformer, which BERT's weights begin, here begins from random ones.
+    The image encoder starts from the miniature model's, which was trained on other images, as the paper's starts from
+    ImageNet's. The text transformer starts from random weights; the paper's starts from BERT's.
     """
     torch.manual_seed(seed)
     config = load_config(PretrainConfig, f"{CONFIGS}/pretrain.yaml")
@@ -191,19 +192,14 @@ def start_weights(path: Path, seed: int) -> None:
     for name in ("visual_encoder", "visual_encoder_m"):
         getattr(model, name).load_state_dict(known.visual_encoder.state_dict())
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(distinct(model.state_dict()), path)
-
-
-def distinct(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a state dict whose tensors share no memory, as safetensors wants it."""
-    return {key: value.clone().contiguous() for key, value in state.items()}
+    torch.save({"model": model.state_dict()}, path)
 
 
 def choose_pairs(root: Path, seed: int, name: str) -> list[dict]:
-    """Return the pairs of one set: the human ones, and what the set takes of web and synthetic texts."""
-    human = json.loads((root / "world" / "annotations" / "pretrain_human.json").read_text())
+    """Return the pairs of one set: the human pairs, and the web and synthetic texts that the set takes."""
+    human = read_json(root / "world" / "annotations" / "pretrain_human.json")
     if name == "none":
-        return human + json.loads(web_list(root).read_text())
+        return human + read_json(web_list(root))
     wanted, found = SETS[name], []
     folder = root / f"seed{seed}" / f"capfilt_{wanted.decoding}"
     for file in ("bootstrapped", "dropped"):
@@ -213,7 +209,7 @@ def choose_pairs(root: Path, seed: int, name: str) -> list[dict]:
 
 
 def write_pairs(path: Path, pairs: list[dict], count: int, seed: int) -> None:
-    """Write `count` pairs: all in a random order, as many times as it takes."""
+    """Write `count` pairs: all of them in random order, repeated as often as needed."""
     rng = random.Random(f"pairs/{seed}")
     rounds = (rng.sample(pairs, len(pairs)) for _ in itertools.count())
     rows = itertools.islice(itertools.chain.from_iterable(rounds), count)
@@ -221,110 +217,96 @@ def write_pairs(path: Path, pairs: list[dict], count: int, seed: int) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-# Running them.
+# Running the stages.
 
 
 class Runner:
-    """Runs stages, several at a time, each when what it needs is done; remembers on disk which are.
+    """Runs stages, several at a time; files in `done/` record the finished ones and their seconds.
 
     Args:
-        root: folder of everything; `done/` in it holds a file, with the seconds it took, for each finished stage.
-        jobs: stages at once.
+        root: folder of the experiment.
+        jobs: number of stages at a time.
     """
 
     def __init__(self, root: Path, jobs: int):
         self.root, self.jobs, self.children = root, jobs, set[subprocess.Popen]()
-        self.began = time.monotonic()
 
     def mark(self, stage: Stage) -> Path:
-        """Return the file that tells that a stage is done."""
+        """Return the file that records a finished stage."""
         return self.root / "done" / f"{stage.name.replace('/', '.')}.json"
 
     def run(self, stages: Sequence[Stage]) -> None:
-        """Run what is not done yet.
+        """Run the stages that are not done; every stage comes after those it needs.
 
         Raises:
-            UserError: a stage failed; the others that were running are ended.
+            UserError: a stage failed; the running ones are ended.
         """
-        waiting = [stage for stage in stages if not self.mark(stage).is_file()]
-        done = {stage.name for stage in stages} - {stage.name for stage in waiting}
-        running: dict[Future, Stage] = {}
+        began, futures = time.monotonic(), dict[str, Future]()
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
-                while waiting or running:
-                    for stage in [s for s in waiting if done.issuperset(s.needs)][: self.jobs - len(running)]:
-                        waiting.remove(stage)
-                        running[pool.submit(self.run_one, stage)] = stage
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        stage = running.pop(future)
-                        future.result()
-                        done.add(stage.name)
-                        self.tell(stage, len(done), len(stages))
+                for stage in stages:
+                    needed = [futures[name] for name in stage.needs]
+                    futures[stage.name] = pool.submit(self.run_one, stage, needed)
+                for number, future in enumerate(as_completed(futures.values()), 1):
+                    minutes = (time.monotonic() - began) / 60
+                    print(f"{number}/{len(stages)}  {future.result()}  ({minutes:.1f} minutes in all)", flush=True)
             finally:
+                pool.shutdown(wait=False, cancel_futures=True)
                 for child in self.children:
                     child.terminate()
 
-    def run_one(self, stage: Stage) -> None:
-        """Run a stage to its end and mark it done."""
-        began = time.monotonic()
-        if stage.before:
-            stage.before()
-        if stage.command:
-            self.execute(stage)
-        mark = self.mark(stage)
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.write_text(json.dumps({"seconds": time.monotonic() - began}))
+    def run_one(self, stage: Stage, needed: Sequence[Future]) -> str:
+        """Run a stage after those it needs, mark it as done, and return its name and seconds."""
+        for future in needed:
+            future.result()
+        mark, began = self.mark(stage), time.monotonic()
+        if not mark.is_file():
+            if stage.before:
+                stage.before()
+            if stage.command:
+                self.execute(stage)
+            write_json(mark, {"seconds": time.monotonic() - began})
+        return f"{stage.name}  {read_json(mark)['seconds']:.0f} s"
 
     def execute(self, stage: Stage) -> None:
-        """Run a stage's command, going on where a killed one stopped; its output goes to <stage>.log.
+        """Run a stage's command, or continue a stopped one; its output goes to <stage>.log.
 
         Raises:
-            UserError: it failed.
+            UserError: the command failed.
         """
         command, log = [sys.executable, *stage.command], self.root / "logs" / f"{stage.name.replace('/', '.')}.log"
         if (self.root / stage.name / "checkpoint_last.pth").is_file():
             command.append("--resume")
         log.parent.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}  # each stage has one core
         with open(log, "w", encoding="utf-8") as file:
-            child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=one_thread())
+            child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
             self.children.add(child)
             code = child.wait()
         self.children.discard(child)
         if code:
             last = (log.read_text().strip().splitlines() or ["no output"])[-1]
-            raise UserError(f"stage {stage.name} ended with {code}: {last}; see {log}, and start again to go on")
-
-    def tell(self, stage: Stage, done: int, total: int) -> None:
-        """Print that a stage is done."""
-        seconds = json.loads(self.mark(stage).read_text())["seconds"]
-        minutes = (time.monotonic() - self.began) / 60
-        print(f"{done}/{total}  {stage.name}  {seconds:.0f} s  ({minutes:.1f} minutes in all)", flush=True)
-
-
-def one_thread() -> dict[str, str]:
-    """Return the environment of a stage, which has one core to itself."""
-    return os.environ | {"OMP_NUM_THREADS": "1"}
+            raise UserError(f"stage {stage.name} ended with {code}: {last}; see {log}, and start again to continue")
 
 
 def keep_plan(root: Path, plan: Plan) -> None:
-    """Note the plan in the folder, or refuse a folder of another.
+    """Write the plan to the folder.
 
     Raises:
-        UserError: the folder's stages were made by another plan.
+        UserError: the folder holds stages of another plan.
     """
-    path, text = root / "plan.json", json.dumps(vars(plan))
-    if path.is_file() and path.read_text() != text:
+    path = root / "plan.json"
+    if path.is_file() and read_json(path) != vars(plan):
         raise UserError(f"{root} holds stages of another plan ({path}); choose another --output, or delete it")
-    root.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    write_json(path, vars(plan))
 
 
 def main() -> int:
-    """Read the command line, run what is not done, and write the tables."""
+    """Run the stages that are not done, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="output/bootstrap", help="folder of everything (default: output/bootstrap)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="stages at once (default: all cores)")
-    parser.add_argument("--quick", action="store_true", help="a few pairs and one seed: does it run?")
+    parser.add_argument("--quick", action="store_true", help="a few pairs and one seed, as a test")
     args = parser.parse_args()
     root, plan = Path(args.output), QUICK if args.quick else Plan()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -337,7 +319,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        print("\ninterrupted; the same command continues", file=sys.stderr)
         return 130
 
 

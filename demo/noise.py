@@ -1,4 +1,4 @@
-"""Tell how well CapFilt's filter found the web texts of the miniature world that do not match their images.
+"""Measure how well CapFilt's filter finds the web texts of the miniature world that do not match their images.
 
     python -m demo.noise --results output/capfilt --world output/miniature
 """
@@ -12,7 +12,7 @@ COUNTS = ("kept, matches", "kept, does not match", "dropped, matches", "dropped,
 
 
 def count(results: Path, truth: dict[str, dict]) -> dict[str, dict[str, int]]:
-    """Return counts of judgements of web texts, in all and by what a text is ("right", "spoilt", ...)."""
+    """Return counts of judgements of web texts: all of them, and by kind of text ("right", "spoilt", ...)."""
     found: dict[str, dict[str, int]] = {}
     for name, judgement in (("bootstrapped", "kept"), ("dropped", "dropped")):
         with open(results / f"{name}.jsonl", encoding="utf-8") as file:
@@ -28,7 +28,7 @@ def count(results: Path, truth: dict[str, dict]) -> dict[str, dict[str, int]]:
 
 
 def scores(counts: dict[str, int]) -> dict[str, float]:
-    """Return precision, recall and F1 of dropping what does not match."""
+    """Return precision, recall and F1 of dropping texts that do not match."""
     caught, missed = counts["dropped, does not match"], counts["kept, does not match"]
     precision = caught / max(caught + counts["dropped, matches"], 1)
     recall = caught / max(caught + missed, 1)
@@ -36,7 +36,7 @@ def scores(counts: dict[str, int]) -> dict[str, float]:
 
 
 def main() -> int:
-    """Read the command line and print the scores."""
+    """Print counts and scores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", default="output/capfilt", help="output folder of capfilt.py")
     parser.add_argument("--world", default="output/miniature", help="folder of the miniature world")

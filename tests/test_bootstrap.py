@@ -52,10 +52,10 @@ def test_stages_wait_for_what_they_need_and_finished_ones_stay_finished(tmp_path
     def note(name):
         return lambda: ran.append(name)
 
-    stages = [Stage("b", ("a",), note("b")), Stage("a", (), note("a")), Stage("c", ("b",), note("c"))]
+    stages = [Stage("a", (), note("a")), Stage("b", ("a",), note("b")), Stage("c", ("b",), note("c"))]
     Runner(tmp_path, 3).run(stages)
     assert ran == ["a", "b", "c"]
-    Runner(tmp_path, 3).mark(stages[0]).unlink()
+    Runner(tmp_path, 3).mark(stages[1]).unlink()
     Runner(tmp_path, 1).run(stages)
     assert ran == ["a", "b", "c", "b"]
 
