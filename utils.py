@@ -28,6 +28,11 @@ def user_message(error: BaseException) -> str | None:
     return found[-1] if found else " ".join(lines)
 
 
+def allow_tf32(enabled: bool) -> None:
+    """Let CUDA compute float32 products and convolutions in TF32, the default of the released code's PyTorch."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = enabled
+
+
 # Processes: no-ops in one process.
 
 
