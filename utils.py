@@ -224,3 +224,22 @@ def track(items: Sequence[Item] | Any, title: str) -> Iterator[Item]:
         yield item
         line.update(done)
     line.close()
+
+
+def note(text: str) -> None:
+    """Print a line on standard error, on the main process only."""
+    if is_main_process():
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def id_text(value: Any) -> str:
+    """Return the text of an image's or question's id, which is the same for 1, 1.0 and "1".
+
+    Raises:
+        UserError: it is no whole number and no text, or an empty one.
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+        raise UserError(f"an id is {value!r:.40}; expected a whole number or a text")
+    return value if isinstance(value, str) else str(value)
