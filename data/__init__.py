@@ -150,7 +150,8 @@ def _pretrain(config: Any, split: str, transform: Transform) -> Dataset:
 
 def _msrvtt(config: Any, split: str, transform: Transform) -> Dataset:
     file = _file(config, split, "msrvtt_test.jsonl")
-    return VideoDataset(file, config["video_root"], config["num_frm_test"], config["image_size"])
+    upright = config.get("exif_orientation", False)
+    return VideoDataset(file, config["video_root"], config["num_frm_test"], config["image_size"], upright)
 
 
 ALL_SPLITS = ("train", "val", "test")
