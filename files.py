@@ -86,6 +86,12 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_rows(path: Path) -> list[Any]:
+    """Return the rows of a JSON-lines file that this project wrote."""
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
 def why_not_written(path: Path, error: BaseException) -> str:
     """Return what to tell of a file that could not be written."""
     kept = "the previous one is intact" if path.exists() else "nothing was left behind"

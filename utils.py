@@ -33,6 +33,19 @@ def allow_tf32(enabled: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = enabled
 
 
+def run_command(main: Callable[[], None]) -> int:
+    """Run a command and return its exit code: 0; 2 after a UserError, whose line is printed; 130 after Ctrl-C."""
+    try:
+        main()
+        return 0
+    except UserError as error:
+        print(f"error: {user_message(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
 # Processes: no-ops in one process.
 
 

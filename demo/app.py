@@ -23,7 +23,7 @@ from inference.inputs import find_images
 from inference.predictor import Predictor
 from inference.search import Index, find_images_by_text
 from miniature.scene import draw_scene, render
-from utils import UserError, user_message
+from utils import UserError, run_command, user_message
 
 MINIATURE = Path(__file__).resolve().parent.parent / "configs" / "miniature"
 SMALL = {
@@ -261,8 +261,8 @@ def _search(gradio: Any, page: Page) -> None:
     button.click(shows_errors(page.search), [files, text], [note, gallery], concurrency_id="model", api_name="search")
 
 
-def main() -> int:
-    """Start the page and return the exit code."""
+def main() -> None:
+    """Start the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for task, text in (("caption", "captions"), ("vqa", "answers"), ("match", "matching and search")):
         parser.add_argument(f"--{task}", default="", metavar="CHECKPOINT", help=f"weights for {text}: path, URL or hf:")
@@ -271,23 +271,18 @@ def main() -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: 7860)")
     args = parser.parse_args()
-    try:
-        page = Page({task: getattr(args, task) for task in SMALL}, args.device, args.folder)
-        with tempfile.TemporaryDirectory() as folder:
-            page.start()
-            examples = example_images(Path(folder))
-            build(page, examples).launch(
+    page = Page({task: getattr(args, task) for task in SMALL}, args.device, args.folder)
+    page.start()
+    with tempfile.TemporaryDirectory() as folder:
+        blocks = build(page, example_images(Path(folder)))
+        try:
+            blocks.launch(
                 server_name=args.host, server_port=args.port, max_file_size=MAX_UPLOAD, allowed_paths=[folder],
                 css=STYLE, app_kwargs={"middleware": [body_limit()]},
             )  # fmt: skip
-        return 0
-    except UserError as error:
-        print(f"error: {user_message(error)}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}; choose another --port", file=sys.stderr)
-        return 2
+        except OSError as error:
+            raise UserError(f"{error}; choose another --port") from None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

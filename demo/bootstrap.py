@@ -7,6 +7,7 @@ pairs, and pretrain for as long on each set of pairs. A stopped run continues wi
 """
 
 import argparse
+import asyncio
 import itertools
 import json
 import os
@@ -16,18 +17,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from demo.bootstrap_table import SETS, write_tables
-from files import read_json, write_json
+from files import read_json, read_rows, write_json
 from launch.config import PretrainConfig, load_config
 from models.blip_pretrain import blip_pretrain
 from models.pretrained import load_pretrained
-from utils import UserError
+from utils import UserError, run_command
 
 CONFIGS = "configs/miniature"
 DECODING = {"nucleus": "true", "beam": "false"}  # capfilt.py's `sample`
@@ -79,17 +79,21 @@ class Stage:
     before: Callable[[], None] | None = None
     command: list[str] = field(default_factory=list)
 
+    @property
+    def file_name(self) -> str:
+        """Name of the stage's files in the folders of logs and marks, without ending."""
+        return self.name.replace("/", ".")
+
 
 # The stages.
 
 
 def all_stages(root: Path, plan: Plan) -> list[Stage]:
-    """Return every stage after those it needs; stages of different seeds, which can run at once, take turns."""
+    """Return every stage, in an order in which they could run one by one."""
     counts = {"train": plan.train, "val": 8, "test": plan.test, "web": plan.web, "level": plan.level, "seed": 1}
     options = [word for name, count in counts.items() for word in (f"--{name}", str(count))]
     world = Stage("world", command=["-m", "miniature", "--output", str(root / "world"), *options])
-    turns = zip(*(seed_stages(root, plan, seed) for seed in range(plan.seeds)), strict=True)
-    return [world, *itertools.chain.from_iterable(turns)]
+    return [world, *(stage for seed in range(plan.seeds) for stage in seed_stages(root, plan, seed))]
 
 
 def seed_stages(root: Path, plan: Plan, seed: int) -> Iterator[Stage]:
@@ -98,20 +102,36 @@ def seed_stages(root: Path, plan: Plan, seed: int) -> Iterator[Stage]:
     start = root / here / "start.pth"
     yield Stage(f"{here}/start", ("world",), lambda: start_weights(start, seed))
     yield from model_stages(root, plan, seed, "none", f"{here}/start")
-    for name, script, config in (
-        ("captioner", "train_caption.py", "caption_finetune"),
-        ("filter", "train_retrieval.py", "retrieval"),
-    ):
-        settings = tuning_settings(root, plan, name) | {"pretrained": root / here / "none" / "checkpoint_best.pth"}
-        yield script_stage(root, f"{here}/tools/{name}", (f"{here}/none",), script, config, settings, seed)
+    yield from tool_stages(root, plan, seed)
     tools = {name: root / here / "tools" / name / "checkpoint_best.pth" for name in ("captioner", "filter")}
     for decoding, sample in DECODING.items():
-        settings = {"pairs": [web_list(root)], "image_root": root / "world", "sample": sample, **tools}
+        settings = {"pairs": [annotation(root, "pretrain_web.json")], "image_root": root / "world", "sample": sample}
         needs = (f"{here}/tools/captioner", f"{here}/tools/filter")
-        yield script_stage(root, f"{here}/capfilt_{decoding}", needs, "capfilt.py", "capfilt", settings, seed)
+        yield script_stage(root, f"{here}/capfilt_{decoding}", needs, "capfilt.py", "capfilt", settings | tools, seed)
     for name, pairs in SETS.items():
         if name != "none":
             yield from model_stages(root, plan, seed, name, f"{here}/capfilt_{pairs.decoding}")
+
+
+def tool_stages(root: Path, plan: Plan, seed: int) -> Iterator[Stage]:
+    """Yield the fine-tuning of captioner and filter on the human captions; only validation images are evaluated."""
+    here = f"seed{seed}"
+    settings = {
+        "image_root": root / "world",
+        "ann_root": annotation(root),
+        "train_file": annotation(root, "coco_karpathy_train.json"),
+        "pretrained": root / here / "none" / "checkpoint_best.pth",
+        "init_lr": "3e-4",
+        "max_epoch": plan.tuning,
+        "eval_every": plan.tuning,
+        "warmup": plan.warmup,
+    }
+    test = {"test_file": annotation(root, "coco_karpathy_val.json"), "coco_gt_root": annotation(root), "java": "false"}
+    more = settings | test | {"test_gt": annotation(root, "coco_karpathy_val_gt.json")}
+    name, needs = f"{here}/tools/captioner", (f"{here}/none",)
+    yield script_stage(root, name, needs, "train_caption.py", "caption_finetune", more, seed)
+    more = settings | {"test_file": annotation(root, "flickr30k_val.json")}
+    yield script_stage(root, f"{here}/tools/filter", needs, "train_retrieval.py", "retrieval", more, seed)
 
 
 def model_stages(root: Path, plan: Plan, seed: int, name: str, needed: str) -> Iterator[Stage]:
@@ -129,13 +149,13 @@ def model_stages(root: Path, plan: Plan, seed: int, name: str, needed: str) -> I
     stage = script_stage(root, here, (needed,), "pretrain.py", "pretrain", settings, seed)
     stage.before = lambda: write_pairs(pairs, choose_pairs(root, seed, name), plan.rows, seed)
     yield stage
-    world = world_settings(root)
-    captioning = {"prompt": "", "java": "false", "coco_gt_root": world["ann_root"]}
+    folders = {"image_root": root / "world", "ann_root": annotation(root)}
+    captioning = {"prompt": "", "java": "false", "coco_gt_root": annotation(root)}
     for kind, script, config, more in (
         ("caption", "train_caption.py", "caption_finetune", captioning),
         ("retrieval", "train_retrieval.py", "retrieval", {"k_test": 32}),
     ):
-        settings = world | more | {"pretrained": root / here / "checkpoint_best.pth"}
+        settings = folders | more | {"pretrained": root / here / "checkpoint_best.pth"}
         stage = script_stage(root, f"{here}/{kind}", (here,), script, config, settings, seed)
         stage.command.append("--evaluate")
         yield stage
@@ -152,30 +172,12 @@ def script_stage(
     return Stage(name, needs, command=command)
 
 
-def world_settings(root: Path) -> dict:
-    """Return the settings that name the folders of images and annotations."""
-    return {"image_root": root / "world", "ann_root": root / "world" / "annotations"}
-
-
-def tuning_settings(root: Path, plan: Plan, tool: str) -> dict:
-    """Return the settings of fine-tuning on the human captions; only the validation images are evaluated."""
-    annotations = root / "world" / "annotations"
-    settings = world_settings(root) | {"max_epoch": plan.tuning, "eval_every": plan.tuning, "warmup": plan.warmup}
-    settings |= {"init_lr": "3e-4", "train_file": annotations / "coco_karpathy_train.json"}
-    if tool == "captioner":
-        files = {"test_file": "coco_karpathy_val.json", "test_gt": "coco_karpathy_val_gt.json"}
-        settings |= {"java": "false", "coco_gt_root": annotations}
-    else:
-        files = {"test_file": "flickr30k_val.json"}
-    return settings | {key: annotations / name for key, name in files.items()}
-
-
 # Files of the stages.
 
 
-def web_list(root: Path) -> Path:
-    """Return the list of the web pairs."""
-    return root / "world" / "annotations" / "pretrain_web.json"
+def annotation(root: Path, name: str = "") -> Path:
+    """Return the path of one of the world's annotation files, or of their folder."""
+    return root / "world" / "annotations" / name
 
 
 def start_weights(path: Path, seed: int) -> None:
@@ -197,13 +199,12 @@ def start_weights(path: Path, seed: int) -> None:
 
 def choose_pairs(root: Path, seed: int, name: str) -> list[dict]:
     """Return the pairs of one set: the human pairs, and the web and synthetic texts that the set takes."""
-    human = read_json(root / "world" / "annotations" / "pretrain_human.json")
+    human = read_json(annotation(root, "pretrain_human.json"))
     if name == "none":
-        return human + read_json(web_list(root))
+        return human + read_json(annotation(root, "pretrain_web.json"))
     wanted, found = SETS[name], []
-    folder = root / f"seed{seed}" / f"capfilt_{wanted.decoding}"
     for file in ("bootstrapped", "dropped"):
-        rows = map(json.loads, (folder / f"{file}.jsonl").read_text().splitlines())
+        rows = read_rows(root / f"seed{seed}" / f"capfilt_{wanted.decoding}" / f"{file}.jsonl")
         found += [row for row in rows if wanted.takes(row["source"], file == "bootstrapped")]
     return human + [{"image": row["image"], "caption": row["caption"]} for row in found]
 
@@ -220,73 +221,67 @@ def write_pairs(path: Path, pairs: list[dict], count: int, seed: int) -> None:
 # Running the stages.
 
 
-class Runner:
-    """Runs stages, several at a time; files in `done/` record the finished ones and their seconds.
+def done_file(root: Path, stage: Stage) -> Path:
+    """Return the file that marks a stage as done; it holds the seconds that the stage took."""
+    return root / "done" / f"{stage.file_name}.json"
 
-    Args:
-        root: folder of the experiment.
-        jobs: number of stages at a time.
+
+async def run_stages(root: Path, stages: Sequence[Stage], jobs: int) -> None:
+    """Run the stages that are not done yet, at most `jobs` at a time, each when the stages that it needs are done.
+
+    Raises:
+        UserError: a stage failed; the others that were running are ended.
     """
+    slots, began = asyncio.Semaphore(jobs), time.monotonic()
+    tasks: dict[str, asyncio.Task] = {}
 
-    def __init__(self, root: Path, jobs: int):
-        self.root, self.jobs, self.children = root, jobs, set[subprocess.Popen]()
+    async def run(stage: Stage) -> None:
+        await asyncio.gather(*(tasks[name] for name in stage.needs))
+        if done_file(root, stage).is_file():
+            return
+        async with slots:
+            seconds = await run_stage(root, stage)
+        done = sum(done_file(root, other).is_file() for other in stages)
+        minutes = (time.monotonic() - began) / 60
+        print(f"{done}/{len(stages)}  {stage.name}  {seconds:.0f} s  ({minutes:.1f} minutes in all)", flush=True)
 
-    def mark(self, stage: Stage) -> Path:
-        """Return the file that records a finished stage."""
-        return self.root / "done" / f"{stage.name.replace('/', '.')}.json"
+    tasks.update((stage.name, asyncio.create_task(run(stage))) for stage in stages)
+    await asyncio.gather(*tasks.values())  # after an error, asyncio.run cancels the other tasks
 
-    def run(self, stages: Sequence[Stage]) -> None:
-        """Run the stages that are not done; every stage comes after those it needs.
 
-        Raises:
-            UserError: a stage failed; the running ones are ended.
-        """
-        began, futures = time.monotonic(), dict[str, Future]()
-        with ThreadPoolExecutor(self.jobs) as pool:
-            try:
-                for stage in stages:
-                    needed = [futures[name] for name in stage.needs]
-                    futures[stage.name] = pool.submit(self.run_one, stage, needed)
-                for number, future in enumerate(as_completed(futures.values()), 1):
-                    minutes = (time.monotonic() - began) / 60
-                    print(f"{number}/{len(stages)}  {future.result()}  ({minutes:.1f} minutes in all)", flush=True)
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for child in self.children:
-                    child.terminate()
+async def run_stage(root: Path, stage: Stage) -> float:
+    """Run a stage to its end, continuing where a killed one stopped, and mark it as done; return the seconds.
 
-    def run_one(self, stage: Stage, needed: Sequence[Future]) -> str:
-        """Run a stage after those it needs, mark it as done, and return its name and seconds."""
-        for future in needed:
-            future.result()
-        mark, began = self.mark(stage), time.monotonic()
-        if not mark.is_file():
-            if stage.before:
-                stage.before()
-            if stage.command:
-                self.execute(stage)
-            write_json(mark, {"seconds": time.monotonic() - began})
-        return f"{stage.name}  {read_json(mark)['seconds']:.0f} s"
+    Raises:
+        UserError: its command failed.
+    """
+    began = time.monotonic()
+    if stage.before:
+        stage.before()
+    if stage.command:
+        resume = ["--resume"] if (root / stage.name / "checkpoint_last.pth").is_file() else []
+        await run_python([*stage.command, *resume], stage.name, root / "logs" / f"{stage.file_name}.log")
+    seconds = time.monotonic() - began
+    write_json(done_file(root, stage), {"seconds": seconds})
+    return seconds
 
-    def execute(self, stage: Stage) -> None:
-        """Run a stage's command, or continue a stopped one; its output goes to <stage>.log.
 
-        Raises:
-            UserError: the command failed.
-        """
-        command, log = [sys.executable, *stage.command], self.root / "logs" / f"{stage.name.replace('/', '.')}.log"
-        if (self.root / stage.name / "checkpoint_last.pth").is_file():
-            command.append("--resume")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}  # each stage has one core
-        with open(log, "w", encoding="utf-8") as file:
-            child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-            self.children.add(child)
-            code = child.wait()
-        self.children.discard(child)
-        if code:
-            last = (log.read_text().strip().splitlines() or ["no output"])[-1]
-            raise UserError(f"stage {stage.name} ended with {code}: {last}; see {log}, and start again to continue")
+async def run_python(arguments: list[str], name: str, log: Path) -> None:
+    """Run Python on one core; its output goes to a log. The process ends when this task is cancelled."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w", encoding="utf-8") as file:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, *arguments, stdout=file, stderr=subprocess.STDOUT, env=environment
+        )
+        try:
+            code = await child.wait()
+        finally:
+            if child.returncode is None:
+                child.terminate()
+    if code:
+        last = (log.read_text().strip().splitlines() or ["no output"])[-1]
+        raise UserError(f"stage {name} ended with {code}: {last}; see {log}, and start again to continue")
 
 
 def keep_plan(root: Path, plan: Plan) -> None:
@@ -301,7 +296,7 @@ def keep_plan(root: Path, plan: Plan) -> None:
     write_json(path, vars(plan))
 
 
-def main() -> int:
+def main() -> None:
     """Run the stages that are not done, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="output/bootstrap", help="folder of everything (default: output/bootstrap)")
@@ -310,18 +305,10 @@ def main() -> int:
     args = parser.parse_args()
     root, plan = Path(args.output), QUICK if args.quick else Plan()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        keep_plan(root, plan)
-        Runner(root, max(args.jobs, 1)).run(all_stages(root, plan))
-        print(write_tables(root, plan.seeds))
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues", file=sys.stderr)
-        return 130
+    keep_plan(root, plan)
+    asyncio.run(run_stages(root, all_stages(root, plan), max(args.jobs, 1)))
+    print(write_tables(root, plan.seeds))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -1,7 +1,6 @@
 """Results of `demo.bootstrap`: tables in Markdown and JSON, and a plot."""
 
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from statistics import mean, stdev
 
 from demo.exact import exact_shares
 from demo.noise import count, scores
-from files import read_json, write_json
+from files import read_json, read_rows, write_json
 from miniature.text import caption_is_exact
 from report.figures import draw_means
 
@@ -72,11 +71,11 @@ def model_scores(root: Path, seed: int, name: str) -> dict[str, float]:
     here, scenes = root / f"seed{seed}" / name, read_scenes(root)
     captions = read_json(here / "caption" / "result" / "test.json")
     exact, total = exact_shares(captions, scenes)["all test images"]
-    retrieval = read_lines(here / "retrieval" / "evaluate.txt")[-1]
-    pairs = read_lines(here / "pairs.jsonl")
+    retrieval = read_rows(here / "retrieval" / "evaluate.txt")[-1]
+    pairs = read_rows(here / "pairs.jsonl")
     found = (
         100 * mean(is_right(pair, scenes) for pair in pairs),
-        100 * read_lines(here / "caption" / "evaluate.txt")[-1]["test_CIDEr"],
+        100 * read_rows(here / "caption" / "evaluate.txt")[-1]["test_CIDEr"],
         100 * exact / total,
         retrieval["test_txt_r1"],
         retrieval["test_img_r1"],
@@ -87,7 +86,7 @@ def model_scores(root: Path, seed: int, name: str) -> dict[str, float]:
 def tool_scores(root: Path, seed: int, decoding: str) -> dict[str, float]:
     """Return the quality of captioner and filter, known because the scenes of the world are known."""
     folder, scenes = root / f"seed{seed}" / f"capfilt_{decoding}", read_scenes(root)
-    kept, dropped = (read_lines(folder / f"{name}.jsonl") for name in ("bootstrapped", "dropped"))
+    kept, dropped = (read_rows(folder / f"{name}.jsonl") for name in ("bootstrapped", "dropped"))
     truth = read_json(root / "world" / "annotations" / "pretrain_web_truth.json")
     judged = scores(count(folder, {row["image"]: row for row in truth})["all"])
     written = [row for row in kept + dropped if row["source"] == "synthetic"]
@@ -115,11 +114,6 @@ def is_right(pair: dict, scenes: dict[str, dict]) -> bool:
 def read_scenes(root: Path) -> dict[str, dict]:
     """Return the scene of every image of the world."""
     return read_json(root / "world" / "scenes.json")
-
-
-def read_lines(path: Path) -> list[dict]:
-    """Return the rows of a file of JSON lines."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def table(rows: dict[str, dict[str, list[float]]], corner: str) -> str:

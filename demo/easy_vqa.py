@@ -7,6 +7,7 @@ from pathlib import Path
 import easy_vqa
 
 from files import write_json
+from utils import run_command
 
 
 def convert(questions: tuple[list[str], list[str], list[int]], images: dict[int, str], root: Path, start: int) -> list:
@@ -18,7 +19,7 @@ def convert(questions: tuple[list[str], list[str], list[int]], images: dict[int,
     ]
 
 
-def main() -> int:
+def main() -> None:
     """Write train.json, its questions about shapes, test.json and answers.json, and link the images."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", default="output/easy_vqa")
@@ -34,8 +35,7 @@ def main() -> int:
     if not (folder / "images").exists():
         (folder / "images").symlink_to(root)
     print(f"wrote {len(train)} and {len(test)} questions to {folder}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

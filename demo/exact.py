@@ -12,6 +12,7 @@ import torch
 from files import read_json
 from miniature.scene import unseen_pairs
 from miniature.text import caption_is_exact
+from utils import run_command
 
 
 def exact_shares(results: list[dict], scenes: dict[str, dict]) -> dict[str, tuple[int, int]]:
@@ -27,7 +28,7 @@ def exact_shares(results: list[dict], scenes: dict[str, dict]) -> dict[str, tupl
     return {name: (right, total) for name, (right, total) in counts.items()}
 
 
-def main() -> int:
+def main() -> None:
     """Print the shares of the best epoch's captions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", required=True, help="output folder of train_caption.py")
@@ -40,8 +41,7 @@ def main() -> int:
     for name, (right, total) in exact_shares(results, scenes).items():
         print(f"  {name.ljust(24)} {right}/{total} = {right / max(total, 1):.1%}")
     print(f"page: {Path(args.results) / 'report.html'}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from files import write_json
-from utils import UserError
+from utils import UserError, run_command
 
 CAPTIONS = {
     "skimage/astronaut.png": ["a smiling astronaut in an orange suit", "a woman in a space suit before a flag"],
@@ -84,19 +84,13 @@ def bundled(name: str) -> Path:
     return Path(sklearn.datasets.__file__).parent / "images" / file
 
 
-def main() -> int:
+def main() -> None:
     """Write the set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="output/photographs", help="folder to write")
-    args = parser.parse_args()
-    try:
-        config = write_photographs(Path(args.output))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = write_photographs(Path(parser.parse_args().output))
     print(f"wrote {len(CAPTIONS)} photographs; train with: python train_caption.py --config {config}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))
