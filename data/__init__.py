@@ -1,6 +1,6 @@
-"""Datasets of every task, by their released names, and their loaders."""
+"""Datasets of every task and their loaders."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,13 +16,14 @@ from data.shards import TarPairs, only_shards
 from data.transforms import Transform, test_transform, train_transform
 from data.video import VideoDataset
 from data.vqa import VQATest, VQATrain, vqa_collate_fn
+from released import door
 from utils import UserError, get_rank, get_world_size
 
-__all__ = ["create_dataset", "create_loader", "create_sampler", "make_loaders", "prefetch", "vqa_collate_fn"]
+__all__ = ["build_datasets", "make_loader", "make_loaders", "vqa_collate_fn"]
 VQA_FILES = ("vqa_train.json", "vqa_val.json", "vg_qa.json")  # released, and so downloaded if absent
 
 
-def create_dataset(dataset: str, config: Any, min_scale: float = 0.5) -> Any:
+def build_datasets(dataset: str, config: Any, min_scale: float = 0.5) -> dict[str, Dataset]:
     """Build the datasets of a task.
 
     Args:
@@ -32,13 +33,12 @@ def create_dataset(dataset: str, config: Any, min_scale: float = 0.5) -> Any:
         min_scale: least share of an image's area in a training crop.
 
     Returns:
-        What the released function returned: train, validation and test datasets as far as the task has them.
+        Those of "train", "val" and "test" that the task has.
 
     Raises:
         UserError: an unknown name, or annotations or images that are missing or wrong.
     """
-    found = tuple(_build(dataset, config, split, min_scale) for split in _splits(dataset))
-    return found if len(found) > 1 else found[0]
+    return {split: _build(dataset, config, split, min_scale) for split in _splits(dataset)}
 
 
 def make_loaders(
@@ -47,8 +47,8 @@ def make_loaders(
     """Build the loaders of a task for this process.
 
     Args:
-        dataset: as `create_dataset`.
-        config: as `create_dataset`, with `num_workers` and batch sizes.
+        dataset: as `build_datasets`.
+        config: as `build_datasets`, with `num_workers` and batch sizes.
         splits: of "train", "val" and "test" those to build; None: all that the task has.
         seed: of the training order and augmentation.
 
@@ -60,11 +60,9 @@ def make_loaders(
     for split in _splits(dataset) if splits is None else splits:
         is_train = split == "train"
         data = _build(dataset, config, split, MIN_SCALE.get(dataset, 0.5))
-        (sampler,) = create_sampler([data], [is_train], get_world_size(), get_rank(), seed)
         collate_fn = vqa_collate_fn if dataset == "vqa" and is_train else None
-        loaders[split] = _loader(
-            data, sampler, _batch_size(dataset, config, is_train), config["num_workers"], is_train, collate_fn
-        )
+        batch_size = _batch_size(dataset, config, is_train)
+        loaders[split] = make_loader(data, batch_size, is_train, config["num_workers"], seed, collate_fn)
     return loaders
 
 
@@ -150,8 +148,7 @@ def _pretrain(config: Any, split: str, transform: Transform) -> Dataset:
 
 def _msrvtt(config: Any, split: str, transform: Transform) -> Dataset:
     file = _file(config, split, "msrvtt_test.jsonl")
-    upright = config.get("exif_orientation", False)
-    return VideoDataset(file, config["video_root"], config["num_frm_test"], config["image_size"], upright)
+    return VideoDataset(file, config["video_root"], config["num_frm_test"], config["image_size"])
 
 
 ALL_SPLITS = ("train", "val", "test")
@@ -168,47 +165,31 @@ DATASETS = {  # how a split is built, and the splits there are
 MIN_SCALE = {"pretrain": 0.2}  # least share of an image's area in a training crop; 0.5 elsewhere
 
 
-def create_sampler(
-    datasets: Sequence[Dataset], shuffles: Sequence[bool], num_tasks: int, global_rank: int, seed: int = 0
-) -> list[Sampler]:
-    """Build a sampler for each dataset: shuffled ones for training, the others for evaluation.
+def make_loader(
+    dataset: Dataset,
+    batch_size: int,
+    is_train: bool,
+    num_workers: int = 0,
+    seed: int = 0,
+    collate_fn: Callable | None = None,
+    processes: tuple[int, int] | None = None,
+) -> DataLoader:
+    """Build the loader of a dataset for this process.
 
     Args:
-        datasets: of training or evaluation.
-        shuffles: for each, whether it is shuffled.
-        num_tasks: number of processes.
-        global_rank: number of this one.
-        seed: of the order.
+        dataset: yields dicts, which `collate` joins.
+        batch_size: samples of a batch.
+        is_train: shuffle, and drop a last incomplete batch; otherwise each process reads its own part in order.
+        num_workers: processes that load data; they stay alive between epochs.
+        seed: of the training order and augmentation.
+        collate_fn: joins items instead of `collate`.
+        processes: number of processes and the number of this one; None takes those of the process group.
     """
-    return [
-        EpochSampler(len(data), num_tasks, global_rank, not isinstance(data, TarPairs), seed)
-        if shuffle
-        else ShardSampler(len(data), num_tasks, global_rank)
-        for data, shuffle in zip(datasets, shuffles, strict=True)
-    ]
-
-
-def create_loader(
-    datasets: Sequence[Dataset],
-    samplers: Sequence[Sampler],
-    batch_size: Sequence[int],
-    num_workers: Sequence[int],
-    is_trains: Sequence[bool],
-    collate_fns: Sequence[Callable | None],
-) -> list[DataLoader]:
-    """Build a loader for each dataset; all arguments are lists of one length.
-
-    Training drops a last incomplete batch. Batches are dicts (see `collate`). Workers stay alive between epochs.
-    """
-    rows = zip(datasets, samplers, batch_size, num_workers, is_trains, collate_fns, strict=True)
-    return [_loader(*row) for row in rows]
-
-
-def _loader(
-    dataset: Dataset, sampler: Sampler, batch_size: int, num_workers: int, is_train: bool, collate_fn: Callable | None
-) -> DataLoader:
-    if isinstance(sampler, EpochSampler):
-        dataset = SeededDataset(dataset, sampler.seed)
+    num_replicas, rank = processes or (get_world_size(), get_rank())
+    sampler: Sampler = ShardSampler(len(dataset), num_replicas, rank)
+    if is_train:
+        sampler = EpochSampler(len(dataset), num_replicas, rank, not isinstance(dataset, TarPairs), seed)
+        dataset = SeededDataset(dataset, seed)
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -219,11 +200,12 @@ def _loader(
         collate_fn=collate_fn or collate,
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # so that loading leaves the global random numbers alone
-        worker_init_fn=_one_thread,
+        worker_init_fn=set_one_thread,
     )
 
 
-def _one_thread(_: int) -> None:
+def set_one_thread(_: int) -> None:
+    """Let a data worker compute with one thread."""
     torch.set_num_threads(1)
 
 
@@ -240,19 +222,4 @@ def _join(values: list[Any]) -> Any:
     return values
 
 
-def prefetch(loader: Iterable[dict[str, Any]], device: torch.device) -> Iterator[dict[str, Any]]:
-    """Yield a loader's batches with their images on a device; a batch moves while the one before it is computed.
-
-    Numbers such as ids stay where they are, since they are read on the host.
-    """
-    ahead = None
-    for batch in loader:
-        moved = {
-            key: value.to(device, non_blocking=True) if torch.is_tensor(value) and value.is_floating_point() else value
-            for key, value in batch.items()
-        }
-        if ahead is not None:
-            yield ahead
-        ahead = moved
-    if ahead is not None:
-        yield ahead
+__getattr__ = door(__name__)

@@ -8,44 +8,47 @@ import random
 
 from PIL import Image, ImageEnhance, ImageOps
 
-FILL = (128, 128, 128)
+Fill = tuple[int, int, int]
+FILL: Fill = (128, 128, 128)
 MAX_LEVEL = 10
 
 
-def affine(image: Image.Image, a: float, b: float, c: float, d: float, e: float, f: float) -> Image.Image:
-    """Take output pixel (x, y) from input (a x + b y + c, d x + e y + f), bilinearly, grey outside."""
+def affine(
+    image: Image.Image, a: float, b: float, c: float, d: float, e: float, f: float, fill: Fill = FILL
+) -> Image.Image:
+    """Take output pixel (x, y) from input (a x + b y + c, d x + e y + f), bilinearly, `fill` outside."""
     # Pillow places a pixel's centre at + 0.5, the released operations at its index. At the frame they mix the outer
-    # pixels with the grey: Pillow does too when a pixel of grey surrounds the image, which moves it by 1.
+    # pixels with the fill: Pillow does too when a pixel of it surrounds the image, which moves it by 1.
     data = (a, b, c + 0.5 * (1 - a - b) + 1, d, e, f + 0.5 * (1 - d - e) + 1)
-    framed = ImageOps.expand(image, 1, FILL)
-    return framed.transform(image.size, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR, fillcolor=FILL)
+    framed = ImageOps.expand(image, 1, fill)
+    return framed.transform(image.size, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR, fillcolor=fill)
 
 
-def shear_x(image: Image.Image, factor: float) -> Image.Image:
+def shear_x(image: Image.Image, factor: float, fill: Fill = FILL) -> Image.Image:
     """Move each row by `factor` times its number."""
-    return affine(image, 1, -factor, 0, 0, 1, 0)
+    return affine(image, 1, -factor, 0, 0, 1, 0, fill)
 
 
-def shear_y(image: Image.Image, factor: float) -> Image.Image:
+def shear_y(image: Image.Image, factor: float, fill: Fill = FILL) -> Image.Image:
     """Move each column by `factor` times its number."""
-    return affine(image, 1, 0, 0, -factor, 1, 0)
+    return affine(image, 1, 0, 0, -factor, 1, 0, fill)
 
 
-def translate_x(image: Image.Image, offset: float) -> Image.Image:
+def translate_x(image: Image.Image, offset: float, fill: Fill = FILL) -> Image.Image:
     """Move to the left by `offset` pixels."""
-    return affine(image, 1, 0, offset, 0, 1, 0)
+    return affine(image, 1, 0, offset, 0, 1, 0, fill)
 
 
-def translate_y(image: Image.Image, offset: float) -> Image.Image:
+def translate_y(image: Image.Image, offset: float, fill: Fill = FILL) -> Image.Image:
     """Move up by `offset` pixels."""
-    return affine(image, 1, 0, 0, 0, 1, offset)
+    return affine(image, 1, 0, 0, 0, 1, offset, fill)
 
 
-def rotate(image: Image.Image, degrees: float) -> Image.Image:
+def rotate(image: Image.Image, degrees: float, fill: Fill = FILL) -> Image.Image:
     """Rotate counter-clockwise."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     x, y = image.width / 2, image.height / 2
-    return affine(image, cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y)
+    return affine(image, cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y, fill)
 
 
 def brightness(image: Image.Image, factor: float) -> Image.Image:

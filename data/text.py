@@ -1,16 +1,14 @@
-"""Cleaning of texts before tokenization, as in the released code."""
+"""Texts as the released code cleans them before the tokenizer sees them."""
 
 import re
-import string
 
 PUNCTUATION = ".!\"()*#:;~"
-BLANK = PUNCTUATION + string.whitespace
 
 
 def pre_caption(caption: str, max_words: int = 50) -> str:
-    """Lower-case, replace punctuation by spaces, collapse white space, and keep the first words.
+    """Lower-case, turn punctuation into spaces, join runs of white space, and keep the first words.
 
-    Commas, hyphens, apostrophes and question marks are kept.
+    Commas, hyphens, apostrophes and question marks stay.
     """
     caption = caption.lower().translate(str.maketrans(PUNCTUATION, " " * len(PUNCTUATION)))
     caption = re.sub(r"\s{2,}", " ", caption).rstrip("\n").strip(" ")
@@ -18,16 +16,11 @@ def pre_caption(caption: str, max_words: int = 50) -> str:
 
 
 def pre_question(question: str, max_ques_words: int = 50) -> str:
-    """Lower-case, delete punctuation, and keep the first words; white space is kept."""
+    """Lower-case, delete punctuation, and keep the first words; spaces stay as they are."""
     question = question.lower().translate(str.maketrans("", "", PUNCTUATION)).rstrip(" ")
     return " ".join(question.split(" ")[:max_ques_words])
 
 
 def exchange_left_right(sentence: str) -> str:
-    """Replace every word "left" by "right" and every word "right" by "left"."""
+    """Write "right" for every word "left" and "left" for every word "right"."""
     return re.sub(r"\b(left|right)\b", lambda word: "right" if word[0] == "left" else "left", sentence)
-
-
-def is_blank(text: str | None) -> bool:
-    """Return True for None and for a text of white space and punctuation only."""
-    return text is None or not text.strip(BLANK)

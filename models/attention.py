@@ -140,10 +140,10 @@ class TwoImageOutput(nn.Module):
 
     def __init__(self, width: int, norm_eps: float, dropout: float, merge: bool):
         super().__init__()
+        self.LayerNorm = nn.LayerNorm(width, eps=norm_eps)
         self.dense0 = nn.Linear(width, width)
         self.dense1 = nn.Linear(width, width)
         self.merge_layer = nn.Linear(2 * width, width) if merge else None
-        self.LayerNorm = nn.LayerNorm(width, eps=norm_eps)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x0: torch.Tensor, x1: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from models.med import MED_CONFIG, TextDecoder, TextTransformer, create_text_con
 from models.pretrained import load_checkpoint, load_pretrained
 from models.tokenizer import decode, init_tokenizer, tokenize
 from models.vit import create_vit
+from released import door
 from utils import UserError
 
 __all__ = [
@@ -174,3 +175,6 @@ def blip_decoder(pretrained: str = "", allow_pickle: bool = False, **kwargs) -> 
 def blip_feature_extractor(pretrained: str = "", allow_pickle: bool = False, **kwargs) -> BLIP_Base:
     """Build a feature extractor, with weights from `pretrained` (as `blip_decoder`)."""
     return load_pretrained(BLIP_Base(**kwargs), pretrained, "features", allow_pickle)
+
+
+__getattr__ = door(__name__)

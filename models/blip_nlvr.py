@@ -11,6 +11,7 @@ from models.med import MED_CONFIG, TextTransformer, create_text_config
 from models.pretrained import load_pretrained
 from models.tokenizer import tokenize
 from models.vit import create_vit
+from released import door
 
 
 class BLIP_NLVR(nn.Module):
@@ -60,3 +61,6 @@ class BLIP_NLVR(nn.Module):
 def blip_nlvr(pretrained: str = "", allow_pickle: bool = False, **kwargs) -> BLIP_NLVR:
     """Build an NLVR2 model; from a pretrained checkpoint both cross-attentions start from its one."""
     return load_pretrained(BLIP_NLVR(**kwargs), pretrained, "nlvr", allow_pickle)
+
+
+__getattr__ = door(__name__)

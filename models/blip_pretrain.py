@@ -12,6 +12,7 @@ from models.med import BERT_CONFIG, TextDecoder
 from models.momentum import Candidates, MomentumModel, enqueue
 from models.pretrained import load_pretrained
 from models.tokenizer import TokenBatch
+from released import door
 
 MAX_TEXT_TOKENS = 30
 NEGATIVE_FLOOR = 1e-4  # added to the probability of each negative
@@ -104,3 +105,6 @@ def blip_pretrain(pretrained: str = "", allow_pickle: bool = False, **kwargs) ->
     `models.pretrained` has the starting weights of its parts: DeiT or ViT-in21k, and BERT.
     """
     return load_pretrained(BLIP_Pretrain(**kwargs), pretrained, "pretrain", allow_pickle)
+
+
+__getattr__ = door(__name__)

@@ -10,6 +10,7 @@ from models.med import MED_CONFIG
 from models.momentum import Candidates, MomentumModel, enqueue
 from models.pretrained import load_pretrained
 from models.tokenizer import TokenBatch
+from released import door
 from utils import all_gather, all_gather_with_grad, get_world_size
 
 MAX_TEXT_TOKENS = 35
@@ -119,3 +120,6 @@ class BLIP_Retrieval(MomentumModel):
 def blip_retrieval(pretrained: str = "", allow_pickle: bool = False, **kwargs) -> BLIP_Retrieval:
     """Build a retrieval model, with weights from `pretrained` (path, URL, `hf:owner/name`, or '' for none)."""
     return load_pretrained(BLIP_Retrieval(**kwargs), pretrained, "retrieval", allow_pickle)
+
+
+__getattr__ = door(__name__)

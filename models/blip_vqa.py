@@ -16,6 +16,7 @@ from models.prefix_tree import build_prefix_trees
 from models.pretrained import load_pretrained
 from models.tokenizer import TokenBatch, decode, tokenize
 from models.vit import create_vit
+from released import door
 from utils import UserError
 
 MAX_QUESTION_TOKENS = 35
@@ -180,3 +181,6 @@ class BLIP_VQA(nn.Module):
 def blip_vqa(pretrained: str = "", allow_pickle: bool = False, **kwargs) -> BLIP_VQA:
     """Build a VQA model, with weights from `pretrained` (path, URL, `hf:owner/name`, or '' for none)."""
     return load_pretrained(BLIP_VQA(**kwargs), pretrained, "vqa", allow_pickle)
+
+
+__getattr__ = door(__name__)

@@ -26,6 +26,7 @@ from models.attention import (
 )
 from models.losses import IGNORED, lm_loss
 from models.tokenizer import TokenBatch, init_tokenizer
+from released import door, find
 from utils import UserError
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
@@ -121,10 +122,16 @@ class Embeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.register_load_state_dict_pre_hook(drop_position_ids)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Embed ids (rows, length) at positions (length,) or (rows, length)."""
         return self.dropout(self.LayerNorm(self.word_embeddings(input_ids) + self.position_embeddings(positions)))
+
+
+def drop_position_ids(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Leave out the position numbers that released checkpoints hold, before they are loaded."""
+    state.pop(f"{prefix}position_ids", None)
 
 
 class Intermediate(nn.Module):
@@ -151,6 +158,8 @@ class Layer(nn.Module):
         self.crossattention = (
             TwoImageCrossAttention(*cross, merge=index >= FIRST_MERGE_LAYER) if two_images else CrossAttention(*cross)
         )
+        if two_images:  # the released order of parameters, by which the state of an optimizer is saved
+            self.attention.output.dense = self.attention.output._modules.pop("dense")
         self.intermediate = Intermediate(config)
         self.output = Output(config.intermediate_size, width, eps, dropout)
 
@@ -210,7 +219,8 @@ class TextTransformer(nn.Module):
         causal: bool = False,
         positions: torch.Tensor | None = None,
         cache: TextCache | None = None,
-    ) -> torch.Tensor:
+        **released: Any,
+    ) -> Any:
         """Transform texts.
 
         Args:
@@ -220,10 +230,13 @@ class TextTransformer(nn.Module):
             causal: a position attends only to itself and earlier ones.
             positions: int64 (length,) or (rows, length); by default 0, 1, 2 ... after what the cache holds.
             cache: keys and values of earlier positions, to which the new ones are added; none may be padding.
+            released: arguments of the released BertModel, such as `encoder_hidden_states` and `mode`.
 
         Returns:
-            Hidden states (rows, length, width).
+            Hidden states (rows, length, width); called with released arguments, an output with `last_hidden_state`.
         """
+        if released:
+            return find(__name__, "call_encoder")(self, input_ids, attention_mask, **released)
         past = cache.length if cache is not None else 0
         if positions is None:
             positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
@@ -318,6 +331,14 @@ class TextDecoder(nn.Module):
             hidden, labels = hidden[labelled], labels[labelled]
         return lm_loss(self.logits(hidden), labels, smooth_padding)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Decode as the released BertLMHeadModel; see `released.networks.call_decoder`."""
+        return find(__name__, "call_decoder")(self, *args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Generate as the released BertLMHeadModel; see `released.networks.generate_ids`."""
+        return find(__name__, "generate_ids")(self, *args, **kwargs)
+
 
 def share_all_but_self_attention(decoder: TextTransformer, encoder: TextTransformer) -> None:
     """Replace the decoder's embeddings, cross-attention and feed-forward with the encoder's."""
@@ -336,3 +357,6 @@ def init_weights(module: nn.Module, std: float) -> None:
             part.weight.normal_(0.0, std)
         if isinstance(part, nn.Linear) and part.bias is not None:
             part.bias.zero_()
+
+
+__getattr__ = door(__name__)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,20 +68,24 @@ class MomentumModel(nn.Module):
     ):
         super().__init__()
         self.tokenizer, config = create_text_config(med_config, vit_sizes(vit)["embed_dim"])
-        for suffix, checkpointed in (("", vit_grad_ckpt), ("_m", False)):
-            vision, vision_width = create_vit(vit, image_size, checkpointed, vit_ckpt_layer)
-            setattr(self, "visual_encoder" + suffix, vision)
-            setattr(self, "text_encoder" + suffix, TextTransformer(config))
-            setattr(self, "vision_proj" + suffix, nn.Linear(vision_width, embed_dim))
-            setattr(self, "text_proj" + suffix, nn.Linear(config.hidden_size, embed_dim))
         self.text_config = config
+        # the released order of parameters, by which the state of an optimizer is saved
+        self.visual_encoder, vision_width = create_vit(vit, image_size, vit_grad_ckpt, vit_ckpt_layer)
+        self.text_encoder = TextTransformer(config)
+        self.vision_proj = nn.Linear(vision_width, embed_dim)
+        self.text_proj = nn.Linear(config.hidden_size, embed_dim)
         self.itm_head = nn.Linear(config.hidden_size, 2)
+        self.visual_encoder_m, _ = create_vit(vit, image_size)
+        self.vision_proj_m = nn.Linear(vision_width, embed_dim)
+        self.text_encoder_m = TextTransformer(config)
+        self.text_proj_m = nn.Linear(config.hidden_size, embed_dim)
         self.temp = nn.Parameter(torch.tensor(INITIAL_TEMPERATURE))
         self.queue_size, self.momentum, self.itc_all_ranks = queue_size, momentum, itc_all_ranks
         self.register_buffer("image_queue", random_queue(embed_dim, queue_size))
         self.register_buffer("text_queue", random_queue(embed_dim, queue_size))
         self.forward_begins_step = True  # until `begin_step` is called
         copy_params(self)
+        self.register_load_state_dict_pre_hook(rename_pointer)
 
     def image_feat(self, image_embeds: torch.Tensor, suffix: str = "") -> torch.Tensor:
         """Unit features (batch, embed_dim) of image tokens; suffix "_m" selects the momentum projection."""
@@ -186,6 +191,13 @@ class MomentumModel(nn.Module):
     def tokenize(self, texts: str | Sequence[str], max_length: int, device: torch.device) -> TokenBatch:
         """Tokenize texts with [CLS] as the first token."""
         return tokenize(self.tokenizer, texts, "cls", max_length, device)
+
+
+def rename_pointer(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Accept either name of the queue's pointer: checkpoints of other tasks, and of LAVIS, have the other one."""
+    for name, other in (("ptr_queue", "queue_ptr"), ("queue_ptr", "ptr_queue")):
+        if hasattr(model, name) and prefix + name not in state and prefix + other in state:
+            state[prefix + name] = state.pop(prefix + other)
 
 
 def momentum_pairs(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:

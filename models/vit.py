@@ -10,6 +10,7 @@ from timm.models import vision_transformer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from released import door
 from utils import UserError
 
 VARIANTS = {
@@ -25,13 +26,23 @@ class VisionTransformer(vision_transformer.VisionTransformer):
     """timm's Vision Transformer, which can recompute its last blocks in the backward pass to save memory.
 
     Args:
+        img_size, patch_size: sides of the square input and of a patch in pixels.
         use_grad_checkpointing: recompute the last `ckpt_layer` blocks.
         ckpt_layer: number of final blocks to checkpoint.
-        settings: as for timm's class.
+        settings: as for timm's class; there is no classifier, whatever `num_classes` says.
     """
 
-    def __init__(self, use_grad_checkpointing: bool = False, ckpt_layer: int = 0, **settings: Any):
-        super().__init__(**settings)
+    def __init__(
+        self,
+        img_size: int = 224,
+        patch_size: int = 16,
+        use_grad_checkpointing: bool = False,
+        ckpt_layer: int = 0,
+        **settings: Any,
+    ):
+        settings |= {"num_classes": 0, "global_pool": ""}
+        settings["norm_layer"] = settings.get("norm_layer") or partial(nn.LayerNorm, eps=1e-6)
+        super().__init__(img_size, patch_size, **settings)
         self.num_checkpointed = min(ckpt_layer, len(self.blocks)) if use_grad_checkpointing else 0
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
@@ -88,10 +99,7 @@ def create_vit(
         )
     encoder = VisionTransformer(
         img_size=image_size,
-        num_classes=0,
-        global_pool="",
         drop_path_rate=drop_path_rate or (LARGE_DROP_PATH_RATE if vit == "large" else 0.0),
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
         use_grad_checkpointing=use_grad_checkpointing,
         ckpt_layer=ckpt_layer,
         **sizes,
@@ -130,3 +138,6 @@ def interpolate_pos_embed(pos_embed_checkpoint: torch.Tensor, visual_encoder: nn
     grid = grid.reshape(1, old_grid, old_grid, -1).permute(0, 3, 1, 2)  # (1, width, grid, grid)
     grid = F.interpolate(grid.float(), size=(new_grid, new_grid), mode="bicubic", align_corners=False)
     return torch.cat((extra, grid.flatten(2).transpose(1, 2).to(extra.dtype)), dim=1)
+
+
+__getattr__ = door(__name__)

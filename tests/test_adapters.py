@@ -11,7 +11,7 @@ from scripts import ROOT, run_here, settings
 from test_compile import QUESTIONS, TEXTS
 from torch.utils.data import DataLoader, Dataset
 
-from data import create_loader, create_sampler
+from data import make_loader
 from formula import build as build_formula
 from formula import img
 from launch.config import NLVRConfig, TrainConfig
@@ -48,8 +48,7 @@ class Nothing(Dataset):
 
 
 def loader(steps) -> DataLoader:
-    samplers = create_sampler([Nothing(steps)], [True], 1, 0, 1)
-    return create_loader([Nothing(steps)], samplers, [1], [0], [True], [None])[0]
+    return make_loader(Nothing(steps), 1, True, seed=1)
 
 
 def trained(folder, kind, steps=2, epochs=1, resume=False, model=None, **values):

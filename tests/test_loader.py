@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import collate, create_loader, create_sampler, prefetch
+from data import collate, make_loader
 from data.transforms import open_image, train_transform
 from utils import UserError, user_message
 
@@ -27,9 +27,7 @@ class Noise:
 
 
 def loader(num_workers=0, shuffle=True, dataset=None, rank=0, world=1):
-    dataset = dataset or Noise()
-    samplers = create_sampler([dataset], [shuffle], world, rank, seed=7)
-    return create_loader([dataset], samplers, [2], [num_workers], [shuffle], [None])[0]
+    return make_loader(dataset or Noise(), 2, shuffle, num_workers, seed=7, processes=(world, rank))
 
 
 def read(batches):
@@ -110,15 +108,3 @@ def test_collate():
     assert batch["image"].shape == (2, 3, 2, 2)
     assert batch["idx"].dtype == torch.int64 and batch["idx"].tolist() == [1, 2]
     assert (batch["text"], batch["image_id"], batch["long"]) == (["a", "a"], [5, "x"], [2**70] * 2)
-
-
-def test_prefetch_yields_every_batch_once_and_leaves_ids_on_the_host():
-    images = [torch.full((2, 3), float(i)) for i in range(3)]
-    batches = [{"image": x, "image_id": torch.tensor([i, i]), "text": ["a"]} for i, x in enumerate(images)]
-    pulled = []
-    found = []
-    for batch in prefetch((pulled.append(i) or b for i, b in enumerate(batches)), torch.device("meta")):
-        found.append((batch["image"].device.type, batch["image_id"].device.type, batch["image_id"][0].item()))
-        assert pulled[-1] == min(len(found), 2), "the next batch is on its way"
-    assert found == [("meta", "cpu", i) for i in range(3)]
-    assert list(prefetch([], torch.device("cpu"))) == []

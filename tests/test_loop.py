@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from data import create_loader, create_sampler
+from data import make_loader
 from launch.config import TrainConfig
 from launch.run import Run
 from processes import run_in_processes
@@ -46,8 +46,7 @@ class Toy(nn.Module):
 
 
 def loader(batch_size, rank=0, world_size=1) -> DataLoader:
-    samplers = create_sampler([Points()], [True], world_size, rank, 1)
-    return create_loader([Points()], samplers, [batch_size], [0], [True], [None])[0]
+    return make_loader(Points(), batch_size, True, seed=1, processes=(world_size, rank))
 
 
 def train_step(model, batch, progress):

@@ -13,7 +13,7 @@ from PIL import Image
 from scripts import TINY, run_here
 from scripts import settings as given_settings
 
-from data import create_dataset
+from data import build_datasets
 from data.coco_flickr import CaptionTrain
 from data.images import as_rgb
 from data.pretrain import PairDataset
@@ -163,7 +163,7 @@ def test_the_setting_reaches_every_dataset(folder):
     own = dict.fromkeys(("train_file", "val_file", "test_file"), str(folder / "rows.json"))
     for asked in (False, True):
         config = CaptionConfig(image_root=str(folder), image_size=16, exif_orientation=asked, **own)
-        assert [data.transform.upright for data in create_dataset("caption_coco", config)] == [asked] * 3
+        assert [data.transform.upright for data in build_datasets("caption_coco", config).values()] == [asked] * 3
     assert CaptionConfig().exif_orientation is False
 
 

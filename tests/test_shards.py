@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import create_dataset, create_loader, create_sampler
+from data import build_datasets, make_loader
 from data.shards import count_pairs, expand, is_shard, read_shard
 from utils import UserError
 
@@ -54,11 +54,10 @@ def config(folder, files, **more):
 
 def batches(settings, num_workers=0, rank=0, world_size=1, epoch=0, consumed=0, seed=0):
     """The captions and the images' mean values of an epoch, batch by batch."""
-    dataset = create_dataset("pretrain", settings)
+    dataset = build_datasets("pretrain", settings)["train"]
     if hasattr(dataset, "shards"):
         dataset.rank, dataset.world_size = rank, world_size
-    samplers = create_sampler([dataset], [True], world_size, rank, seed)
-    (loader,) = create_loader([dataset], samplers, [settings["batch_size"]], [num_workers], [True], [None])
+    loader = make_loader(dataset, settings["batch_size"], True, num_workers, seed, processes=(world_size, rank))
     loader.sampler.set_position(epoch, consumed)
     return [(batch["caption"], batch["image"].mean(dim=(1, 2, 3)).tolist(), batch["bad"]) for batch in loader]
 
@@ -85,7 +84,7 @@ def test_shards_are_found_and_counted(shards):
 def test_shards_and_lists_give_the_same_batches_in_the_same_order(shards):
     from_shards = batches(config(shards, [str(shards / "*.tar")]))
     assert numbers(from_shards) == list(range(22))
-    dataset = create_dataset("pretrain", config(shards, [str(shards / "list.json")]))
+    dataset = build_datasets("pretrain", config(shards, [str(shards / "list.json")]))["train"]
     for n, (captions, means, bad) in enumerate(from_shards):
         rows = [dataset.at(0, 2 * n + i) for i in range(2)]
         assert captions == [row["caption"] for row in rows] and bad == ["", ""]
@@ -137,7 +136,7 @@ def test_mistakes(shards):
     with pytest.raises(UserError, match="4 shards for 5 readers"):
         batches(config(shards, [str(shards / "*.tar")]), num_workers=5)
     with pytest.raises(UserError, match="both shards and lists"):
-        create_dataset("pretrain", config(shards, [str(shards / "*.tar"), "list.json"]))
+        build_datasets("pretrain", config(shards, [str(shards / "*.tar"), "list.json"]))
     with pytest.raises(UserError, match="no pair can be read from 1 shards"):
         batches(config(shards, ["pipe:true"], shard_pairs=4))
 

@@ -1,0 +1,7 @@
+"""The released models/nlvr_encoder.py."""
+
+from released.networks import PARTS, BertPooler, TwoImageOutput
+from released.networks import TwoImageBertModel as BertModel
+
+__all__ = ["BertModel", "BertPooler", *PARTS]
+globals().update(PARTS | {"BertSelfOutput": TwoImageOutput})

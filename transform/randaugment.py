@@ -1,0 +1,3 @@
+"""The released transform/randaugment.py."""
+
+from released.augment import *  # noqa: F403
