@@ -14,7 +14,7 @@ from files import read_json, write_json
 from inference.ranking import Scores, two_stage_scores
 from launch.config import VideoConfig
 from launch.run import Run, launch
-from metrics.retrieval import video_eval
+from metrics.retrieval import retrieval_scores
 from models.blip_retrieval import BLIP_Retrieval, blip_retrieval
 from training.results import evaluate_only, report_scores
 from utils import all_gather_object, on_main_process
@@ -71,7 +71,7 @@ def measure(scores: Scores, dataset: Any, unreadable: set[int], run: Run) -> dic
         for t, row in zip(texts, best.tolist(), strict=True)
     ]
     write_json(run.result("test"), rows)
-    return {f"test_{name}": value for name, value in video_eval(v2t, t2v, txt2vid, vid2txt).items()}
+    return {f"test_{name}": value for name, value in retrieval_scores(v2t, t2v, txt2vid, vid2txt, "vid").items()}
 
 
 def examples(dataset: Any, run: Run, count: int = 12) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from files import read_json, write_json
 from inference.ranking import two_stage_scores
 from launch.config import RetrievalConfig
 from launch.run import Run, launch
-from metrics.retrieval import itm_eval, median_ranks
+from metrics.retrieval import retrieval_scores
 from models.blip_retrieval import BLIP_Retrieval, blip_retrieval
 from models.momentum import Candidates
 from training.contrast import compute_candidates
@@ -64,8 +64,7 @@ def evaluate(
 
         def measure(ranking=ranking, dataset=dataset, split=split) -> dict[str, float]:
             write_json(run.result(split), best_texts(ranking.t2i, dataset))
-            truth = (ranking.i2t, ranking.t2i, dataset.txt2img, dataset.img2txt)
-            return itm_eval(*truth) | median_ranks(*truth)
+            return retrieval_scores(ranking.i2t, ranking.t2i, dataset.txt2img, dataset.img2txt)
 
         scores |= {f"{split}_{name}": value for name, value in on_main_process(measure).items()}
     return scores

@@ -34,7 +34,5 @@ def _right(predictions: ArrayLike, labels: ArrayLike) -> np.ndarray:
     if predicted.ndim == 2:
         predicted = predicted.argmax(1)
     if predicted.shape != labels.shape or labels.ndim != 1 or not labels.size:
-        raise ValueError(
-            f"predictions of {predicted.shape} for labels of {labels.shape}; expected one for each"
-        )
+        raise ValueError(f"predictions of {predicted.shape} for labels of {labels.shape}; expected one for each")
     return predicted == labels

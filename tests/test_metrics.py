@@ -13,7 +13,7 @@ import torch
 from metrics import caption as caption_metrics
 from metrics.caption import caption_scores, domain_scores, simple_tokenize
 from metrics.classification import accuracy, consistency
-from metrics.retrieval import itm_eval, median_ranks, video_eval
+from metrics.retrieval import itm_eval, retrieval_scores
 from metrics.vqa import CONTRACTIONS, answer_accuracy, normalize_answer, vqa_accuracy
 from utils import UserError
 
@@ -201,14 +201,14 @@ def test_itm_eval_golden():
     # released way of ranking, written plainly
     orders = [list(np.argsort(row)[::-1]) for row in sides[0]]
     ranks = [min(order.index(text) for text in img2txt[image]) + 1 for image, order in enumerate(orders)]
-    assert median_ranks(*sides, txt2img, img2txt)["txt_mdR"] == np.median(ranks)
+    assert retrieval_scores(*sides, txt2img, img2txt)["txt_mdR"] == np.median(ranks)
 
 
 def test_retrieval_by_hand():
     """Four videos, one text each: ranks 1, 2, 3, 4 for texts; 1, 1, 1, 2 for videos."""
     v2t = [[9, 1, 1, 1], [9, 5, 1, 1], [9, 8, 5, 1], [9, 8, 7, 5]]
     t2v = [[9, 1, 2, 3], [1, 9, 2, 3], [1, 2, 9, 3], [1, 2, 9, 3]]
-    result = video_eval(v2t, t2v, {n: n for n in range(4)}, {n: [n] for n in range(4)})
+    result = retrieval_scores(v2t, t2v, {n: n for n in range(4)}, {n: [n] for n in range(4)}, "vid")
     assert result == pytest.approx(
         {"txt_r1": 25, "txt_r5": 100, "txt_r10": 100, "txt_r_mean": 75, "txt_mdR": 2.5,
          "vid_r1": 75, "vid_r5": 100, "vid_r10": 100, "vid_r_mean": 275 / 3, "vid_mdR": 1,
