@@ -116,7 +116,7 @@ def test_adapters_alone_are_small_and_give_the_model_again(tmp_path):
     for name, value in merged.items():
         torch.testing.assert_close(found[name], value, msg=name)
     again = build("nlvr")
-    config = adapters.prepare(again, NLVRConfig(adapter_weights=str(path)), Run(tmp_path, CPU))
+    config = adapters.freeze_and_adapt(again, NLVRConfig(adapter_weights=str(path)), Run(tmp_path, CPU))
     assert (config.adapter_rank, config.adapter_alpha) == (2, 4.0)
     for name, value in adapters.merged_state(again, config).items():
         torch.testing.assert_close(value, merged[name], msg=name)
@@ -179,7 +179,7 @@ def test_predictions_of_the_plain_checkpoint_are_those_of_the_run(tmp_path):
 
 def test_a_note_tells_how_much_is_trained(tmp_path):
     run, model = Run(tmp_path, CPU), build("decoder")
-    adapters.prepare(model, TrainConfig(**ADAPTED), run)
+    adapters.freeze_and_adapt(model, TrainConfig(**ADAPTED), run)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     (note,) = run.notes
     assert note.startswith(f"{trained / 1e6:.3g} of ") and note.endswith(" million parameters are trained")
@@ -191,7 +191,7 @@ MISTAKES = [
     ("decoder", {"freeze": ["visual_encoder", "text_decoder"]}, "freeze leaves nothing to train"),
     ("decoder", {**ADAPTED, "freeze": ["visual_encoder", "text_decoder"]}, "are in parts that freeze names"),
     ("decoder", {"adapter_rank": -1}, "expected a rank of 1 or more"),
-    ("decoder", {**ADAPTED, "adapter_targets": ["dense9"]}, "no linear map is called 'dense9'; there are attn.qkv"),
+    ("decoder", {**ADAPTED, "adapter_targets": ["dense9"]}, "no linear layer is called 'dense9'; there are attn.qkv"),
     ("decoder", {**ADAPTED, "adapter_targets": ["predictions.decoder"]}, "shares its weights with another part"),
     ("decoder", {**ADAPTED, "adapter_also": ["cls_head"]}, "nothing to train is called 'cls_head'"),
     ("decoder", {"adapter_weights": "nowhere.pth"}, "nowhere.pth does not exist"),
@@ -203,13 +203,13 @@ MISTAKES = [
 @pytest.mark.parametrize(("kind", "values", "told"), MISTAKES)
 def test_mistakes(kind, values, told, tmp_path):
     with pytest.raises(UserError, match=told):
-        adapters.prepare(build(kind), TrainConfig(**values), Run(tmp_path, CPU))
+        adapters.freeze_and_adapt(build(kind), TrainConfig(**values), Run(tmp_path, CPU))
 
 
 def test_without_peft_it_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match="pip install peft"):
-        adapters.prepare(build("decoder"), TrainConfig(**ADAPTED), Run(tmp_path, CPU))
+        adapters.freeze_and_adapt(build("decoder"), TrainConfig(**ADAPTED), Run(tmp_path, CPU))
 
 
 def test_adapters_of_other_weights_are_refused(tmp_path):
@@ -223,9 +223,9 @@ def test_adapters_of_other_weights_are_refused(tmp_path):
     with pytest.raises(UserError, match="is of another architecture"):
         adapters.apply_adapters(build("vqa"), path)
     with pytest.raises(UserError, match="adapter_rank is 3 and .* has rank 2"):
-        adapters.prepare(build("decoder"), TrainConfig(adapter_weights=path, adapter_rank=3), run)
+        adapters.freeze_and_adapt(build("decoder"), TrainConfig(adapter_weights=path, adapter_rank=3), run)
     with pytest.raises(UserError, match="holds no adapters; give the adapters.pth of a run"):
-        adapters.prepare(build("decoder"), TrainConfig(adapter_weights=str(tmp_path / BEST)), run)
+        adapters.freeze_and_adapt(build("decoder"), TrainConfig(adapter_weights=str(tmp_path / BEST)), run)
     content = read(path)
     torch.save(content | {"config": content["config"] | {"adapter_rank": 3}}, path)
     with pytest.raises(UserError, match="holds no adapters"):  # its own tensors say otherwise

@@ -1,8 +1,7 @@
 """Training a part of a model: frozen parts, and low-rank adapters (LoRA, by the package peft) beside frozen weights.
 
-A run with adapters leaves the same plain checkpoints as any other, its adapters added to the weights, and beside
-them `adapters.pth`: the adapters and the parts trained whole, which with the weights they were trained on give the
-same model again.
+A run with adapters writes plain checkpoints, with the adapters added to the weights, and `adapters.pth`: the adapters
+and the parts trained whole. Together with the weights of the start they give the same model.
 """
 
 import zlib
@@ -23,22 +22,28 @@ from utils import UserError, on_main_process
 
 FILE = "adapters.pth"
 SETTINGS = ("freeze", "adapter_rank", "adapter_alpha", "adapter_targets", "adapter_also")
-NAME = "default"  # peft's name for the only adapter of a map
+NAME = "default"  # peft's name for the only adapter of a layer
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # the two factors of an adapter: to its rank, and back
 
 
-def prepare(model: nn.Module, config: TrainConfig, run: Run) -> TrainConfig:
-    """Freeze parts and add adapters as a configuration says; the model stays the same object.
+def freeze_and_adapt(model: nn.Module, config: TrainConfig, run: Run) -> TrainConfig:
+    """Freeze parts of a model and add adapters as the config says; the model stays the same object.
 
     Returns:
-        The configuration, with the settings of `adapter_weights` if that is given.
+        The config, with the settings of `adapter_weights` if that is given.
 
     Raises:
         UserError: an unknown part, nothing left to train, no peft, or a training that this does not go with.
     """
     saved = read_adapters(config.adapter_weights) if config.adapter_weights else {}
     if saved:
-        config = _with_settings_of(saved, config)
+        rank = saved["config"]["adapter_rank"]
+        if config.adapter_rank not in (0, rank):
+            raise UserError(
+                f"adapter_rank is {config.adapter_rank} and {config.adapter_weights} has rank {rank}; "
+                "leave adapter_rank out, or begin without adapter_weights"
+            )
+        config = replace(config, **{key: saved["config"][key] for key in SETTINGS})
     if not config.freeze and not config.adapter_rank:
         return config
     freeze_parts(model, config.freeze)
@@ -55,7 +60,7 @@ def prepare(model: nn.Module, config: TrainConfig, run: Run) -> TrainConfig:
 
 
 def freeze_parts(model: nn.Module, names: list[str]) -> None:
-    """Keep top-level parts as they are.
+    """Freeze top-level parts.
 
     Raises:
         UserError: the model has no part of a name.
@@ -69,10 +74,10 @@ def freeze_parts(model: nn.Module, names: list[str]) -> None:
 
 
 def add_adapters(model: nn.Module, config: TrainConfig) -> None:
-    """Put adapters beside a model's linear maps, and freeze all but them and the parts of `adapter_also`.
+    """Add adapters to a model's linear layers, and freeze all but them and the parts of `adapter_also`.
 
     Raises:
-        UserError: peft is not there, a setting is out of range, a name fits nothing, or the model has a momentum twin.
+        UserError: peft is missing, a setting is out of range, a name fits nothing, or the model has momentum encoders.
     """
     if isinstance(model, MomentumModel):
         raise UserError(
@@ -86,29 +91,28 @@ def add_adapters(model: nn.Module, config: TrainConfig) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise UserError("adapter_rank needs the package peft; pip install peft, or set adapter_rank: 0") from None
-    names = adapted_maps(model, config)
+    names = adapted_layers(model, config)
     lora = LoraConfig(r=config.adapter_rank, lora_alpha=config.adapter_alpha, target_modules=names)
     inject_adapter_in_model(lora, model, NAME)
     for wanted in config.adapter_also:
         _train_whole(model, wanted)
 
 
-def adapted_maps(model: nn.Module, config: TrainConfig) -> list[str]:
-    """Return the names of the linear maps that get adapters: those of `adapter_targets` outside frozen parts."""
-    maps = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+def adapted_layers(model: nn.Module, config: TrainConfig) -> list[str]:
+    """Return the names of the linear layers that get adapters: those of `adapter_targets` outside frozen parts."""
+    layers = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     found = []
     for wanted in config.adapter_targets:
-        names = [name for name in maps if f".{name}".endswith(f".{wanted}")]
+        names = [name for name in layers if f".{name}".endswith(f".{wanted}")]
         if not names:
-            example = ", ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in maps))
-            raise UserError(f"adapter_targets: no linear map is called {wanted!r}; there are {example}")
-        for name in names:
-            if owners[id(maps[name].weight)] > 1:
-                raise UserError(f"adapter_targets: {name} shares its weights with another part; leave {wanted!r} out")
+            example = ", ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in layers))
+            raise UserError(f"adapter_targets: no linear layer is called {wanted!r}; there are {example}")
+        if shared := [name for name in names if owners[id(layers[name].weight)] > 1]:
+            raise UserError(f"adapter_targets: {shared[0]} shares its weights with another part; leave {wanted!r} out")
         found += [name for name in names if name.split(".")[0] not in config.freeze]
     if not found:
-        raise UserError("all maps of adapter_targets are in parts that freeze names; take a part off that list")
+        raise UserError("all layers of adapter_targets are in parts that freeze names; take a part off that list")
     return list(dict.fromkeys(found))
 
 
@@ -126,7 +130,7 @@ def _train_whole(model: nn.Module, wanted: str) -> None:
 
 
 def adapter_state(model: nn.Module) -> State:
-    """Return what an adapted model trains, under names without peft's: X.lora_A.weight, X.lora_B.weight, and parts.
+    """Return the trained part of an adapted model, by names without peft's: X.lora_A.weight, X.lora_B.weight, parts.
 
     All processes call this and `base_state`.
     """
@@ -141,31 +145,25 @@ def base_state(model: nn.Module) -> State:
     return {key.replace(".base_layer.", "."): value for key, value in state.items() if ".lora_" not in key}
 
 
-def merge(state: State, tensors: State, config: Any) -> State:
-    """Return a plain model's state dict with adapters added, and with the parts that were trained whole."""
-    merged = dict(state)
-    for name, value in tensors.items():
-        if name.endswith(DOWN):
-            weight, scale = _weight_of(name), config["adapter_alpha"] / config["adapter_rank"]
-            merged[weight] = state[weight] + scale * (tensors[_up_of(name)] @ value)
-        elif not name.endswith(UP):
-            merged[name] = value
-    return merged
-
-
-def _weight_of(name: str) -> str:
-    return name.removesuffix(DOWN) + ".weight"
-
-
-def _up_of(name: str) -> str:
-    return name.removesuffix(DOWN) + UP
-
-
 def merged_state(model: nn.Module, config: TrainConfig) -> State:
     """Return a model's whole weights under its plain names, adapters added; all processes call it."""
     if not config.adapter_rank:
         return parallel.full_state(model)
-    return merge(base_state(model), adapter_state(model), config)
+    return add_to_weights(base_state(model), adapter_state(model), config)
+
+
+def add_to_weights(state: State, tensors: State, config: Any) -> State:
+    """Return a plain model's state dict with adapters added, and with the parts that were trained whole."""
+    factors, whole = split_tensors(tensors)
+    scale = config["adapter_alpha"] / config["adapter_rank"]
+    return state | whole | {name: state[name] + scale * (up @ down) for name, (down, up) in factors.items()}
+
+
+def split_tensors(tensors: State) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], State]:
+    """Return the two factors of each adapter, by the name of its weight, and the weights of parts trained whole."""
+    names = [name.removesuffix(DOWN) for name in tensors if name.endswith(DOWN)]
+    factors = {f"{name}.weight": (tensors[name + DOWN], tensors[name + UP]) for name in names}
+    return factors, {name: value for name, value in tensors.items() if not name.endswith((DOWN, UP))}
 
 
 def adapter_file(model: nn.Module, config: TrainConfig) -> dict[str, Any]:
@@ -178,8 +176,8 @@ def adapter_file(model: nn.Module, config: TrainConfig) -> dict[str, Any]:
 def fingerprint(state: State, tensors: State) -> int:
     """Return a checksum of the frozen weights beside adapters."""
     total = 0
-    for name in sorted(name for name in tensors if name.endswith(DOWN)):
-        total = zlib.crc32(state[_weight_of(name)].detach().float().cpu().contiguous().numpy(), total)
+    for name in sorted(split_tensors(tensors)[0]):
+        total = zlib.crc32(state[name].detach().float().cpu().contiguous().numpy(), total)
     return total
 
 
@@ -198,34 +196,23 @@ def read_adapters(path: str) -> dict[str, Any]:
 
 
 def _is_adapter_file(content: Any) -> bool:
-    content = content if isinstance(content, dict) else {}
-    tensors, settings = content.get("adapters"), content.get("config")
-    if not isinstance(tensors, dict) or not isinstance(settings, dict):
+    try:
+        factors, whole = split_tensors(content["adapters"])
+        rank = content["config"]["adapter_rank"]
+        has_settings = {*SETTINGS, "pretrained"} <= content["config"].keys()
+        ranks_fit = all(down.shape[0] == up.shape[1] == rank for down, up in factors.values())
+        return ranks_fit and all(map(torch.is_tensor, whole.values())) and "base" in content and has_settings
+    except (LookupError, TypeError, AttributeError):
         return False
-    if not all(map(torch.is_tensor, tensors.values())) or not {*SETTINGS, "pretrained"} <= settings.keys():
-        return False
-    pairs = [(value, tensors.get(_up_of(name))) for name, value in tensors.items() if name.endswith(DOWN)]
-    rank = settings["adapter_rank"]
-    return all(up is not None and [*down.shape[:1], *up.shape[1:]] == [rank, rank] for down, up in pairs)
-
-
-def _with_settings_of(saved: dict[str, Any], config: TrainConfig) -> TrainConfig:
-    found = {key: saved["config"][key] for key in SETTINGS}
-    if config.adapter_rank not in (0, found["adapter_rank"]):
-        raise UserError(
-            f"adapter_rank is {config.adapter_rank} and {config.adapter_weights} has rank {found['adapter_rank']}; "
-            "leave adapter_rank out, or begin without adapter_weights"
-        )
-    return replace(config, **found)
 
 
 def load_adapters(model: nn.Module, saved: dict[str, Any], path: str) -> None:
-    """Give an adapted model the adapters of a file.
+    """Load the adapters of a file into an adapted model.
 
     Raises:
         UserError: they belong to another architecture, or to other weights.
     """
-    _refuse_strangers(base_state(model), saved, path)
+    _refuse_other_models(base_state(model), saved, path)
     own = adapter_state(model)
     if own.keys() != saved["adapters"].keys():
         raise UserError(f"{path} does not adapt all of this model; set vit and med_config as it was trained")
@@ -236,18 +223,17 @@ def load_adapters(model: nn.Module, saved: dict[str, Any], path: str) -> None:
 def apply_adapters(model: nn.Module, path: str) -> None:
     """Add the adapters of a file to a plain model's weights; errors as `load_adapters`. Needs no peft."""
     saved, state = read_adapters(path), model.state_dict()
-    _refuse_strangers(state, saved, path)
-    model.load_state_dict(merge(state, saved["adapters"], saved["config"]))
+    _refuse_other_models(state, saved, path)
+    model.load_state_dict(add_to_weights(state, saved["adapters"], saved["config"]))
 
 
-def _refuse_strangers(state: State, saved: dict[str, Any], path: str) -> None:
-    tensors = saved["adapters"]
-    for name, value in tensors.items():
-        shape = value.shape
-        if name.endswith(DOWN):
-            name, shape = _weight_of(name), (*tensors[_up_of(name)].shape[:1], *shape[1:])
-        if not name.endswith(UP) and (name not in state or state[name].shape != shape):
+def _refuse_other_models(state: State, saved: dict[str, Any], path: str) -> None:
+    factors, whole = split_tensors(saved["adapters"])
+    shapes = {name: (up.shape[0], down.shape[1]) for name, (down, up) in factors.items()}
+    shapes |= {name: value.shape for name, value in whole.items()}
+    for name, shape in shapes.items():
+        if name not in state or state[name].shape != shape:
             raise UserError(f"{path} is of another architecture ({name}); set vit and med_config as it was trained")
-    if on_main_process(lambda: fingerprint(state, tensors)) != saved["base"]:
+    if on_main_process(lambda: fingerprint(state, saved["adapters"])) != saved["base"]:
         start = saved["config"]["pretrained"] or "'' (random weights)"
         raise UserError(f"{path} was trained beside other weights than these; they were pretrained={start}")

@@ -84,7 +84,7 @@ def create_state(run: Run, config: TrainConfig, model: nn.Module, num_batches: i
         )
     if config.amp == "fp16" and config.parallel == "fsdp":
         raise UserError("amp: fp16 does not go with parallel: fsdp; set amp: bf16, or parallel: ddp")
-    config = adapters.prepare(model, config, run)
+    config = adapters.freeze_and_adapt(model, config, run)
     model = prepare_model(model, config, run.device)
     wrapped = parallel.wrap(model, config.parallel, run.device)
     if config.compile:
