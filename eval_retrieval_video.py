@@ -46,7 +46,7 @@ def evaluate(model: BLIP_Retrieval, loader: DataLoader, config: VideoConfig, run
 
     def encode(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         bad.update({int(i): error for i, error in zip(batch["index"], batch["error"], strict=True) if error})
-        return encode_video(model, batch["video"].to(run.device))
+        return encode_video(model, batch["video"].to(run.device, non_blocking=True))
 
     dataset = loader.dataset
     scores = two_stage_scores(model, encode, loader, dataset.text, config.k_test, config.batch_size)

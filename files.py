@@ -24,14 +24,16 @@ def write_whole(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     Raises:
         UserError: it could not be written, because of a full disk for instance; an earlier file is untouched.
     """
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.with_name(f"{path.name}.part{os.getpid()}")
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # the latter is torch's
+    except (OSError, RuntimeError) as error:  # torch's writer hides a full disk behind a RuntimeError
+        if isinstance(error, RuntimeError) and not disk_is_full(error):
+            raise
         raise UserError(why_not_written(path, error)) from None
     finally:
         with suppress(OSError):
@@ -64,20 +66,30 @@ def write_json(path: Path, content: Any) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(why_not_written(path, error)) from None
-    text = json.dumps(content, ensure_ascii=False)
     with write_whole(path) as file:
-        # halves of characters, which annotations may hold, cannot be written as they are
-        file.write(text if _is_whole(text) else json.dumps(content))
+        file.write(to_json(content))
     return path
 
 
-def _is_whole(text: str) -> bool:
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+def to_json(content: Any) -> str:
+    """Return JSON in UTF-8, or in ASCII where a text holds lone surrogates, which UTF-8 cannot encode."""
+    text = json.dumps(content, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(content)
+    return text
 
 
 def read_json(path: Path) -> Any:
     """Read a result file that `write_json` wrote."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_rows(path: Path) -> list[Any]:
+    """Return the rows of a JSON-lines file that this project wrote."""
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def why_not_written(path: Path, error: BaseException) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
-from data import make_loaders
+from data import make_loaders, prefetch
 from data.annotations import find_annotation
 from files import read_json, write_json
 from launch.config import CaptionConfig
@@ -34,9 +34,9 @@ def train_step(model: nn.Module, batch: dict[str, Any], progress: Progress) -> L
 def write_captions(model: BLIP_Decoder, loader: DataLoader, config: Any, **settings: float) -> list[dict[str, Any]]:
     """Caption every image of a split; the same list, in the order of the split, on every process."""
     device, results = next(model.parameters()).device, []
-    for batch in track(loader, "captioning"):
+    for batch in prefetch(track(loader, "captioning"), device):
         captions = model.generate(
-            batch["image"].to(device),
+            batch["image"],
             num_beams=config.num_beams,
             max_length=config.max_length,
             min_length=config.min_length,

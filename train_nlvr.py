@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from data import make_loaders
+from data import make_loaders, prefetch
 from files import read_json, write_json
 from launch.config import NLVRConfig
 from launch.run import Run, launch
@@ -37,8 +37,8 @@ def train_step(model: nn.Module, batch: dict[str, Any], progress: Progress) -> L
 def judge(model: BLIP_NLVR, loader: DataLoader, device: torch.device) -> list[dict[str, Any]]:
     """Judge every statement of a split; the same list on every process."""
     rows = []
-    for batch in track(loader, "judging"):
-        logits = model(both_images(batch).to(device), batch["sentence"], targets=batch["label"].to(device), train=False)
+    for batch in prefetch(track(loader, "judging"), device):
+        logits = model(both_images(batch), batch["sentence"], targets=batch["label"].to(device), train=False)
         for sentence, label, row in zip(batch["sentence"], batch["label"].tolist(), logits.float().cpu(), strict=True):
             probability = row.softmax(0)[1].item()
             rows.append({"sentence": sentence, "label": label, "prediction": int(row.argmax()), "true": probability})

@@ -52,7 +52,7 @@ def evaluate(
     """Rank both ways and return recalls, their means and the median ranks of each split."""
 
     def encode(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        image_embeds = model.visual_encoder(batch["image"].to(run.device))
+        image_embeds = model.visual_encoder(batch["image"].to(run.device, non_blocking=True))
         return image_embeds, model.image_feat(image_embeds)
 
     scores: dict[str, float] = {}

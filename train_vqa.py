@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from data import make_loaders
+from data import make_loaders, prefetch
 from files import read_json, write_json
 from launch.config import VQAConfig
 from launch.run import Run, launch
@@ -42,8 +42,8 @@ def answer(model: BLIP_VQA, loader: DataLoader, config: VQAConfig, device: torch
     if config.inference == "rank":
         candidates = tokenize(model.tokenizer, names, "dec", device=device)
     rows = []
-    for batch in track(loader, "answering"):
-        image, questions = batch["image"].to(device), batch["question"]
+    for batch in prefetch(track(loader, "answering"), device):
+        image, questions = batch["image"], batch["question"]
         if candidates is None:
             answers = model(image, questions, train=False, inference="generate")
         else:

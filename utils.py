@@ -30,6 +30,24 @@ def user_message(error: BaseException) -> str | None:
     return found[-1] if found else " ".join(lines)
 
 
+def allow_tf32(enabled: bool) -> None:
+    """Let CUDA compute float32 products and convolutions in TF32, the default of the released code's PyTorch."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = enabled
+
+
+def run_command(main: Callable[[], None]) -> int:
+    """Run a command and return its exit code: 0; 2 after a UserError, whose line is printed; 130 after Ctrl-C."""
+    try:
+        main()
+        return 0
+    except UserError as error:
+        print(f"error: {user_message(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
 # Processes: no-ops in one process.
 
 
@@ -221,6 +239,25 @@ def track(items: Sequence[Item] | Any, title: str) -> Iterator[Item]:
         yield item
         line.update(done)
     line.close()
+
+
+def note(text: str) -> None:
+    """Print a line on standard error, on the main process only."""
+    if is_main_process():
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def id_text(value: Any) -> str:
+    """Return the text of an image's or question's id, which is the same for 1, 1.0 and "1".
+
+    Raises:
+        UserError: it is no whole number and no text, or an empty one.
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+        raise UserError(f"an id is {value!r:.40}; expected a whole number or a text")
+    return value if isinstance(value, str) else str(value)
 
 
 __getattr__ = door(__name__)

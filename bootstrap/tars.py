@@ -1,22 +1,22 @@
-"""CapFilt's images: from lists, or from tar shards, for which it writes tar shards of the bootstrapped pairs."""
+"""Images and web texts of CapFilt, read from lists or tar shards, and tar shards of the bootstrapped pairs."""
 
 import io
 import json
-import os
 import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bootstrap.shards import SHOWN, Row, Shards
+from bootstrap.shards import Row, Shards
 from data.annotations import inside
 from data.pretrain import MAX_WORDS
 from data.shards import Record, read_shard
 from data.text import pre_caption
+from files import write_whole
 from utils import UserError
 
 
@@ -25,10 +25,10 @@ class Sample:
     """An image and its web texts.
 
     Attributes:
-        name: its path, or its key in a tar shard; within a shard no other has it.
+        name: its path, or its key in a tar shard; unique within a shard.
         image: path, or encoded.
         texts: web texts, cleaned.
-        record: as the tar shard holds it.
+        record: of the tar shard.
     """
 
     name: str
@@ -37,12 +37,12 @@ class Sample:
     record: Record | None = None
 
 
-# A shard's samples, some at a time, and rows for what could not be read.
+# shard -> its samples, some at a time, and rows for what could not be read
 Source = Callable[[int], Iterator[tuple[list[Sample], list[Row]]]]
 
 
 def list_source(shards: Shards, image_root: str) -> Source:
-    """Return what gives a shard's images, each once, all at a time, from lists."""
+    """Return a source of the images of lists, each once, a shard at a time."""
 
     def source(shard: int) -> Iterator[tuple[list[Sample], list[Row]]]:
         samples: dict[str, Sample] = {}
@@ -60,10 +60,10 @@ def list_source(shards: Shards, image_root: str) -> Source:
 
 
 def tar_source(shards: Shards, size: int) -> Source:
-    """Return what gives the samples of a shard that is a tar file, `size` at a time.
+    """Return a source of the samples of tar files, `size` at a time.
 
-    An archive that is damaged counts as one unreadable image, after those before the damage. A command that fails
-    ends the run, since the next start may have better luck.
+    A damaged archive counts as one unreadable image, after those before the damage. A command that fails ends the
+    run, since it may succeed at the next start.
     """
 
     def source(shard: int) -> Iterator[tuple[list[Sample], list[Row]]]:
@@ -88,7 +88,7 @@ def tar_source(shards: Shards, size: int) -> Source:
 
 
 def _samples(tar: str) -> Iterator[Sample]:
-    """Yield a tar file's samples under names of their own: a key that comes again has a number."""
+    """Yield a tar file's samples under unique names: a repeated key gets a number."""
     seen: Counter[str] = Counter()
     for record in read_shard(tar):
         seen[record.key] += 1
@@ -96,19 +96,20 @@ def _samples(tar: str) -> Iterator[Sample]:
         yield Sample(name, record.image, [pre_caption(record.caption, MAX_WORDS)], record)
 
 
-def located(rows: Sequence[Row], samples: Sequence[Sample]) -> list[Row]:
-    """Return rows that say of an unreadable image which tar file it is in, if it is in one."""
+def with_places(rows: Sequence[Row], samples: Sequence[Sample]) -> list[Row]:
+    """Return rows whose errors name the tar file of the unreadable image, if it is in one."""
     places = {sample.name: f"{sample.record.name}: " for sample in samples if sample.record}
     return [row | {"error": places.get(row["image"], "") + row["error"]} if "error" in row else row for row in rows]
 
 
-# What is written.
+# Writing.
 
 Write = Callable[[Sequence[Sample], Sequence[Row]], None]
+Output = Callable[[int], AbstractContextManager[Write]]  # shard -> context in which its pairs are written
 
 
 class TarOutput:
-    """The bootstrapped set as tar shards, one for each shard of the input.
+    """Tar shards of the bootstrapped set, one for each shard of the input.
 
     Args:
         folder: of the tar files.
@@ -126,38 +127,28 @@ class TarOutput:
         """Write a shard, whole or not at all.
 
         Raises:
-            UserError: the disk is full, or the folder may not be written.
+            UserError: the disk is full, or the folder cannot be written.
         """
-        temporary = self.path(shard).with_suffix(f".tar.part{os.getpid()}")
         number = 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                with tarfile.open(fileobj=file, mode="w") as tar:
-
-                    def write(samples: Sequence[Sample], rows: Sequence[Row]) -> None:
-                        nonlocal number
-                        number += add_pairs(tar, samples, rows)
-
-                    yield write
-                file.flush()
-                os.fsync(file.fileno())
-            stats = self.path(shard).with_name(f"{shard:05d}_stats.json")  # what `data.shards.count_pairs` looks for
-            stats.write_text(json.dumps({"successes": number}))
-            temporary.replace(self.path(shard))
         except OSError as error:
-            raise UserError(
-                f"{self.path(shard)} could not be written ({error.strerror}); free space and start again: finished "
-                "shards are kept"
-            ) from None
-        finally:
-            temporary.unlink(missing_ok=True)
+            raise UserError(f"{self.folder} cannot be made ({error.strerror}); choose another --output_dir") from None
+        with write_whole(self.path(shard), "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
 
-    def tidy(self, shards: Shards) -> None:
-        """Remove the tar files of shards that are not finished: of other settings, or of a start that was killed.
+            def write(samples: Sequence[Sample], rows: Sequence[Row]) -> None:
+                nonlocal number
+                number += add_pairs(tar, samples, rows)
+
+            yield write
+            stats = self.path(shard).with_name(f"{shard:05d}_stats.json")  # read by `data.shards.count_pairs`
+            stats.write_text(json.dumps({"successes": number}))
+
+    def delete_unfinished(self, shards: Shards) -> None:
+        """Delete the tar files of shards that are not finished: of other settings, or of a start that was killed.
 
         Raises:
-            UserError: one cannot be removed.
+            UserError: one cannot be deleted.
         """
         done = {path.stem for path in map(self.path, range(len(shards))) if shards.path(int(path.stem)).is_file()}
         for path in self.folder.glob("[0-9]*"):
@@ -166,21 +157,17 @@ class TarOutput:
                 try:
                     path.unlink()
                 except OSError as error:
-                    raise UserError(f"{path} is out of date and cannot be removed ({error.strerror})") from None
+                    raise UserError(f"{path} is out of date and cannot be deleted ({error.strerror})") from None
 
 
 @contextmanager
 def no_output(shard: int) -> Iterator[Write]:
-    """Write no tar file; what `TarOutput` is for lists."""
+    """Write no tar file: the output of a run over lists."""
     yield lambda samples, rows: None
 
 
 def add_pairs(tar: tarfile.TarFile, samples: Sequence[Sample], rows: Sequence[Row]) -> int:
-    """Add a sample for each kept row: the image as it was, the caption, and where both are from.
-
-    Returns:
-        How many were added.
-    """
+    """Add a sample for each kept row: the unchanged image, the caption, their origin; returns the number of samples."""
     by_name = {sample.name: sample for sample in samples}
     numbers: Counter[str] = Counter()
     for row in rows:
@@ -196,22 +183,22 @@ def add_pairs(tar: tarfile.TarFile, samples: Sequence[Sample], rows: Sequence[Ro
 
 
 def facts_of(sample: Sample, row: Row) -> dict[str, Any]:
-    """Return what the .json of a bootstrapped pair says: its text, source and probability, and the image's origin."""
+    """Return the .json of a bootstrapped pair: its text, source and probability, and the image's origin."""
     facts = {key: row[key] for key in ("caption", "source", "probability") if key in row} | {"key": sample.record.key}
     return facts | {"url": sample.record.facts["url"]} if "url" in sample.record.facts else facts
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    """Add a file, with no time and no owner, so that the same content makes the same archive."""
+    """Add a file without time and owner, so that the same content gives the same archive."""
     header = tarfile.TarInfo(name)
     header.size = len(content)
     tar.addfile(header, io.BytesIO(content))
 
 
-def images_of(tars: Sequence[str], names: Sequence[str]) -> dict[str, bytes]:
-    """Return the encoded images of names that a report shows, as far as the first tar files have them."""
+def read_images(tars: Sequence[str], names: Sequence[str]) -> dict[str, bytes]:
+    """Return the encoded images of some names, as far as the first tar files have them and can be read."""
     found: dict[str, bytes] = {}
-    for tar in tars[:SHOWN]:
+    for tar in tars[: len(names)]:
         try:
             for sample in _samples(tar):
                 if sample.name in names:

@@ -1,6 +1,6 @@
 """Datasets of every task and their loaders."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from data.vqa import VQATest, VQATrain, vqa_collate_fn
 from released import door
 from utils import UserError, get_rank, get_world_size
 
-__all__ = ["build_datasets", "make_loader", "make_loaders", "vqa_collate_fn"]
+__all__ = ["build_datasets", "prefetch", "make_loader", "make_loaders", "vqa_collate_fn"]
 VQA_FILES = ("vqa_train.json", "vqa_val.json", "vg_qa.json")  # released, and so downloaded if absent
 
 
@@ -148,7 +148,8 @@ def _pretrain(config: Any, split: str, transform: Transform) -> Dataset:
 
 def _msrvtt(config: Any, split: str, transform: Transform) -> Dataset:
     file = _file(config, split, "msrvtt_test.jsonl")
-    return VideoDataset(file, config["video_root"], config["num_frm_test"], config["image_size"])
+    upright = config.get("exif_orientation", False)
+    return VideoDataset(file, config["video_root"], config["num_frm_test"], config["image_size"], upright)
 
 
 ALL_SPLITS = ("train", "val", "test")
@@ -220,6 +221,24 @@ def _join(values: list[Any]) -> Any:
     if all(isinstance(value, int) and value.bit_length() < 64 for value in values):
         return torch.tensor(values)
     return values
+
+
+def prefetch(loader: Iterable[dict[str, Any]], device: torch.device) -> Iterator[dict[str, Any]]:
+    """Yield a loader's batches with their images on a device; a batch moves while the one before it is computed.
+
+    Numbers such as ids stay where they are, since they are read on the host.
+    """
+    ahead = None
+    for batch in loader:
+        moved = {
+            key: value.to(device, non_blocking=True) if torch.is_tensor(value) and value.is_floating_point() else value
+            for key, value in batch.items()
+        }
+        if ahead is not None:
+            yield ahead
+        ahead = moved
+    if ahead is not None:
+        yield ahead
 
 
 __getattr__ = door(__name__)

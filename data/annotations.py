@@ -1,4 +1,4 @@
-"""Annotation files: found or downloaded, read, and checked entry by entry before a run begins."""
+"""Annotation files: located or downloaded, parsed, and every row checked before a run begins."""
 
 import json
 import os
@@ -6,14 +6,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.publishers import recognize
+from data.text import is_blank
 from download import fetch
-from utils import UserError
+from utils import UserError, note
 
 BASE_URL = "https://storage.googleapis.com/sfr-vision-language-research/datasets/"
-FIRST_FEW = 3
-REMEDY = "correct it, link what it means into the folder, or set the folder to '' to allow any path"
+NUM_SHOWN = 3  # names in an error message
+REMEDY = "correct it, link the file into the folder, or set the folder to '' to allow any path"
 ONE_TEXT = ("image", "question", "sentence", "clip_name")
-TEXTS = ("caption", "answer")
+Row = dict[str, Any]
 
 
 def find_annotation(root: str | Path, name: str, own: str | Path = "") -> str:
@@ -21,11 +23,11 @@ def find_annotation(root: str | Path, name: str, own: str | Path = "") -> str:
 
     Args:
         root: folder of the annotation files.
-        name: released name of the file, which is downloaded into `root` if absent.
-        own: path of an own file instead, from here or from `root`.
+        name: released file name; the file is downloaded into `root` if it does not exist.
+        own: path of the user's file instead, relative to the working directory or to `root`.
 
     Raises:
-        UserError: the own file does not exist, or the released one cannot be downloaded.
+        UserError: the user's file does not exist, or the released one cannot be downloaded.
     """
     if own:
         for path in (Path(own), Path(root) / own):
@@ -40,30 +42,29 @@ def find_annotation(root: str | Path, name: str, own: str | Path = "") -> str:
 
 
 def _no_json(path: Path) -> str:
-    """Say what a downloaded file is, if it is no annotation file; '' if it may be one."""
+    """Return what is wrong with a downloaded file that cannot be JSON, otherwise ''."""
     with open(path, "rb") as file:
         start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
     return "" if start[:1] in (b"[", b"{") else f"begins with {start[:20]!r}, so it is no JSON"
 
 
-def read_annotation(path: str | Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+def read_annotation(path: str | Path, keys: Sequence[str]) -> list[Row]:
     """Read a JSON list, or JSON lines (.jsonl), of objects that have the given keys.
 
     Raises:
-        UserError: not there, not JSON, not a list of objects, empty, or an entry lacks a key or has no text there.
+        UserError: the file is missing, not JSON, not a list of objects, or empty, or a row lacks a key or has no text
+            under it.
     """
     rows = read_list(path)
-    for number, row in enumerate(rows):
-        if problem := _problem(row, keys):
-            raise UserError(f"annotation file {path}, entry {number} (the first is 0): {problem}")
+    check_rows(rows, keys, path)
     return rows
 
 
 def read_list(path: str | Path) -> list[Any]:
-    """Read a JSON list, or JSON lines (.jsonl), of anything.
+    """Read a JSON list, or JSON lines (.jsonl), of any values.
 
     Raises:
-        UserError: not there, not JSON, not a list, or empty.
+        UserError: the file is missing, not JSON, not a list, or empty.
     """
     path = Path(path)
     try:
@@ -72,14 +73,21 @@ def read_list(path: str | Path) -> list[Any]:
         raise UserError(f"annotation file {path}: {error.strerror}; correct its path") from None
     except UnicodeDecodeError:
         raise UserError(f"annotation file {path} is not text in UTF-8; expected JSON") from None
+    _refuse_published(text[:4096], path)
     rows = _parse_lines(text, path) if path.suffix == ".jsonl" else _parse(text, path)
+    _refuse_published(rows, path)
     if not isinstance(rows, list) or not rows:
         raise UserError(f"annotation file {path} holds no list of entries; expected [entry, ...]")
     return rows
 
 
+def _refuse_published(content: Any, path: Path) -> None:
+    if name := recognize(content):
+        raise UserError(f"annotation file {path} is {name}; convert it with python -m data.convert {path}")
+
+
 def _parse_lines(text: str, path: Path) -> list[Any]:
-    # split at line feeds only: a JSON text may hold other separators of lines
+    # only line feeds separate lines: a JSON string may contain other line separators
     return [_parse(line, path, number) for number, line in enumerate(text.split("\n")) if line.strip()]
 
 
@@ -93,37 +101,82 @@ def _parse(text: str, path: Path, lines_before: int = 0) -> Any:
         raise UserError(f"annotation file {path} cannot be read ({error}); correct it") from None
 
 
-def _problem(entry: Any, keys: Sequence[str]) -> str:
-    """Say what is wrong with an entry; '' if nothing is."""
-    if not isinstance(entry, dict):
-        return f"is {shorten(entry)}; expected an object with {', '.join(map(repr, keys))}"
-    if missing := [key for key in keys if key not in entry]:
+def check_rows(rows: Sequence[Any], keys: Sequence[str], path: str | Path) -> None:
+    """Check that rows are objects with the given keys and with texts where texts belong.
+
+    Raises:
+        UserError: a row is not; the message names the row.
+    """
+    for number, row in enumerate(rows):
+        if problem := _problem(row, keys):
+            raise UserError(f"{place(path, number)}: {problem}")
+
+
+def place(path: str | Path, *numbers: int) -> str:
+    """Return the file and the numbers of rows, for an error message."""
+    entries = "entry" if len(numbers) == 1 else "entries"
+    return f"annotation file {path}, {entries} {' and '.join(map(str, numbers))} (the first is 0)"
+
+
+def _problem(row: Any, keys: Sequence[str]) -> str:
+    """Return what is wrong with a row, '' for nothing."""
+    if not isinstance(row, dict):
+        return f"is {short_repr(row)}; expected an object with {', '.join(map(repr, keys))}"
+    if missing := [key for key in keys if key not in row]:
         return f"lacks {', '.join(map(repr, missing))}; add it"
     for key in keys:
-        value = entry[key]
+        value = row[key]
         if key in ONE_TEXT and not isinstance(value, str):
-            return f"{key!r} is {shorten(value)}; expected a text"
-        if key in TEXTS and not (value and all(isinstance(text, str) for text in as_list(value))):
-            return f"{key!r} is {shorten(value)}; expected a text, or a list of texts"
+            return f"{key!r} is {short_repr(value)}; expected a text"
+        # a caption may be missing, and is then left out; a question needs an answer
+        if key == "caption" and not all(isinstance(text, str | None) for text in as_list(value)):
+            return f"{key!r} is {short_repr(value)}; expected a text, or a list of texts"
+        if key == "answer" and not (value and all(isinstance(text, str) for text in as_list(value))):
+            return f"{key!r} is {short_repr(value)}; expected a text, or a list of texts"
     return ""
 
 
-def shorten(value: Any) -> str:
-    """Write a value of an annotation in the few characters that an error message has for it."""
+def short_repr(value: Any) -> str:
+    """Return a value's repr, cut to 40 characters for an error message."""
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def check_images(root: str | Path, names: Iterable[str], annotation: str | Path) -> None:
-    """Check that images, or other files, exist; each folder is listed once, which is fast for many files.
+def as_list(value: Any) -> list[Any]:
+    """Return a list as it is, and a single caption or answer as a list of one."""
+    return value if isinstance(value, list) else [value]
+
+
+def keep_captions(rows: Sequence[Row], path: str | Path) -> list[Row]:
+    """Return rows whose "caption" is a list of texts; empty and missing captions are left out, with a note.
 
     Args:
-        root: what the names start from.
-        names: paths of the files; each may occur often.
-        annotation: file that lists them, for the message.
+        rows: rows that `check_rows` has passed.
+        path: annotation file, for messages.
 
     Raises:
-        UserError: some do not, or leave the root; says how many and names the first few.
+        UserError: no caption is left.
+    """
+    texts = [as_list(row["caption"]) or [None] for row in rows]
+    kept = [[text for text in captions if not is_blank(text)] for captions in texts]
+    if not any(kept):
+        raise UserError(f"annotation file {path}: every caption is empty; expected texts under 'caption'")
+    if lost := sum(map(len, texts)) - sum(map(len, kept)):
+        without = sum(not captions for captions in kept)
+        note(f"annotation file {path}: {lost} empty captions are left out, and {without} entries without any other")
+    return [{**row, "caption": captions} for row, captions in zip(rows, kept, strict=True) if captions]
+
+
+def check_images(root: str | Path, names: Iterable[str], annotation: str | Path) -> None:
+    """Check that images, or other files, exist. Each folder is listed once, which is fast for many files.
+
+    Args:
+        root: folder that the names are relative to.
+        names: paths of the files, with repetitions.
+        annotation: annotation file, for messages.
+
+    Raises:
+        UserError: files do not exist, or are outside the root; the message has their number and the first names.
     """
     names = set(names)
     if outside := sorted(name for name in names if leaves(root, name)):
@@ -143,13 +196,13 @@ def check_images(root: str | Path, names: Iterable[str], annotation: str | Path)
 
 
 def _first(names: Sequence[str]) -> str:
-    return ", ".join(name[:100] for name in names[:FIRST_FEW]) + (", ..." if len(names) > FIRST_FEW else "")
+    return ", ".join(name[:100] for name in names[:NUM_SHOWN]) + (", ..." if len(names) > NUM_SHOWN else "")
 
 
 def leaves(root: str | Path, name: str) -> bool:
-    """Tell whether a path of an annotation file leaves the folder that it starts from: by .., or as an absolute path.
+    """Return True if a path in an annotation file is outside the folder it is relative to: by .., or absolute.
 
-    The folder '' has no outside. Links within a folder are followed, wherever they lead: only its owner makes them.
+    No path is outside the folder ''. Links within a folder are followed: only the owner of the folder can make them.
     """
     if not str(root) or not (".." in name or os.path.isabs(name)):
         return False
@@ -158,10 +211,10 @@ def leaves(root: str | Path, name: str) -> bool:
 
 
 def inside(root: str | Path, name: str) -> Path:
-    """Return the path of an image that a list of pairs names.
+    """Return the path of an image in a list of pairs.
 
     Raises:
-        UserError: it leaves the folder, as `leaves`.
+        UserError: it is outside the folder, as in `leaves`.
     """
     if leaves(root, name):
         raise UserError(f"image {name} leaves the folder {root}; {REMEDY}")
@@ -172,10 +225,5 @@ def _names(folder: str) -> set[str]:
     try:
         with os.scandir(folder or os.curdir) as entries:
             return {entry.name for entry in entries}
-    except (OSError, ValueError):  # no such folder, or a name that no folder can have
+    except (OSError, ValueError):  # no such folder, or an impossible name
         return set()
-
-
-def as_list(value: Any) -> list[Any]:
-    """Return a list as it is, and a single caption or answer as a list of one."""
-    return value if isinstance(value, list) else [value]

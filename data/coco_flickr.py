@@ -1,29 +1,26 @@
-"""COCO, Flickr30k and NoCaps: captions to train on, images to caption, pairs and collections for retrieval."""
+"""COCO, Flickr30k and nocaps: captions for training, images to caption, and collections for retrieval."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
-from data.annotations import as_list, check_images, read_annotation, shorten
+from data.annotations import Row, check_images, keep_captions, read_annotation
+from data.ids import check_image_ids, image_id, image_key, number_images
 from data.text import pre_caption
 from data.transforms import Transform
-from utils import UserError
 
 MAX_WORDS = 30
-COCO_NAME = re.compile(r"(?:COCO_\w+_)?(\d+)")  # of 2014 and of 2017, without .jpg
-ImageId = int | str
 
 
 class Images(Dataset):
-    """An annotation file whose entries name an image each.
+    """An annotation file whose rows have an image each.
 
     Args:
-        annotation_file: JSON list of entries with at least `keys`.
-        image_root: what the image paths start from.
+        annotation_file: JSON list of rows with at least `keys`.
+        image_root: folder that image paths are relative to.
         transform: RGB image -> tensor.
-        keys: what every entry must have.
+        keys: required keys of every row.
     """
 
     def __init__(self, annotation_file: str, image_root: str, transform: Transform, keys: tuple[str, ...]):
@@ -35,11 +32,11 @@ class Images(Dataset):
         return len(self.annotation)
 
     def path(self, index: int) -> Path:
-        """Return the path of an entry's image."""
+        """Return the path of a row's image."""
         return self.image_root / self.annotation[index]["image"]
 
     def load(self, index: int) -> Any:
-        """Return an entry's image as a tensor (3, H, W)."""
+        """Return a row's image as a tensor (3, H, W)."""
         return self.transform.read(self.path(index))
 
 
@@ -50,18 +47,17 @@ class CaptionTrain(Images):
         self, annotation_file: str, image_root: str, transform: Transform, prompt: str = "", max_words: int = MAX_WORDS
     ):
         super().__init__(annotation_file, image_root, transform, ("image", "caption"))
-        # validation files list all captions of an image in one entry; each becomes a pair here
-        self.annotation = [
-            {**row, "caption": caption} for row in self.annotation for caption in as_list(row["caption"])
-        ]
         self.prompt, self.max_words = prompt, max_words
-        numbers: dict[str, int] = {}
-        names = (str(row.get("image_id", row["image"])) for row in self.annotation)
-        self.numbers = [numbers.setdefault(name, len(numbers)) for name in names]
+        numbers = number_images(self.annotation, annotation_file)
+        rows = [{**row, "number": number} for row, number in zip(self.annotation, numbers, strict=True)]
+        rows = keep_captions(rows, annotation_file)
+        # validation files list all captions of an image in one row; each becomes a pair here
+        self.annotation = [{**row, "caption": caption} for row in rows for caption in row["caption"]]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        caption = self.prompt + pre_caption(self.annotation[index]["caption"], self.max_words)
-        return {"image": self.load(index), "caption": caption, "image_id": self.numbers[index]}
+        row = self.annotation[index]
+        caption = self.prompt + pre_caption(row["caption"], self.max_words)
+        return {"image": self.load(index), "caption": caption, "image_id": row["number"]}
 
 
 class CaptionEval(Images):
@@ -69,38 +65,20 @@ class CaptionEval(Images):
 
     def __init__(self, annotation_file: str, image_root: str, transform: Transform):
         super().__init__(annotation_file, image_root, transform, ("image",))
-        first: dict[str, dict[str, Any]] = {}
-        for row in self.annotation:
-            first.setdefault(row["image"], row)
-        self.annotation = list(first.values())
-        self.ids = [image_id(row) for row in self.annotation]
-        self._check_ids(annotation_file)
-
-    def _check_ids(self, annotation_file: str) -> None:
-        first: dict[str, str] = {}
-        for row, number in zip(self.annotation, self.ids, strict=True):
-            if not isinstance(number, ImageId) or first.setdefault(str(number), row["image"]) != row["image"]:
-                raise UserError(
-                    f"annotation file {annotation_file}: the id of {row['image']} is {shorten(number)}, which is "
-                    "another image's or no number or text; give every image an 'image_id' of its own"
-                )
+        ids = [image_id(row) for row in self.annotation]
+        check_image_ids(self.annotation, ids, annotation_file)
+        rows: dict[str, tuple[Row, int | str]] = {}
+        for row, number in zip(self.annotation, ids, strict=True):
+            rows.setdefault(image_key(row), (row, number))
+        self.annotation = [row for row, _ in rows.values()]
+        self.ids = [number for _, number in rows.values()]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": self.load(index), "image_id": self.ids[index]}
 
 
-def image_id(entry: dict[str, Any]) -> ImageId:
-    """Return an entry's id: its own, or the number that ends a COCO file name, or the file name without its ending."""
-    for key in ("image_id", "img_id", "id"):
-        if key in entry:
-            return entry[key]
-    stem = Path(entry["image"]).stem
-    number = COCO_NAME.fullmatch(stem)
-    return int(number[1]) if number else stem
-
-
 class RetrievalTrain(CaptionTrain):
-    """Pairs: {"image", "caption", "idx"}; pairs of one image have one idx."""
+    """Pairs: {"image", "caption", "idx"}; pairs of one image have the same idx."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = super().__getitem__(index)
@@ -108,7 +86,7 @@ class RetrievalTrain(CaptionTrain):
 
 
 class RetrievalEval(Images):
-    """A collection to search: {"image", "index"}. Entries of one image are joined.
+    """A collection to search: {"image", "index"}. Rows of one image are joined.
 
     Attributes:
         text: all captions.
@@ -119,7 +97,7 @@ class RetrievalEval(Images):
 
     def __init__(self, annotation_file: str, image_root: str, transform: Transform, max_words: int = MAX_WORDS):
         super().__init__(annotation_file, image_root, transform, ("image", "caption"))
-        self.annotation = join_captions(self.annotation)
+        self.annotation = join_captions(keep_captions(self.annotation, annotation_file))
         self.text: list[str] = []
         self.image = [row["image"] for row in self.annotation]
         self.txt2img: dict[int, int] = {}
@@ -134,10 +112,9 @@ class RetrievalEval(Images):
         return {"image": self.load(index), "index": index}
 
 
-def join_captions(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one entry for each image, with the captions of all its entries as a list."""
-    joined: dict[str, dict[str, Any]] = {}
+def join_captions(rows: list[Row]) -> list[Row]:
+    """Return one row per image, with the captions of all its rows."""
+    joined: dict[str, Row] = {}
     for row in rows:
-        entry = joined.setdefault(row["image"], {**row, "caption": []})
-        entry["caption"] += as_list(row["caption"])
+        joined.setdefault(image_key(row), {**row, "caption": []})["caption"] += row["caption"]
     return list(joined.values())

@@ -37,7 +37,7 @@ def as_rgb(image: ImageSource) -> Image.Image:
         return to_rgb(image, upright=True)
     except BAD_IMAGE as error:
         reason = str(error).split(" <_io", 1)[0]  # without an address, which is another one each time
-        kind = "an encoded image" if isinstance(image, bytes) else "an open image"
+        kind = "an image" if isinstance(image, bytes) else "an open image"
         raise UserError(f"{kind} cannot be read ({reason}); replace it or take it out") from None
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from data.annotations import check_images, read_annotation, shorten
+from data.annotations import check_images, place, read_annotation, short_repr
 from data.text import exchange_left_right, pre_caption
 from data.transforms import Transform
 from utils import UserError
@@ -20,9 +20,9 @@ class NLVR(Dataset):
 
     Args:
         annotation_file: JSON list of {"images": [left, right], "sentence", "label": "True" or "False"}.
-        image_root: what the image paths start from.
+        image_root: folder that image paths are relative to.
         transform: RGB image -> tensor.
-        swap: exchange the images, and the words left and right, half the time.
+        swap: exchange the images, and the words left and right, with probability 0.5.
     """
 
     def __init__(self, annotation_file: str, image_root: str, transform: Transform, swap: bool):
@@ -33,8 +33,8 @@ class NLVR(Dataset):
             pair = isinstance(images, list) and len(images) == 2 and all(isinstance(name, str) for name in images)
             if str(row["label"]) not in LABELS or not pair:
                 raise UserError(
-                    f"annotation file {annotation_file}, entry {number} (the first is 0): label "
-                    f"{shorten(row['label'])}, images {shorten(images)}; expected 'True' or 'False', and two images"
+                    f"{place(annotation_file, number)}: label {short_repr(row['label'])}, images "
+                    f"{short_repr(images)}; expected 'True' or 'False', and two images"
                 )
         check_images(image_root, (name for row in self.annotation for name in row["images"]), annotation_file)
 

@@ -1,6 +1,5 @@
-"""Video clips for retrieval, read through PyAV."""
+"""Video clips for retrieval, decoded by PyAV."""
 
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from data.annotations import check_images, read_annotation
+from data.annotations import check_images, keep_captions, read_annotation
 from data.text import pre_caption
 from data.transforms import test_transform
 from utils import UserError
@@ -21,28 +20,32 @@ class UnreadableClip(Exception):
 
 
 class VideoDataset(Dataset):
-    """Clips with a caption each: {"video": (frames, 3, H, W), "index", "error"}; "error" is '' for a readable clip.
+    """Clips with captions: {"video": (frames, 3, H, W), "index", "error"}; "error" is '' for a readable clip.
 
     Args:
-        annotation_file: JSON lines of {"clip_name", "caption"}.
+        annotation_file: JSON lines of {"clip_name", "caption"}; a caption may be a list of captions.
         video_root: folder of the clips, <clip_name>.mp4.
-        num_frames: frames taken from each, evenly spaced.
+        num_frames: number of evenly spaced frames of each clip.
         image_size: side of the square frames in pixels.
+        upright: as in `read_frames`.
 
     Attributes:
-        text: captions. A clip with several lines in the file has several.
+        text: captions.
         names: clips.
         txt2video: number of a caption -> number of its clip.
         video2txt: number of a clip -> numbers of its captions.
     """
 
-    def __init__(self, annotation_file: str, video_root: str, num_frames: int, image_size: int):
-        rows = read_annotation(annotation_file, ("clip_name", "caption"))
-        self.root, self.num_frames = Path(video_root), num_frames
+    def __init__(
+        self, annotation_file: str, video_root: str, num_frames: int, image_size: int, upright: bool = False
+    ):
+        rows = keep_captions(read_annotation(annotation_file, ("clip_name", "caption")), annotation_file)
+        self.root, self.num_frames, self.upright = Path(video_root), num_frames, upright
         self.image_size, self.transform = image_size, test_transform(image_size)
-        self.text = [pre_caption(row["caption"], MAX_WORDS) for row in rows]
+        pairs = [(row["clip_name"], caption) for row in rows for caption in row["caption"]]
+        self.text = [pre_caption(caption, MAX_WORDS) for _, caption in pairs]
         numbers: dict[str, int] = {}
-        self.txt2video = {i: numbers.setdefault(row["clip_name"], len(numbers)) for i, row in enumerate(rows)}
+        self.txt2video = {i: numbers.setdefault(name, len(numbers)) for i, (name, _) in enumerate(pairs)}
         self.names = list(numbers)
         self.video2txt: dict[int, list[int]] = {number: [] for number in numbers.values()}
         for text, video in self.txt2video.items():
@@ -58,15 +61,20 @@ class VideoDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            frames = read_frames(self.path(index), self.num_frames)
+            frames = read_frames(self.path(index), self.num_frames, self.upright)
         except UnreadableClip as error:  # one bad clip must not end an evaluation
             empty = torch.zeros(self.num_frames, 3, self.image_size, self.image_size)
             return {"video": empty, "index": index, "error": f"{self.path(index)}: {error}"}
         return {"video": torch.stack([self.transform(frame) for frame in frames]), "index": index, "error": ""}
 
 
-def read_frames(path: Path, num_frames: int) -> list[Image.Image]:
-    """Decode a clip once and return frames evenly spaced over it: the middles of equal parts.
+def read_frames(path: Path, num_frames: int, upright: bool = False) -> list[Image.Image]:
+    """Decode a clip and return frames evenly spaced over the frames that can be decoded.
+
+    Args:
+        path: path of the clip.
+        num_frames: number of frames to return, some of them twice in a short clip.
+        upright: rotate the frames as the container says.
 
     Raises:
         UnreadableClip: it cannot be decoded, or has no frame.
@@ -78,28 +86,34 @@ def read_frames(path: Path, num_frames: int) -> list[Image.Image]:
         raise UserError("reading videos needs PyAV; pip install av") from None
     try:
         with av.open(str(path)) as container:
-            frames = _decode(container, num_frames)
+            told = container.streams.video[0].frames if container.streams.video else 0
+        wanted = frame_numbers(told, num_frames)
+        frames, total = _decode(path, wanted)
+        if total not in (0, told):  # the header has another number of frames, or none
+            wanted = frame_numbers(total, num_frames)
+            frames, _ = _decode(path, wanted)
     except (av.error.FFmpegError, OSError) as error:
         raise UnreadableClip(str(error)) from None
-    if not frames:
+    if not total:
         raise UnreadableClip("no frame could be decoded")
-    return frames + [frames[-1]] * (num_frames - len(frames))
+    images = {number: frame.to_image() for number, frame in frames.items()}
+    if upright:
+        # the container's angle is counter-clockwise, as Pillow's
+        images = {n: image.rotate(round(frames[n].rotation), expand=True) for n, image in images.items()}
+    return [images[number] for number in wanted]
 
 
-def _decode(container: Any, num_frames: int) -> list[Image.Image]:
-    """Return the wanted frames of an opened clip, or the first of them if it ends early."""
-    if not container.streams.video:
-        return []
-    stream = container.streams.video[0]
-    if not stream.frames:  # the header does not tell how many there are
-        decoded = list(container.decode(stream))
-        return [decoded[i].to_image() for i in frame_numbers(len(decoded), num_frames)] if decoded else []
-    wanted = frame_numbers(stream.frames, num_frames)
-    kept: dict[int, Image.Image] = {}
-    for number, frame in enumerate(islice(container.decode(stream), wanted[-1] + 1)):
-        if number in wanted:
-            kept[number] = frame.to_image()
-    return [kept[i] for i in wanted if i in kept]
+def _decode(path: Path, wanted: list[int]) -> tuple[dict[int, Any], int]:
+    """Return the frames with the wanted numbers, and the number of all frames."""
+    import av
+
+    frames, total = {}, 0
+    with av.open(str(path)) as container:
+        for frame in container.decode(container.streams.video[0]) if container.streams.video else ():
+            if total in wanted:
+                frames[total] = frame
+            total += 1
+    return frames, total
 
 
 def frame_numbers(total: int, num_frames: int) -> list[int]:

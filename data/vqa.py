@@ -1,4 +1,4 @@
-"""VQA v2 and Visual Genome: questions about images, with people's answers."""
+"""VQA v2 and Visual Genome: questions about images, with human answers."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from data.annotations import as_list, check_images, read_annotation, read_list, shorten
-from data.text import pre_question
+from data.annotations import Row, as_list, check_images, check_rows, place, read_annotation, read_list, short_repr
+from data.ids import check_question_ids
+from data.text import is_blank, pre_question
 from data.transforms import Transform
-from utils import UserError
+from utils import UserError, note
 
 VG_WEIGHT = 0.2  # of a Visual Genome answer, which one person gave
 
@@ -20,10 +21,10 @@ class Questions(Dataset):
     """Questions of one or several files.
 
     Args:
-        annotation_files: JSON lists of {"image", "question", "question_id"}, "dataset" being "vqa" or "vg".
-        roots: folder of the images of each dataset.
+        annotation_files: JSON lists of {"image", "question", "question_id"}, with "dataset" "vqa" (default) or "vg".
+        roots: image folder of each dataset.
         transform: RGB image -> tensor.
-        keys: what every entry must have.
+        keys: required keys of every row.
     """
 
     def __init__(
@@ -31,24 +32,27 @@ class Questions(Dataset):
     ):
         self.roots, self.transform, self.annotation = roots, transform, []
         for file in annotation_files:
-            rows = read_annotation(file, keys)
-            for number, row in enumerate(rows):
-                if row.setdefault("dataset", "vqa") not in list(roots):
-                    raise UserError(
-                        f"annotation file {file}, entry {number} (the first is 0): dataset is "
-                        f"{shorten(row['dataset'])}; expected {' or '.join(map(repr, roots))}"
-                    )
-            for name, root in roots.items():
-                check_images(root, (row["image"] for row in rows if row["dataset"] == name), file)
+            rows = [with_answer(row) for row in read_annotation(file, ("image", "question"))]
+            check_rows(rows, keys, file)
+            self._check_datasets(rows, file)
             self.annotation += rows
+
+    def _check_datasets(self, rows: Sequence[Row], file: str) -> None:
+        for number, row in enumerate(rows):
+            if row.setdefault("dataset", "vqa") not in list(self.roots):
+                expected = " or ".join(map(repr, self.roots))
+                problem = f"dataset is {short_repr(row['dataset'])}; expected {expected}"
+                raise UserError(f"{place(file, number)}: {problem}")
+        for name, root in self.roots.items():
+            check_images(root, (row["image"] for row in rows if row["dataset"] == name), file)
 
     def __len__(self) -> int:
         return len(self.annotation)
 
     def path(self, index: int) -> Path:
         """Return the path of a question's image."""
-        entry = self.annotation[index]
-        return Path(self.roots[entry["dataset"]]) / entry["image"]
+        row = self.annotation[index]
+        return Path(self.roots[row["dataset"]]) / row["image"]
 
     def item(self, index: int) -> dict[str, Any]:
         """Return {"image", "question"}."""
@@ -56,22 +60,37 @@ class Questions(Dataset):
         return {"image": self.transform.read(self.path(index)), "question": question}
 
 
+def with_answer(row: Row) -> Row:
+    """Return a row whose "answers", as VQA v2 publishes them, stand under "answer" as a list of texts."""
+    if "answer" in row or "answers" not in row:
+        return row
+    answers = as_list(row["answers"])
+    return {**row, "answer": [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]}
+
+
 class VQATrain(Questions):
     """Questions with weighted answers: {"image", "question", "answers", "weights"}."""
 
     def __init__(self, annotation_files: Sequence[str], roots: dict[str, str], transform: Transform):
         super().__init__(annotation_files, roots, transform, ("image", "question", "answer"))
+        answers = [[text for text in as_list(row["answer"]) if not is_blank(text)] for row in self.annotation]
+        if lost := sum(not kept for kept in answers):
+            note(f"{', '.join(annotation_files)}: {lost} questions with empty answers only are left out")
+        rows = zip(self.annotation, answers, strict=True)
+        self.annotation = [{**row, "answer": kept} for row, kept in rows if kept]
+        if not self.annotation:
+            raise UserError(f"{', '.join(annotation_files)}: every answer is empty; expected texts under 'answer'")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         answers, weights = weigh(self.annotation[index])
         return {**self.item(index), "answers": answers, "weights": weights}
 
 
-def weigh(entry: dict[str, Any]) -> tuple[list[str], list[float]]:
-    """Return the distinct answers of an entry and their weights: their share, or 0.2 for Visual Genome's."""
-    if entry["dataset"] == "vg":
-        return as_list(entry["answer"])[:1], [VG_WEIGHT]
-    counts = Counter(as_list(entry["answer"]))
+def weigh(row: Row) -> tuple[list[str], list[float]]:
+    """Return the distinct answers of a row and their weights: their share, or 0.2 for Visual Genome's."""
+    if row["dataset"] == "vg":
+        return as_list(row["answer"])[:1], [VG_WEIGHT]
+    counts = Counter(as_list(row["answer"]))
     return list(counts), [count / counts.total() for count in counts.values()]
 
 
@@ -84,23 +103,40 @@ class VQATest(Questions):
 
     def __init__(self, annotation_file: str, roots: dict[str, str], transform: Transform, answer_file: str = ""):
         super().__init__([annotation_file], roots, transform, ("image", "question", "question_id"))
+        check_question_ids(self.annotation, annotation_file)
+        self._check_answers(annotation_file)
         self.answer_list = read_answers(answer_file) if answer_file else []
+
+    def _check_answers(self, file: str) -> None:
+        answered = [number for number, row in enumerate(self.annotation) if "answer" in row]
+        for number in answered:
+            value = self.annotation[number]["answer"]
+            if not (value and all(isinstance(text, str) for text in as_list(value))):
+                raise UserError(f"{place(file, number)}: 'answer' is {short_repr(value)}; expected a text, or texts")
+        if answered and (lost := len(self.annotation) - len(answered)):
+            note(f"annotation file {file}: {lost} of {len(self.annotation)} questions have no answer to score")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {**self.item(index), "question_id": self.annotation[index]["question_id"]}
 
 
 def read_answers(path: str) -> list[str]:
-    """Read a JSON list of answers."""
+    """Read a JSON list of answers, each once."""
     answers = read_list(path)
     for number, answer in enumerate(answers):
         if not isinstance(answer, str):
-            raise UserError(f"answer list {path}, entry {number} (the first is 0): {shorten(answer)}; expected a text")
-    return answers
+            problem = f"{short_repr(answer)}; expected a text"
+            raise UserError(f"answer list {path}, entry {number} (the first is 0): {problem}")
+    found = list(dict.fromkeys(answer for answer in answers if not is_blank(answer)))
+    if len(found) < len(answers):
+        note(f"answer list {path}: {len(answers) - len(found)} empty or repeated answers are left out")
+    if not found:
+        raise UserError(f"answer list {path}: every answer is empty; expected a list of texts")
+    return found
 
 
 def vqa_collate_fn(batch: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Join items of `VQATrain`: "answer" and "weights" flat, "n" how many of them each question has."""
+    """Collate items of `VQATrain`: "answer" and "weights" are flat, "n" is the number of answers of each question."""
     return {
         "image": torch.stack([item["image"] for item in batch]),
         "question": [item["question"] for item in batch],

@@ -1,12 +1,13 @@
-"""The paper's tables 1 and 2 in miniature: what captioning and filtering web texts is worth (sections 4.2 and 4.3).
+"""CapFilt on the miniature world, as the paper's tables 1 and 2 (sections 4.2 and 4.3).
 
     python -m demo.bootstrap --output output/bootstrap
 
-For every seed: pretrain on human and web pairs, fine-tune a captioner and a filter on the human ones, bootstrap the
-web pairs, and pretrain anew on each set of pairs, always as long. A killed run goes on with the same command.
+For each seed: pretrain on human and web pairs, fine-tune a captioner and a filter on the human pairs, bootstrap the web
+pairs, and pretrain for as long on each set of pairs. A stopped run continues with the same command.
 """
 
 import argparse
+import asyncio
 import itertools
 import json
 import os
@@ -16,18 +17,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from demo.bootstrap_table import SETS, write_tables
+from files import read_json, read_rows, write_json
 from launch.config import PretrainConfig, load_config
 from models.blip_pretrain import blip_pretrain
 from models.pretrained import load_pretrained
-from utils import UserError
+from utils import UserError, run_command
 
 CONFIGS = "configs/miniature"
 DECODING = {"nucleus": "true", "beam": "false"}  # capfilt.py's `sample`
@@ -35,18 +35,18 @@ DECODING = {"nucleus": "true", "beam": "false"}  # capfilt.py's `sample`
 
 @dataclass(frozen=True)
 class Plan:
-    """How large everything is.
+    """Sizes of the experiment.
 
     Args:
-        seeds: runs of everything but the world.
-        level: of the world.
+        seeds: number of repetitions, on one world.
+        level: level of the world.
         train: images with five human captions each.
-        web: images with one web text each, of which 45% do not match.
+        web: images with one web text each; 45% of the texts do not match.
         test: images that every model captions and ranks.
-        rows: pairs of one pass of pretraining, whatever the set's size: repeated or left out at random.
-        passes: of pretraining.
-        tuning: passes of fine-tuning over the human pairs.
-        warmup: steps.
+        rows: pairs of an epoch of pretraining, for any set: drawn or repeated at random.
+        passes: epochs of pretraining.
+        tuning: epochs of fine-tuning on the human pairs.
+        warmup: steps of warm-up.
     """
 
     seeds: int = 3
@@ -65,12 +65,12 @@ QUICK = Plan(seeds=1, level=1, train=16, web=24, test=8, rows=32, passes=1, tuni
 
 @dataclass
 class Stage:
-    """One step of the experiment: a function, then a command, either of which may be absent.
+    """One stage of the experiment: a function, then a command; either may be absent.
 
     Args:
-        name: also its folder's path from the root.
-        needs: stages that come before.
-        before: called first.
+        name: name, and path of the stage's folder below the root.
+        needs: names of the stages that must be done before.
+        before: function called first.
         command: arguments of Python.
     """
 
@@ -78,6 +78,11 @@ class Stage:
     needs: tuple[str, ...] = ()
     before: Callable[[], None] | None = None
     command: list[str] = field(default_factory=list)
+
+    @property
+    def file_name(self) -> str:
+        """Name of the stage's files in the folders of logs and marks, without ending."""
+        return self.name.replace("/", ".")
 
 
 # The stages.
@@ -94,33 +99,49 @@ def all_stages(root: Path, plan: Plan) -> list[Stage]:
 def seed_stages(root: Path, plan: Plan, seed: int) -> Iterator[Stage]:
     """Yield the stages of one seed: the tools, the bootstrapped pairs, and the models to compare."""
     here = f"seed{seed}"
-    start = root / here / "start.safetensors"
+    start = root / here / "start.pth"
     yield Stage(f"{here}/start", ("world",), lambda: start_weights(start, seed))
     yield from model_stages(root, plan, seed, "none", f"{here}/start")
-    for name, script, config in (
-        ("captioner", "train_caption.py", "caption_finetune"),
-        ("filter", "train_retrieval.py", "retrieval"),
-    ):
-        settings = tuning_settings(root, plan, name) | {"pretrained": root / here / "none" / "checkpoint_best.pth"}
-        yield script_stage(root, f"{here}/tools/{name}", (f"{here}/none",), script, config, settings, seed)
+    yield from tool_stages(root, plan, seed)
     tools = {name: root / here / "tools" / name / "checkpoint_best.pth" for name in ("captioner", "filter")}
     for decoding, sample in DECODING.items():
-        settings = {"pairs": [web_list(root)], "image_root": root / "world", "sample": sample, **tools}
+        settings = {"pairs": [annotation(root, "pretrain_web.json")], "image_root": root / "world", "sample": sample}
         needs = (f"{here}/tools/captioner", f"{here}/tools/filter")
-        yield script_stage(root, f"{here}/capfilt_{decoding}", needs, "capfilt.py", "capfilt", settings, seed)
+        yield script_stage(root, f"{here}/capfilt_{decoding}", needs, "capfilt.py", "capfilt", settings | tools, seed)
     for name, pairs in SETS.items():
         if name != "none":
             yield from model_stages(root, plan, seed, name, f"{here}/capfilt_{pairs.decoding}")
 
 
+def tool_stages(root: Path, plan: Plan, seed: int) -> Iterator[Stage]:
+    """Yield the fine-tuning of captioner and filter on the human captions; only validation images are evaluated."""
+    here = f"seed{seed}"
+    settings = {
+        "image_root": root / "world",
+        "ann_root": annotation(root),
+        "train_file": annotation(root, "coco_karpathy_train.json"),
+        "pretrained": root / here / "none" / "checkpoint_best.pth",
+        "init_lr": "3e-4",
+        "max_epoch": plan.tuning,
+        "eval_every": plan.tuning,
+        "warmup": plan.warmup,
+    }
+    test = {"test_file": annotation(root, "coco_karpathy_val.json"), "coco_gt_root": annotation(root), "java": "false"}
+    more = settings | test | {"test_gt": annotation(root, "coco_karpathy_val_gt.json")}
+    name, needs = f"{here}/tools/captioner", (f"{here}/none",)
+    yield script_stage(root, name, needs, "train_caption.py", "caption_finetune", more, seed)
+    more = settings | {"test_file": annotation(root, "flickr30k_val.json")}
+    yield script_stage(root, f"{here}/tools/filter", needs, "train_retrieval.py", "retrieval", more, seed)
+
+
 def model_stages(root: Path, plan: Plan, seed: int, name: str, needed: str) -> Iterator[Stage]:
-    """Yield the pretraining on one set of pairs, and the evaluation of what came out, without fine-tuning."""
+    """Yield the pretraining on one set of pairs, and the evaluations of the model without fine-tuning."""
     here = f"seed{seed}/{name}"
     pairs = root / here / "pairs.jsonl"
     settings = {
         "image_root": root / "world",
         "train_file": [pairs],
-        "pretrained": root / f"seed{seed}" / "start.safetensors",
+        "pretrained": root / f"seed{seed}" / "start.pth",
         "batch_size": 32,
         "max_epoch": plan.passes,
         "warmup_steps": plan.warmup,
@@ -128,13 +149,13 @@ def model_stages(root: Path, plan: Plan, seed: int, name: str, needed: str) -> I
     stage = script_stage(root, here, (needed,), "pretrain.py", "pretrain", settings, seed)
     stage.before = lambda: write_pairs(pairs, choose_pairs(root, seed, name), plan.rows, seed)
     yield stage
-    world = world_settings(root)
-    captioning = {"prompt": "", "java": "false", "coco_gt_root": world["ann_root"]}
+    folders = {"image_root": root / "world", "ann_root": annotation(root)}
+    captioning = {"prompt": "", "java": "false", "coco_gt_root": annotation(root)}
     for kind, script, config, more in (
         ("caption", "train_caption.py", "caption_finetune", captioning),
         ("retrieval", "train_retrieval.py", "retrieval", {"k_test": 32}),
     ):
-        settings = world | more | {"pretrained": root / here / "checkpoint_best.pth"}
+        settings = folders | more | {"pretrained": root / here / "checkpoint_best.pth"}
         stage = script_stage(root, f"{here}/{kind}", (here,), script, config, settings, seed)
         stage.command.append("--evaluate")
         yield stage
@@ -151,37 +172,19 @@ def script_stage(
     return Stage(name, needs, command=command)
 
 
-def world_settings(root: Path) -> dict:
-    """Return where images and annotations are."""
-    return {"image_root": root / "world", "ann_root": root / "world" / "annotations"}
+# Files of the stages.
 
 
-def tuning_settings(root: Path, plan: Plan, tool: str) -> dict:
-    """Return the settings of fine-tuning on the human captions; nothing but the validation images is evaluated."""
-    annotations = root / "world" / "annotations"
-    settings = world_settings(root) | {"max_epoch": plan.tuning, "eval_every": plan.tuning, "warmup": plan.warmup}
-    settings |= {"init_lr": "3e-4", "train_file": annotations / "coco_karpathy_train.json"}
-    if tool == "captioner":
-        files = {"test_file": "coco_karpathy_val.json", "test_gt": "coco_karpathy_val_gt.json"}
-        settings |= {"java": "false", "coco_gt_root": annotations}
-    else:
-        files = {"test_file": "flickr30k_val.json"}
-    return settings | {key: annotations / name for key, name in files.items()}
-
-
-# What the stages read and write.
-
-
-def web_list(root: Path) -> Path:
-    """Return the list of the web pairs."""
-    return root / "world" / "annotations" / "pretrain_web.json"
+def annotation(root: Path, name: str = "") -> Path:
+    """Return the path of one of the world's annotation files, or of their folder."""
+    return root / "world" / "annotations" / name
 
 
 def start_weights(path: Path, seed: int) -> None:
-    """Write the weights that every pretraining of a seed starts from.
+    """Write the initial weights of every pretraining of a seed.
 
-    As the paper's image encoder starts from ImageNet's, ours starts from the miniature model's, made on other
-    images; the text transformer, which BERT's weights begin, here begins from random ones.
+    The image encoder starts from the miniature model's, which was trained on other images, as the paper's starts from
+    ImageNet's. The text transformer starts from random weights; the paper's starts from BERT's.
     """
     torch.manual_seed(seed)
     config = load_config(PretrainConfig, f"{CONFIGS}/pretrain.yaml")
@@ -191,29 +194,23 @@ def start_weights(path: Path, seed: int) -> None:
     for name in ("visual_encoder", "visual_encoder_m"):
         getattr(model, name).load_state_dict(known.visual_encoder.state_dict())
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(distinct(model.state_dict()), path)
-
-
-def distinct(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a state dict whose tensors share no memory, as safetensors wants it."""
-    return {key: value.clone().contiguous() for key, value in state.items()}
+    torch.save({"model": model.state_dict()}, path)
 
 
 def choose_pairs(root: Path, seed: int, name: str) -> list[dict]:
-    """Return the pairs of one set: the human ones, and what the set takes of web and synthetic texts."""
-    human = json.loads((root / "world" / "annotations" / "pretrain_human.json").read_text())
+    """Return the pairs of one set: the human pairs, and the web and synthetic texts that the set takes."""
+    human = read_json(annotation(root, "pretrain_human.json"))
     if name == "none":
-        return human + json.loads(web_list(root).read_text())
+        return human + read_json(annotation(root, "pretrain_web.json"))
     wanted, found = SETS[name], []
-    folder = root / f"seed{seed}" / f"capfilt_{wanted.decoding}"
     for file in ("bootstrapped", "dropped"):
-        rows = map(json.loads, (folder / f"{file}.jsonl").read_text().splitlines())
+        rows = read_rows(root / f"seed{seed}" / f"capfilt_{wanted.decoding}" / f"{file}.jsonl")
         found += [row for row in rows if wanted.takes(row["source"], file == "bootstrapped")]
     return human + [{"image": row["image"], "caption": row["caption"]} for row in found]
 
 
 def write_pairs(path: Path, pairs: list[dict], count: int, seed: int) -> None:
-    """Write `count` pairs: all in a random order, as many times as it takes."""
+    """Write `count` pairs: all of them in random order, repeated as often as needed."""
     rng = random.Random(f"pairs/{seed}")
     rounds = (rng.sample(pairs, len(pairs)) for _ in itertools.count())
     rows = itertools.islice(itertools.chain.from_iterable(rounds), count)
@@ -221,125 +218,97 @@ def write_pairs(path: Path, pairs: list[dict], count: int, seed: int) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-# Running them.
+# Running the stages.
 
 
-class Runner:
-    """Runs stages, several at a time, each when what it needs is done; remembers on disk which are.
+def done_file(root: Path, stage: Stage) -> Path:
+    """Return the file that marks a stage as done; it holds the seconds that the stage took."""
+    return root / "done" / f"{stage.file_name}.json"
 
-    Args:
-        root: folder of everything; `done/` in it holds a file, with the seconds it took, for each finished stage.
-        jobs: stages at once.
+
+async def run_stages(root: Path, stages: Sequence[Stage], jobs: int) -> None:
+    """Run the stages that are not done yet, at most `jobs` at a time, each when the stages that it needs are done.
+
+    Raises:
+        UserError: a stage failed; the others that were running are ended.
     """
+    slots, began = asyncio.Semaphore(jobs), time.monotonic()
+    tasks: dict[str, asyncio.Task] = {}
 
-    def __init__(self, root: Path, jobs: int):
-        self.root, self.jobs, self.children = root, jobs, set[subprocess.Popen]()
-        self.began = time.monotonic()
+    async def run(stage: Stage) -> None:
+        await asyncio.gather(*(tasks[name] for name in stage.needs))
+        if done_file(root, stage).is_file():
+            return
+        async with slots:
+            seconds = await run_stage(root, stage)
+        done = sum(done_file(root, other).is_file() for other in stages)
+        minutes = (time.monotonic() - began) / 60
+        print(f"{done}/{len(stages)}  {stage.name}  {seconds:.0f} s  ({minutes:.1f} minutes in all)", flush=True)
 
-    def mark(self, stage: Stage) -> Path:
-        """Return the file that tells that a stage is done."""
-        return self.root / "done" / f"{stage.name.replace('/', '.')}.json"
-
-    def run(self, stages: Sequence[Stage]) -> None:
-        """Run what is not done yet.
-
-        Raises:
-            UserError: a stage failed; the others that were running are ended.
-        """
-        waiting = [stage for stage in stages if not self.mark(stage).is_file()]
-        done = {stage.name for stage in stages} - {stage.name for stage in waiting}
-        running: dict[Future, Stage] = {}
-        with ThreadPoolExecutor(self.jobs) as pool:
-            try:
-                while waiting or running:
-                    for stage in [s for s in waiting if done.issuperset(s.needs)][: self.jobs - len(running)]:
-                        waiting.remove(stage)
-                        running[pool.submit(self.run_one, stage)] = stage
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        stage = running.pop(future)
-                        future.result()
-                        done.add(stage.name)
-                        self.tell(stage, len(done), len(stages))
-            finally:
-                for child in self.children:
-                    child.terminate()
-
-    def run_one(self, stage: Stage) -> None:
-        """Run a stage to its end and mark it done."""
-        began = time.monotonic()
-        if stage.before:
-            stage.before()
-        if stage.command:
-            self.execute(stage)
-        mark = self.mark(stage)
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.write_text(json.dumps({"seconds": time.monotonic() - began}))
-
-    def execute(self, stage: Stage) -> None:
-        """Run a stage's command, going on where a killed one stopped; its output goes to <stage>.log.
-
-        Raises:
-            UserError: it failed.
-        """
-        command, log = [sys.executable, *stage.command], self.root / "logs" / f"{stage.name.replace('/', '.')}.log"
-        if (self.root / stage.name / "checkpoint_last.pth").is_file():
-            command.append("--resume")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "w", encoding="utf-8") as file:
-            child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=one_thread())
-            self.children.add(child)
-            code = child.wait()
-        self.children.discard(child)
-        if code:
-            last = (log.read_text().strip().splitlines() or ["no output"])[-1]
-            raise UserError(f"stage {stage.name} ended with {code}: {last}; see {log}, and start again to go on")
-
-    def tell(self, stage: Stage, done: int, total: int) -> None:
-        """Print that a stage is done."""
-        seconds = json.loads(self.mark(stage).read_text())["seconds"]
-        minutes = (time.monotonic() - self.began) / 60
-        print(f"{done}/{total}  {stage.name}  {seconds:.0f} s  ({minutes:.1f} minutes in all)", flush=True)
+    tasks.update((stage.name, asyncio.create_task(run(stage))) for stage in stages)
+    await asyncio.gather(*tasks.values())  # after an error, asyncio.run cancels the other tasks
 
 
-def one_thread() -> dict[str, str]:
-    """Return the environment of a stage, which has one core to itself."""
-    return os.environ | {"OMP_NUM_THREADS": "1"}
+async def run_stage(root: Path, stage: Stage) -> float:
+    """Run a stage to its end, continuing where a killed one stopped, and mark it as done; return the seconds.
+
+    Raises:
+        UserError: its command failed.
+    """
+    began = time.monotonic()
+    if stage.before:
+        stage.before()
+    if stage.command:
+        resume = ["--resume"] if (root / stage.name / "checkpoint_last.pth").is_file() else []
+        await run_python([*stage.command, *resume], stage.name, root / "logs" / f"{stage.file_name}.log")
+    seconds = time.monotonic() - began
+    write_json(done_file(root, stage), {"seconds": seconds})
+    return seconds
+
+
+async def run_python(arguments: list[str], name: str, log: Path) -> None:
+    """Run Python on one core; its output goes to a log. The process ends when this task is cancelled."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w", encoding="utf-8") as file:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, *arguments, stdout=file, stderr=subprocess.STDOUT, env=environment
+        )
+        try:
+            code = await child.wait()
+        finally:
+            if child.returncode is None:
+                child.terminate()
+    if code:
+        last = (log.read_text().strip().splitlines() or ["no output"])[-1]
+        raise UserError(f"stage {name} ended with {code}: {last}; see {log}, and start again to continue")
 
 
 def keep_plan(root: Path, plan: Plan) -> None:
-    """Note the plan in the folder, or refuse a folder of another.
+    """Write the plan to the folder.
 
     Raises:
-        UserError: the folder's stages were made by another plan.
+        UserError: the folder holds stages of another plan.
     """
-    path, text = root / "plan.json", json.dumps(vars(plan))
-    if path.is_file() and path.read_text() != text:
+    path = root / "plan.json"
+    if path.is_file() and read_json(path) != vars(plan):
         raise UserError(f"{root} holds stages of another plan ({path}); choose another --output, or delete it")
-    root.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    write_json(path, vars(plan))
 
 
-def main() -> int:
-    """Read the command line, run what is not done, and write the tables."""
+def main() -> None:
+    """Run the stages that are not done, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="output/bootstrap", help="folder of everything (default: output/bootstrap)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="stages at once (default: all cores)")
-    parser.add_argument("--quick", action="store_true", help="a few pairs and one seed: does it run?")
+    parser.add_argument("--quick", action="store_true", help="a few pairs and one seed, as a test")
     args = parser.parse_args()
     root, plan = Path(args.output), QUICK if args.quick else Plan()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        keep_plan(root, plan)
-        Runner(root, max(args.jobs, 1)).run(all_stages(root, plan))
-        print(write_tables(root, plan.seeds))
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on", file=sys.stderr)
-        return 130
+    keep_plan(root, plan)
+    asyncio.run(run_stages(root, all_stages(root, plan), max(args.jobs, 1)))
+    print(write_tables(root, plan.seeds))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -1,7 +1,6 @@
-"""What `demo.bootstrap` found: tables in Markdown and JSON, and a plot."""
+"""Results of `demo.bootstrap`: tables in Markdown and JSON, and a plot."""
 
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from statistics import mean, stdev
 
 from demo.exact import exact_shares
 from demo.noise import count, scores
+from files import read_json, read_rows, write_json
 from miniature.text import caption_is_exact
 from report.figures import draw_means
 
@@ -17,7 +17,7 @@ Values = dict[str, dict[str, list[float]]]  # set -> column -> one value a seed
 
 @dataclass(frozen=True)
 class Pairs:
-    """What a set of pairs takes beside the human ones: web and synthetic texts, all of them or those kept."""
+    """The texts of a set of pairs beside the human ones: web, synthetic; all of them, or those that CapFilt kept."""
 
     title: str
     synthetic: bool
@@ -25,7 +25,7 @@ class Pairs:
     decoding: str = "nucleus"
 
     def takes(self, source: str, kept: bool) -> bool:
-        """Tell whether a text belongs to the set."""
+        """Return True if a text belongs to the set."""
         return (source == "web" or self.synthetic) and (kept or not self.filtered)
 
 
@@ -46,16 +46,16 @@ def write_tables(root: Path, seeds: int) -> str:
     tools = {name: columns_of([tool_scores(root, seed, name) for seed in range(seeds)]) for name in ("nucleus", "beam")}
     text = "\n\n".join(
         (
-            f"Pretrained on each set of pairs, not fine-tuned; mean and standard deviation of {seeds} seeds:",
+            f"Pretrained on each set of pairs, not fine-tuned; mean and standard deviation of {seeds} seeds, "
+            "CIDEr times 100:",
             table({SETS[name].title: columns for name, columns in values.items()}, "CapFilt"),
             "\n".join(order_lines(values)),
-            "The bootstrapped texts by how captions are drawn, and how well the filter finds the web texts that do "
-            "not match:",
+            "The bootstrapped texts by decoding, and the filter's precision and recall on web texts that do not match:",
             table(tools, "captions by"),
         )
     )
     (root / "bootstrap.md").write_text(text + "\n")
-    (root / "bootstrap.json").write_text(json.dumps({"models": values, "tools": tools}, indent=1))
+    write_json(root / "bootstrap.json", {"models": values, "tools": tools})
     drawn = {column: {SETS[name].title: values[name][column] for name in SETS} for column in COLUMNS}
     draw_means(drawn, root / "bootstrap.png")
     return text
@@ -67,15 +67,15 @@ def columns_of(rows: Sequence[dict[str, float]]) -> dict[str, list[float]]:
 
 
 def model_scores(root: Path, seed: int, name: str) -> dict[str, float]:
-    """Return the scores of the model pretrained on one set, and how many of the set's texts are right."""
+    """Return the scores of the model pretrained on one set, and the share of the set's texts that are right."""
     here, scenes = root / f"seed{seed}" / name, read_scenes(root)
-    captions = json.loads((here / "caption" / "result" / "test.json").read_text())
+    captions = read_json(here / "caption" / "result" / "test.json")
     exact, total = exact_shares(captions, scenes)["all test images"]
-    retrieval = last_row(here / "retrieval" / "evaluate.txt")
-    pairs = [json.loads(line) for line in (here / "pairs.jsonl").read_text().splitlines()]
+    retrieval = read_rows(here / "retrieval" / "evaluate.txt")[-1]
+    pairs = read_rows(here / "pairs.jsonl")
     found = (
         100 * mean(is_right(pair, scenes) for pair in pairs),
-        last_row(here / "caption" / "evaluate.txt")["test_CIDEr"],
+        100 * read_rows(here / "caption" / "evaluate.txt")[-1]["test_CIDEr"],
         100 * exact / total,
         retrieval["test_txt_r1"],
         retrieval["test_img_r1"],
@@ -84,11 +84,10 @@ def model_scores(root: Path, seed: int, name: str) -> dict[str, float]:
 
 
 def tool_scores(root: Path, seed: int, decoding: str) -> dict[str, float]:
-    """Return how good captioner and filter are, which only a world with known scenes can tell."""
+    """Return the quality of captioner and filter, known because the scenes of the world are known."""
     folder, scenes = root / f"seed{seed}" / f"capfilt_{decoding}", read_scenes(root)
-    kept = [json.loads(line) for line in (folder / "bootstrapped.jsonl").read_text().splitlines()]
-    dropped = [json.loads(line) for line in (folder / "dropped.jsonl").read_text().splitlines()]
-    truth = json.loads((root / "world" / "annotations" / "pretrain_web_truth.json").read_text())
+    kept, dropped = (read_rows(folder / f"{name}.jsonl") for name in ("bootstrapped", "dropped"))
+    truth = read_json(root / "world" / "annotations" / "pretrain_web_truth.json")
     judged = scores(count(folder, {row["image"]: row for row in truth})["all"])
     written = [row for row in kept + dropped if row["source"] == "synthetic"]
     passed = [row for row in kept if row["source"] == "synthetic"]
@@ -97,31 +96,24 @@ def tool_scores(root: Path, seed: int, decoding: str) -> dict[str, float]:
         "kept (%)": 100 * len(passed) / max(len(written), 1),
         "right of those kept (%)": share(passed, lambda row: is_right(row, scenes)),
         "distinct captions": float(len({row["caption"] for row in written})),
-        "precision": judged["precision"],
-        "recall": judged["recall"],
-        "F1": judged["F1"],
+        **judged,
     }
 
 
 def share(rows: Sequence[dict], holds: Callable[[dict], bool]) -> float:
-    """Return in how many of a hundred rows something holds."""
+    """Return the percentage of rows for which `holds` is true."""
     return 100 * sum(map(holds, rows)) / max(len(rows), 1)
 
 
 def is_right(pair: dict, scenes: dict[str, dict]) -> bool:
-    """Tell whether a text names exactly the shapes and colours of its image."""
+    """Return True if a text names exactly the shapes and colours of its image."""
     items = scenes[pair["image"]]["items"]
     return caption_is_exact(pair["caption"], [(item["color"], item["shape"]) for item in items])
 
 
 def read_scenes(root: Path) -> dict[str, dict]:
-    """Return what every image of the world shows."""
-    return json.loads((root / "world" / "scenes.json").read_text())
-
-
-def last_row(path: Path) -> dict[str, float]:
-    """Return the last row of a log."""
-    return json.loads(path.read_text().splitlines()[-1])
+    """Return the scene of every image of the world."""
+    return read_json(root / "world" / "scenes.json")
 
 
 def table(rows: dict[str, dict[str, list[float]]], corner: str) -> str:
@@ -133,14 +125,14 @@ def table(rows: dict[str, dict[str, list[float]]], corner: str) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Return "mean ± standard deviation", the latter of several values only."""
-    digits = 3 if max(map(abs, values)) < 10 else 1
+    """Return "mean ± standard deviation", or the value alone if there is only one."""
+    digits = 3 if max(map(abs, values)) <= 1 else 1
     deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{deviation}"
 
 
 def order_lines(values: Values) -> list[str]:
-    """Return, for each score, the order that came out and in how many seeds each step of the paper's order holds."""
+    """Return for each score the order of the sets, and the number of seeds in which each step of the paper's holds."""
     lines = []
     for column in COLUMNS[1:]:
         means = {name: mean(values[name][column]) for name in PAPERS_ORDER}

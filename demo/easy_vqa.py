@@ -1,11 +1,13 @@
-"""Convert the easy-vqa package's questions: python -m demo.easy_vqa --output output/easy_vqa"""
+"""Convert the questions of the package easy-vqa: python -m demo.easy_vqa --output output/easy_vqa"""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import easy_vqa
+
+from files import write_json
+from utils import run_command
 
 
 def convert(questions: tuple[list[str], list[str], list[int]], images: dict[int, str], root: Path, start: int) -> list:
@@ -17,8 +19,8 @@ def convert(questions: tuple[list[str], list[str], list[int]], images: dict[int,
     ]
 
 
-def main() -> int:
-    """Write train.json, what of it asks for a shape or names one, test.json, answers.json, and link the images."""
+def main() -> None:
+    """Write train.json, its questions about shapes, test.json and answers.json, and link the images."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", default="output/easy_vqa")
     folder, root = Path(parser.parse_args().output), Path(easy_vqa.__file__).parent / "data"
@@ -29,12 +31,11 @@ def main() -> int:
     named = [row for row in train if any(s in row["question"] for s in ("circle", "rectangle", "triangle"))]
     files = {"train": train, "what_shape": what, "named_shape": named, "test": test, "answers": easy_vqa.get_answers()}
     for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
+        write_json(folder / f"{name}.json", content)
     if not (folder / "images").exists():
         (folder / "images").symlink_to(root)
     print(f"wrote {len(train)} and {len(test)} questions to {folder}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

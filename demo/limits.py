@@ -1,24 +1,101 @@
-"""Bodies of requests are bounded before they are read, whatever they announce."""
+"""Limits of the web page: bytes of a request, megapixels of images, characters of texts."""
 
-from collections.abc import Awaitable, Callable, MutableMapping
+import warnings
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from PIL import Image
+
+from data.transforms import BAD_IMAGE, open_image
+from utils import UserError
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-UPLOAD_BYTES = 200 << 20  # of all files sent at once
-OTHER_BYTES = 1 << 20  # of everything else, since that is kept in memory
+MAX_MEGAPIXELS = 100
+MAX_TOTAL_MEGAPIXELS = 2500  # images of one search: about a minute of decoding
+SHOWN_SIDE = 1024  # pixels
+MAX_TEXT = 300  # characters
+UPLOAD_BYTES = 200 << 20  # of all files of a request
+OTHER_BYTES = 1 << 20  # of everything else in a request, which is kept in memory
 CLOSE = (b"connection", b"close")
-TOLD = ("on_part_begin", "on_header_field", "on_header_value", "on_header_end", "on_headers_finished", "on_part_data")
+
+
+def read_image(path: str | None) -> Image.Image:
+    """Read an uploaded image and reduce it to the size that is shown.
+
+    Raises:
+        UserError: there is none, it cannot be read, or it is too large.
+    """
+    if not path:
+        raise UserError("there is no image yet; upload one, or click an example")
+    check_megapixels(megapixels(path))
+    return read_shown(Path(path))
+
+
+def megapixels(path: str) -> float:
+    """Return an image's megapixels without decoding it.
+
+    Raises:
+        UserError: it is no image.
+    """
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return image.width * image.height / 1e6
+    except BAD_IMAGE:
+        raise UserError("this file is no image that can be read; upload a JPEG or PNG") from None
+
+
+def check_megapixels(found: float) -> None:
+    """Raise a UserError for an image that is too large."""
+    if found > MAX_MEGAPIXELS:
+        raise UserError(f"the image has {found:.0f} megapixels; upload one of at most {MAX_MEGAPIXELS}")
+
+
+def check_sizes(files: Sequence[str]) -> None:
+    """Raise a UserError for uploads that would take too long: one image, or all together, are too large."""
+    total = 0.0
+    for name in files:
+        try:
+            found = megapixels(name)
+        except UserError:  # the search counts unreadable files
+            continue
+        check_megapixels(found)
+        total += found
+    if total > MAX_TOTAL_MEGAPIXELS:
+        raise UserError(f"{total:.0f} megapixels are too many for this page; give at most {MAX_TOTAL_MEGAPIXELS}")
+
+
+def read_shown(path: Path) -> Image.Image:
+    """Read an image, reduced to the size that is shown."""
+    image = open_image(path, upright=True, smallest=SHOWN_SIDE)
+    image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+    return image
+
+
+def read_text(text: str | None, name: str) -> str:
+    """Return a typed text without outer blanks.
+
+    Raises:
+        UserError: it is empty or too long.
+    """
+    text = (text or "").strip()
+    if not text:
+        raise UserError(f"the {name} is empty; type one")
+    if len(text) > MAX_TEXT:
+        raise UserError(f"the {name} has {len(text)} characters; shorten it to {MAX_TEXT}")
+    return text
 
 
 class BodyLimit:
-    """ASGI middleware that answers 413 to a request whose body is too large: at once if it says so, else when it is.
+    """ASGI middleware that answers 413 to a request with too large a body: announced, or received so far.
 
     Args:
-        app: what answers the others.
-        upload: bytes of the files in a form sent to .../upload.
-        other: bytes beside these: of that form's fields and headers, and of any other request.
+        app: application behind it.
+        upload: limit in bytes of all files of a form sent to .../upload.
+        other: limit in bytes of the rest of that form, and of any other request.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]], upload: int = UPLOAD_BYTES, other: int = OTHER_BYTES):
@@ -28,7 +105,7 @@ class BodyLimit:
         """Answer a request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        headers = dict(reversed(scope["headers"]))  # of a name that comes twice the first counts, as for the app
+        headers = dict(reversed(scope["headers"]))  # the first of a repeated name counts, as in the app
         uploads = scope["path"].rstrip("/").endswith("/upload")
         body = Body(headers.get(b"content-type", b"") if uploads else b"", self.upload, self.other)
         announced = headers.get(b"content-length", b"0")
@@ -39,12 +116,12 @@ class BodyLimit:
 
 
 class Body:
-    """What has come of a body, as two counts: bytes of files, which the app puts on the disk, and all others.
+    """Counts the received bytes of a body: those of files, which the app writes to disk, and all others.
 
     Args:
-        content_type: of a form that may hold files; what is no form holds none.
-        upload: bytes of files that it may have.
-        other: bytes beside these.
+        content_type: content type of a form with files; b"" if there is none.
+        upload: limit in bytes of files.
+        other: limit in bytes of all others.
     """
 
     def __init__(self, content_type: bytes, upload: int, other: int):
@@ -54,21 +131,21 @@ class Body:
 
     @property
     def most(self) -> int:
-        """Bytes that it may have in all."""
+        """Largest size in bytes."""
         return self.other + (self.upload if self.form else 0)
 
     def takes(self, piece: bytes) -> bool:
-        """Count a piece; False if that is too much."""
+        """Count a piece; return False if the body is now too large."""
         files = self.files
         try:
             if self.form:
                 self.form.write(piece)
-        except ValueError:  # it is no form after all, as the app will see too
+        except ValueError:  # not a form after all; the app will refuse it too
             self.form = None
         self.others += len(piece) - (self.files - files)
         return self.files <= self.upload and self.others <= self.other
 
-    # What the form's parser tells, as slices of bytes.
+    # Callbacks of the form's parser, with slices of bytes.
 
     def on_part_begin(self) -> None:
         self.disposition = b""
@@ -95,22 +172,23 @@ class Body:
 
 
 def parser_of(content_type: bytes, listener: Any) -> Any:
-    """Return the parser of a form, the same that Gradio uses; None if it is no form."""
+    """Return the form parser that Gradio also uses; None if the content is not a form."""
     from python_multipart.multipart import MultipartParser, parse_options_header
 
     kind, options = parse_options_header(content_type)
     if kind != b"multipart/form-data" or b"boundary" not in options:
         return None
+    callbacks = {name: getattr(listener, name) for name in dir(listener) if name.startswith("on_")}
     try:
-        return MultipartParser(options[b"boundary"], {name: getattr(listener, name) for name in TOLD})
+        return MultipartParser(options[b"boundary"], callbacks)
     except ValueError:  # the boundary is too long
         return None
 
 
 def limited(receive: Receive, send: Send, body: Body, has_body: bool) -> tuple[Receive, Send]:
-    """Return a request's channels: after more than it may have the client gets 413, and the app sees it leave.
+    """Return a request's channels with the limit: beyond it the client gets 413 and the app a disconnect.
 
-    Where the app answers before it has read the whole body, the connection is closed, or the rest would be read too.
+    If the app answers before it has read the whole body, the connection is closed; else the rest would be read too.
     """
     refused, answered, unread = False, False, has_body
 

@@ -1,19 +1,19 @@
-"""Own data without code: write the photographs that scikit-image and scikit-learn bundle as a captioning set.
+"""A captioning set of the photographs in scikit-image and scikit-learn, as a pattern for own data.
 
     python -m demo.photographs --output output/photographs
     python train_caption.py --config output/photographs/caption.yaml --output_dir output/photographs/run
 
-The files written are all that any own data set needs: annotations, ground truth, and a configuration with their paths.
+A data set needs the files written here: annotations, ground truth, and a config with their paths.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from PIL import Image
 
-from utils import UserError
+from files import write_json
+from utils import UserError, run_command
 
 CAPTIONS = {
     "skimage/astronaut.png": ["a smiling astronaut in an orange suit", "a woman in a space suit before a flag"],
@@ -29,7 +29,7 @@ CAPTIONS = {
     "sklearn/china.jpg": ["a chinese temple with a large roof", "a pavilion behind trees in summer"],
     "sklearn/flower.jpg": ["a red flower with a yellow middle", "a dahlia in full bloom"],
 }
-CONFIG = """# Captioning of bundled photographs: a pattern for own data.
+CONFIG = """# Captioning of bundled photographs: a pattern for own data
 # Command:  python train_caption.py --config {folder}/caption.yaml --output_dir {folder}/run
 
 image_root: {folder}/images
@@ -48,7 +48,7 @@ num_workers: 2
 
 
 def write_photographs(folder: Path) -> Path:
-    """Write images, annotations, ground truth and configuration; returns the configuration's path.
+    """Write images, annotations, ground truth and config; return the config's path.
 
     Raises:
         UserError: one of the two packages is missing.
@@ -62,10 +62,10 @@ def write_photographs(folder: Path) -> Path:
         train += [{"image": file, "image_id": image_id, "caption": caption} for caption in captions]
         val.append({"image": file, "image_id": image_id, "caption": captions})
         truth["images"].append({"id": image_id})
-        truth["annotations"] += [{"id": f"{image_id}-{n}", "image_id": image_id, "caption": c}
-                                 for n, c in enumerate(captions)]  # fmt: skip
+        for number, caption in enumerate(captions):
+            truth["annotations"].append({"id": f"{image_id}-{number}", "image_id": image_id, "caption": caption})
     for file, content in (("train.json", train), ("val.json", val), ("val_gt.json", truth)):
-        (folder / file).write_text(json.dumps(content, indent=1))
+        write_json(folder / file, content)
     config = folder / "caption.yaml"
     config.write_text(CONFIG.format(folder=folder))
     return config
@@ -84,19 +84,13 @@ def bundled(name: str) -> Path:
     return Path(sklearn.datasets.__file__).parent / "images" / file
 
 
-def main() -> int:
-    """Read the command line and write the set."""
+def main() -> None:
+    """Write the set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="output/photographs", help="folder to write")
-    args = parser.parse_args()
-    try:
-        config = write_photographs(Path(args.output))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = write_photographs(Path(parser.parse_args().output))
     print(f"wrote {len(CAPTIONS)} photographs; train with: python train_caption.py --config {config}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -19,7 +19,7 @@ from models.cpu_products import use_cpu_products
 from models.generation import GenerationConfig, seeded_uniforms
 from models.precision import autocast
 from models.tokenizer import tokenize
-from utils import UserError
+from utils import UserError, allow_tf32
 
 Row = dict[str, Any]
 MAX_WORDS = 50
@@ -332,7 +332,7 @@ KINDS: dict[str, tuple[type[Predictor], Callable[..., nn.Module]]] = {
 
 def load(
     task: str, checkpoint: str | Path, device: str = "", amp: str = "", allow_pickle: bool = False,
-    cpu_products: str = "auto", **settings: Any,
+    cpu_products: str = "auto", tf32: bool = True, **settings: Any,
 ) -> Any:  # fmt: skip
     """Load a checkpoint for a task.
 
@@ -343,6 +343,7 @@ def load(
         amp: "bf16" for mixed precision.
         allow_pickle: accept a file that may run code when it is read.
         cpu_products: float32 products on a CPU, as for `models.cpu_products.use_cpu_products`.
+        tf32: float32 products on a GPU use TF32, as the released code did.
         settings: what the checkpoint should not decide itself: image_size, vit, med_config, prompt, ...
 
     Returns:
@@ -363,6 +364,7 @@ def load(
         arguments.setdefault("first_token", "enc")  # as the head was trained; "cls" is what the released demo does
     else:
         arguments.pop("embed_dim", None)
+    allow_tf32(tf32)
     model = factory(pretrained=source, allow_pickle=allow_pickle, **arguments)
     model = use_cpu_products(model.to(choose_device(device)).eval(), cpu_products)
     return kind(model, arguments["image_size"], amp, config)

@@ -57,7 +57,8 @@ class ModelConfig(Settings):
     image_size: int = setting(384, "side of the square input in pixels")
     exif_orientation: bool = setting(False, "turn images as EXIF says, and scale 16 bits to 8, as predict.py does")
     num_workers: int = setting(4, "processes that load data, per process that trains")
-    amp: str = setting("", "'bf16' for mixed precision in bfloat16; '' for float32")
+    amp: str = setting("", "mixed precision: 'bf16', 'fp16' for GPUs without bfloat16, or '' for float32")
+    tf32: bool = setting(True, "float32 products on a GPU use TF32, as the released code did")
     compile: bool = setting(False, "compile the transformer blocks")
     cpu_products: str = setting("auto", "float32 products on a CPU: 'onednn', 'torch', or 'auto': oneDNN with AVX-512")
 

@@ -19,7 +19,16 @@ import torch.distributed as dist
 from files import append, disk_is_full, to_free, write_whole
 from launch.config import ModelConfig, describe, load_config, save_config
 from launch.watchdog import BUSY_MINUTES, Watchdog
-from utils import UserError, get_rank, get_world_size, has_group, is_main_process, on_main_process, user_message
+from utils import (
+    UserError,
+    allow_tf32,
+    get_rank,
+    get_world_size,
+    has_group,
+    is_main_process,
+    on_main_process,
+    user_message,
+)
 
 LAST, BEST = "checkpoint_last.pth", "checkpoint_best.pth"  # in the folder of a run
 HANG_MINUTES = 15.0  # where the task's config does not say
@@ -118,6 +127,7 @@ def launch(
         config = load_config(config_class, args.config, args.set)
         slurm_to_torchrun()
         device = choose_device(args.device)
+        allow_tf32(config.get("tf32", True))
         minutes = config.get("hang_minutes", HANG_MINUTES)
         store = join_process_group(device, minutes)
         watchdog = Watchdog(minutes, get_rank(), get_world_size(), store).start()

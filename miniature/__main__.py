@@ -9,10 +9,10 @@ import argparse
 import sys
 
 from miniature.writing import write_miniature
-from utils import UserError
+from utils import run_command
 
 
-def main() -> int:
+def main() -> None:
     """Parse the command line and write the world."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="output/miniature", help="folder to write (default: output/miniature)")
@@ -24,16 +24,10 @@ def main() -> int:
     parser.add_argument("--videos", type=int, default=0, help="video clips (default: 0)")
     parser.add_argument("--image_size", type=int, default=64, help="side of the images in pixels (default: 64)")
     args = parser.parse_args()
-    try:
-        folder = write_miniature(
-            args.output, args.level, args.seed, args.train, args.val, args.test, args.web, args.videos, args.image_size
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    sizes = (args.train, args.val, args.test, args.web, args.videos, args.image_size)
+    folder = write_miniature(args.output, args.level, args.seed, *sizes)
     print(f"wrote the miniature world, level {args.level}, to {folder}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

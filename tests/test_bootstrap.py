@@ -1,5 +1,6 @@
 """The bootstrapping experiment: its stages, what they choose, and how it goes on after a kill."""
 
+import asyncio
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from demo.bootstrap import QUICK, Plan, Runner, Stage, all_stages, keep_plan, write_pairs
+from demo.bootstrap import QUICK, Plan, Stage, all_stages, done_file, keep_plan, run_stages, write_pairs
 from demo.bootstrap_table import SETS, order_lines, spread
 from utils import UserError
 
@@ -53,18 +54,31 @@ def test_stages_wait_for_what_they_need_and_finished_ones_stay_finished(tmp_path
         return lambda: ran.append(name)
 
     stages = [Stage("b", ("a",), note("b")), Stage("a", (), note("a")), Stage("c", ("b",), note("c"))]
-    Runner(tmp_path, 3).run(stages)
+    asyncio.run(run_stages(tmp_path, stages, 3))
     assert ran == ["a", "b", "c"]
-    Runner(tmp_path, 3).mark(stages[0]).unlink()
-    Runner(tmp_path, 1).run(stages)
+    done_file(tmp_path, stages[0]).unlink()
+    asyncio.run(run_stages(tmp_path, stages, 1))
     assert ran == ["a", "b", "c", "b"]
 
 
 def test_a_stage_that_fails_says_why_and_is_not_done(tmp_path):
     stage = Stage("bad", command=["-c", "raise SystemExit('no such colour')"])
     with pytest.raises(UserError, match=r"stage bad ended with 1: no such colour; see .*bad\.log"):
-        Runner(tmp_path, 2).run([stage, Stage("next", ("bad",))])
-    assert not Runner(tmp_path, 2).mark(stage).exists()
+        asyncio.run(run_stages(tmp_path, [stage, Stage("next", ("bad",))], 2))
+    assert not done_file(tmp_path, stage).exists() and not done_file(tmp_path, Stage("next")).exists()
+
+
+def test_a_stage_that_fails_ends_those_that_run(tmp_path):
+    slow = Stage("slow", command=["-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"])
+    began = time.monotonic()
+    with pytest.raises(UserError, match="stage bad ended"):
+        bad = Stage("bad", command=["-c", "import time; time.sleep(1); raise SystemExit(1)"])
+        asyncio.run(run_stages(tmp_path, [slow, bad], 2))
+    assert time.monotonic() - began < 30 and not done_file(tmp_path, slow).exists()
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.kill(int((tmp_path / "logs" / "slow.log").read_text()), 0)
+            time.sleep(0.1)
 
 
 def test_a_folder_of_another_plan_is_refused(tmp_path):

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from scripts import ROOT, lines, run, run_and_signal, run_here, settings
 
-from bootstrap.shards import Distinct, Shards, merge, run_shards
+from bootstrap.merging import Distinct, merge_shards
+from bootstrap.shards import Shards, run_shards
 from data.pretrain import PairDataset, image_of_url
 from data.transforms import test_transform as make_transform
 from miniature.writing import write_miniature
@@ -202,7 +203,7 @@ def test_a_million_pairs_in_flat_memory(tmp_path):
 
     run_shards(shards, work, "pairs")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    tally = merge(shards, tmp_path)
+    tally = merge_shards(shards, tmp_path)
     assert sum(tally.kept.values()) == sum(tally.dropped.values()) == 1_000_000
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
     with open(tmp_path / "bootstrapped.jsonl") as file:

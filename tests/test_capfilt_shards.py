@@ -8,7 +8,8 @@ import tracemalloc
 import pytest
 from scripts import ROOT, lines, run_and_signal, run_here, settings
 
-from bootstrap.shards import Shards, merge, run_shards
+from bootstrap.merging import merge_shards
+from bootstrap.shards import Shards, run_shards
 from bootstrap.tars import TarOutput, tar_source
 from capfilt import make_texts
 from data.shards import TarPairs, count_pairs, read_shard
@@ -82,7 +83,7 @@ def whole(web, tmp_path_factory):
 def test_every_kept_text_is_a_pair_with_the_image_as_it_was(samples, whole):
     kept, dropped, (bad,) = read(whole), rows_of(whole / "dropped.jsonl"), rows_of(whole / "unreadable.jsonl")
     images = {key: image for key, _, image, _ in samples}
-    assert bad["image"] == samples[BROKEN][0] and "00000.tar: 000000004: a image cannot be read" in bad["error"]
+    assert bad["image"] == samples[BROKEN][0] and "00000.tar: 000000004: an image cannot be read" in bad["error"]
     for source in ("web", "synthetic"):
         found = [r.facts["key"] for r in kept if r.facts["source"] == source]
         found += [row["image"] for row in dropped if row["source"] == source]
@@ -156,9 +157,9 @@ def bootstrap(tars, folder, size=5):
     shards = Shards([list(map(str, tars))], 1, folder / "shards", tars=True)
     shards.folder.mkdir(parents=True, exist_ok=True)
     output = TarOutput(folder / "bootstrapped")
-    output.tidy(shards)
+    output.delete_unfinished(shards)
     run_shards(shards, make_texts(tar_source(shards, size), None, judge, output), "tar files")
-    return merge(shards, folder)
+    return merge_shards(shards, folder)
 
 
 def test_killed_between_the_archive_and_its_rows(web, tmp_path):

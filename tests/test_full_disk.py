@@ -15,7 +15,8 @@ from scripts import TINY, run_here, settings
 import launch.watchdog
 import predict
 import pretrain
-from bootstrap import shards as bootstrap
+from bootstrap.merging import merge_shards
+from bootstrap.shards import Shards, open_folder, run_shards
 from data.pretrain import build_index
 from files import append, disk_is_full, write_json, write_whole
 from inference.explain import save_image
@@ -53,13 +54,21 @@ def report(path):
 
 
 def merged(path):
-    class Done(bootstrap.Shards):
+    class Done(Shards):
         """One finished shard that is on no disk."""
 
         def rows(self, shard):
             return [{"image": "a.jpg", "caption": "text", "source": "web", "kept": True}]
 
-    bootstrap.merge(Done([[("a.jpg", "text")]], 1, path.parent), path.parent)
+    merge_shards(Done([[("a.jpg", "text")]], 1, path.parent), path.parent)
+
+
+def one_shard(path):
+    path.rename(path.parent / "kept")
+    try:
+        run_shards(Shards([[("a.jpg", "text")]], 1, path.parent), lambda shard: [{"image": "a.jpg"}], "shards")
+    finally:
+        (path.parent / "kept").rename(path)
 
 
 RUN = [
@@ -70,10 +79,10 @@ RUN = [
     ("config.yaml", lambda path: save_config(NLVRConfig(), path)),
     ("scores.png", report),
     ("bad_images.txt", bad_images),
-    ("settings.json", lambda path: bootstrap.prepare(path.parent, {"threshold": 0.5})),
+    ("settings.json", lambda path: open_folder(path.parent, {"threshold": 0.5})),
 ]
 OTHERS = [
-    ("shard.jsonl", lambda path: bootstrap.write_shard(path, [{"image": "a.jpg"}])),
+    ("0000000.jsonl", one_shard),
     ("bootstrapped.jsonl", merged),
     ("map.png", lambda path: save_image(Image.new("RGB", (8, 8)), path)),
     ("features.npy", lambda path: predict.save_features(path, ["a"], np.zeros((1, 9)))),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import collate, make_loader
+from data import collate, make_loader, prefetch
 from data.transforms import open_image, train_transform
 from utils import UserError, user_message
 
@@ -108,3 +108,15 @@ def test_collate():
     assert batch["image"].shape == (2, 3, 2, 2)
     assert batch["idx"].dtype == torch.int64 and batch["idx"].tolist() == [1, 2]
     assert (batch["text"], batch["image_id"], batch["long"]) == (["a", "a"], [5, "x"], [2**70] * 2)
+
+
+def test_prefetch_yields_every_batch_once_and_leaves_ids_on_the_host():
+    images = [torch.full((2, 3), float(i)) for i in range(3)]
+    batches = [{"image": x, "image_id": torch.tensor([i, i]), "text": ["a"]} for i, x in enumerate(images)]
+    pulled = []
+    found = []
+    for batch in prefetch((pulled.append(i) or b for i, b in enumerate(batches)), torch.device("meta")):
+        found.append((batch["image"].device.type, batch["image_id"].device.type, batch["image_id"][0].item()))
+        assert pulled[-1] == min(len(found), 2), "the next batch is on its way"
+    assert found == [("meta", "cpu", i) for i in range(3)]
+    assert list(prefetch([], torch.device("cpu"))) == []

@@ -18,7 +18,7 @@ from miniature import writing as miniature
 from miniature.__main__ import main
 from miniature.scene import COLORS, SHAPES, SIZES, Item, Scene, draw_scene, render, seen_pairs, unseen_pairs
 from models.tokenizer import init_tokenizer
-from utils import UserError
+from utils import UserError, run_command
 
 VOCAB = Path(miniature.__file__).resolve().parent.parent / "configs" / "miniature" / "vocab.txt"
 COUNTS = {"num_train": 120, "num_val": 30, "num_test": 200, "num_web": 200}
@@ -412,5 +412,5 @@ def test_bad_arguments_are_told_in_one_line(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(UserError, match="fewer than 5000 different test scenes"):
         miniature.write_miniature(tmp_path, level=1, num_train=0, num_val=0, num_web=0, num_test=5000)
     monkeypatch.setattr("sys.argv", ["miniature", "--output", str(tmp_path), "--level", "0"])
-    assert main() == 2
+    assert run_command(main) == 2
     assert capsys.readouterr().err.strip() == "error: level is 0; expected one of 1, 2, 3, 4"

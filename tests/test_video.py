@@ -1,13 +1,14 @@
 """Video clips: frames over the clip, captions, and clips that cannot be read."""
 
 import json
+import struct
 
 import numpy as np
 import pytest
 
 from data import build_datasets
 from data.transforms import MEAN, STD
-from data.video import frame_numbers
+from data.video import frame_numbers, read_frames
 from utils import UserError
 
 av = pytest.importorskip("av")
@@ -74,6 +75,67 @@ def test_a_bad_clip_is_named_and_ends_nothing(tmp_path, fault):
     item = dataset(tmp_path, ["a"])[0]
     assert item["video"].shape == (4, 3, SIZE, SIZE) and not item["video"].any()
     assert item["error"].startswith(f"{tmp_path / 'a.mp4'}: ")
+
+
+def boxes(data, path):
+    """Return where the content of an MP4 box begins, found by the names of the boxes around it."""
+    start = 0
+    for name in path:
+        start = data.index(name.encode(), start) + 4
+    return start
+
+
+@pytest.mark.parametrize("told", [20, 48])
+def test_a5_frames_are_spread_over_those_that_decode(tmp_path, told):
+    write_clip(tmp_path / "a.mp4", 24)
+    data = bytearray((tmp_path / "a.mp4").read_bytes())
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.streams.video[0].frames == 24
+    place = boxes(data, ["stts"]) + 8  # one run of equal durations: its number of frames is what the header tells
+    assert struct.unpack_from(">I", data, place)[0] == 24
+    struct.pack_into(">I", data, place, told)
+    (tmp_path / "a.mp4").write_bytes(data)
+    assert numbers(dataset(tmp_path, ["a"])[0]["video"]) == frame_numbers(24, 4)
+
+
+ONE = 1 << 16
+MATRICES = {
+    90: (0, ONE, 0, -ONE, 0, 0, 32 * ONE, 0, 1 << 30),
+    180: (-ONE, 0, 0, 0, -ONE, 0, 64 * ONE, 32 * ONE, 1 << 30),
+    270: (0, -ONE, 0, ONE, 0, 0, 0, 64 * ONE, 1 << 30),
+}
+
+
+@pytest.mark.parametrize("clockwise", MATRICES)
+def test_a5_a_rotation_in_the_container_is_respected_when_asked(tmp_path, clockwise):
+    path = tmp_path / "a.mp4"
+    picture = np.zeros((32, 64, 3), np.uint8)
+    picture[:16, :32] = 255  # the top left quarter is white
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        for packet in (*stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")), *stream.encode()):
+            container.mux(packet)
+    data = bytearray(path.read_bytes())
+    struct.pack_into(">9i", data, boxes(data, ["tkhd"]) + 40, *MATRICES[clockwise])
+    path.write_bytes(data)
+    expected = np.rot90(picture, -clockwise // 90)
+    turned, plain = read_frames(path, 1, upright=True)[0], read_frames(path, 1)[0]
+    assert (turned.size, plain.size) == (expected.shape[1::-1], (64, 32))
+    assert np.abs(np.asarray(turned, int) - expected).mean() < 10 > np.abs(np.asarray(plain, int) - picture).mean()
+    settings = {"ann_root": str(tmp_path), "video_root": str(tmp_path), "num_frm_test": 1, "image_size": SIZE}
+    dataset(tmp_path, ["a"])  # writes the annotations
+    assert build_datasets("retrieval_msrvtt", {**settings, "exif_orientation": True})["test"].upright
+
+
+def test_a5_several_captions_and_empty_ones(tmp_path, capsys):
+    write_clip(tmp_path / "a.mp4", 4)
+    rows = [{"clip_name": "a", "caption": ["One", "two", " "]}, {"clip_name": "a", "caption": None}]
+    (tmp_path / "msrvtt_test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = {"ann_root": str(tmp_path), "video_root": str(tmp_path), "num_frm_test": 1, "image_size": SIZE}
+    clips = build_datasets("retrieval_msrvtt", settings)["test"]
+    assert clips.text == ["one", "two"] and clips.video2txt == {0: [0, 1]}
+    assert "2 empty captions are left out, and 1 entries without any other" in capsys.readouterr().err
 
 
 def test_missing_clips_are_named(tmp_path):

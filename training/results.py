@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from launch.run import Run
+from metrics.units import format_score, put_test_first
 from models.precision import autocast
 from report.page import write_report
 from training.adapters import apply_adapters
@@ -52,10 +53,10 @@ def report_scores(run: Run, title: str, scores: Scores, cards: Callable[[], list
         scores: of the best epoch, or of an evaluation.
         cards: returns the examples that the page shows.
     """
-    scores = {name: value for name, value in scores.items() if name != "quality"}
+    scores = put_test_first({name: value for name, value in scores.items() if name != "quality"})
     width = max((len(name) for name in scores), default=0)
     for name, value in scores.items():
-        run.print(f"  {name.ljust(width)}  {value:.4g}")
+        run.print(f"  {name.ljust(width)}  {format_score(name, value)}")
     run.epoch = scores.get("epoch")
     page = on_main_process(lambda: _write_report(run, title, scores, cards()))
     run.print(f"report: {page}")

@@ -1,0 +1,78 @@
+"""Convert annotation files of COCO, Karpathy, VQA v2, NLVR2, nocaps and Flickr30k to the rows that training reads.
+
+    python -m data.convert dataset_coco.json --output annotation
+    python -m data.convert v2_OpenEnded_mscoco_val2014_questions.json v2_mscoco_val2014_annotations.json --output vqa
+
+The new files are written into the folder --output, and their paths are printed.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from data.publishers import convert
+from files import write_json
+from utils import UserError
+
+
+def read_published(path: Path) -> Any:
+    """Return a parsed JSON file, the rows of a JSON lines file, or the text of another file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; correct its path") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text in UTF-8; expected an annotation file") from None
+    for parse in (json.loads, lambda text: [json.loads(line) for line in text.split("\n") if line.strip()]):
+        try:
+            return parse(text)
+        except (ValueError, RecursionError):
+            continue
+    return text
+
+
+def write_tables(paths: list[Path], output: Path, prefix: str | None = None, overwrite: bool = False) -> list[Path]:
+    """Convert publishers' files, write the tables, and return their paths.
+
+    Args:
+        paths: one file, or the question and annotation files of VQA v2.
+        output: folder of the new files.
+        prefix: folder put before every image's name, instead of the publisher's own.
+        overwrite: replace existing files.
+
+    Raises:
+        UserError: unknown format, an existing file, or a folder that cannot be written.
+    """
+    _, tables = convert([read_published(path) for path in paths], prefix)
+    files = {output / f"{name or paths[0].stem}.json": content for name, content in tables.items()}
+    for path in files:
+        if path.exists() and (not overwrite or path.resolve() in [p.resolve() for p in paths]):
+            raise UserError(f"{path} exists; choose another --output folder, or replace it with --overwrite")
+    return [write_json(path, content) for path, content in files.items()]
+
+
+def main() -> int:
+    """Parse the command line and convert."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path, help="file to convert; for VQA v2 questions and annotations")
+    parser.add_argument("--output", type=Path, default=Path("annotation"), help="folder to write (default: annotation)")
+    parser.add_argument("--image_prefix", help="folder of the images under image_root (default: the publisher's)")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+    args = parser.parse_args()
+    try:
+        for path in write_tables(args.files, args.output, args.image_prefix, args.overwrite):
+            print(path)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

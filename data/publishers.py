@@ -1,0 +1,160 @@
+"""Annotation files as their publishers release them: recognized, and converted to this project's rows."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from utils import UserError
+
+Row = dict[str, Any]
+Tables = dict[str, Any]  # name of an output file without .json -> its content
+TOKEN_LINE = re.compile(r"([^\s#]+)#\d+\t(.*)")
+KARPATHY = "a Karpathy split (dataset_coco.json, dataset_flickr30k.json)"
+COCO = "a COCO or nocaps file of images (captions_*.json, *_image_info.json)"
+VQA_QUESTIONS = "VQA v2's question file"
+VQA_ANNOTATIONS = "VQA v2's annotation file"
+NLVR2 = "NLVR2's JSON lines"
+FLICKR = "Flickr30k's token file"
+
+
+def recognize(content: Any) -> str:
+    """Return the name of a publisher's format, '' for none.
+
+    Args:
+        content: a parsed JSON file, the rows of a JSON lines file, or the text of another file or its beginning.
+    """
+    if isinstance(content, str):
+        return FLICKR if TOKEN_LINE.match(content) else ""
+    if isinstance(content, list):
+        rows = [row for row in content[:1] if isinstance(row, dict)]
+        return NLVR2 if rows and {"identifier", "sentence"} <= rows[0].keys() and "images" not in rows[0] else ""
+    if _has_rows(content, "images", "sentences", "split"):
+        return KARPATHY
+    if _has_rows(content, "images", "id", "file_name"):
+        return COCO
+    if _has_rows(content, "questions", "question_id", "question"):
+        return VQA_QUESTIONS
+    return VQA_ANNOTATIONS if _has_rows(content, "annotations", "question_id", "answers") else ""
+
+
+def _has_rows(content: Any, name: str, *keys: str) -> bool:
+    rows = content.get(name) if isinstance(content, dict) else None
+    return isinstance(rows, list) and bool(rows) and isinstance(rows[0], dict) and rows[0].keys() >= {*keys}
+
+
+def convert(contents: list[Any], prefix: str | None = None) -> tuple[str, Tables]:
+    """Convert a publisher's file, or VQA v2's questions with their annotations, to rows that the datasets read.
+
+    Args:
+        contents: parsed files.
+        prefix: folder put before every image's name, instead of the publisher's own.
+
+    Returns:
+        The name of the format, and the tables; a table named "" takes the name of the input.
+
+    Raises:
+        UserError: another format, files that do not belong together, or a row that lacks something.
+    """
+    found = {recognize(content): content for content in contents}
+    names = sorted(found)
+    try:
+        if names == [VQA_ANNOTATIONS, VQA_QUESTIONS]:
+            return VQA_QUESTIONS, {"": vqa_rows(found[VQA_QUESTIONS], found[VQA_ANNOTATIONS], prefix)}
+        if len(contents) == 1 and names[0] in CONVERTERS:
+            return names[0], CONVERTERS[names[0]](contents[0], prefix)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise UserError(f"{names[0]} has a row that is not as published ({error!r}); download it again") from None
+    known = ", ".join([*CONVERTERS, VQA_QUESTIONS + " with " + VQA_ANNOTATIONS])
+    got = " and ".join(name or "an unknown format" for name in names)
+    raise UserError(f"cannot convert {got}; expected one of: {known}")
+
+
+def _join(folder: str, prefix: str | None, name: str) -> str:
+    return "/".join(part.strip("/") for part in (folder if prefix is None else prefix, name) if part.strip("/"))
+
+
+def karpathy_tables(content: Any, prefix: str | None) -> Tables:
+    """Return train (with restval), val and test rows, and the ground truth of val and test."""
+    coco = content.get("dataset", "coco") == "coco"
+    name = "coco_karpathy" if coco else content["dataset"]
+    tables: Tables = {}
+    for image in content["images"]:
+        split = {"restval": "train"}.get(image["split"], image["split"])
+        path = _join(image.get("filepath", "" if coco else f"{name}-images"), prefix, image["filename"])
+        number = image.get("cocoid", image.get("imgid"))
+        captions = [sentence["raw"].strip() for sentence in image["sentences"]]
+        row = {"image": path, "caption": captions, "image_id": number}
+        tables.setdefault(f"{name}_{split}", []).append(row)
+    truth = {f"{key}_gt": ground_truth(rows) for key, rows in tables.items() if not key.endswith("_train")}
+    return tables | truth
+
+
+def ground_truth(rows: list[Row]) -> dict[str, list[Row]]:
+    """Return the captions of rows in COCO's ground-truth format."""
+    pairs = [(row["image_id"], caption) for row in rows for caption in row["caption"]]
+    annotations = [{"id": n, "image_id": number, "caption": caption} for n, (number, caption) in enumerate(pairs)]
+    return {"images": [{"id": row["image_id"]} for row in rows], "annotations": annotations}
+
+
+def coco_tables(content: Any, prefix: str | None) -> Tables:
+    """Return a row per image, with its captions where the file has them."""
+    captions: dict[Any, list[str]] = {}
+    for annotation in content.get("annotations", []):
+        captions.setdefault(annotation["image_id"], []).append(annotation["caption"].strip())
+    rows = []
+    for image in content["images"]:
+        folder = image.get("coco_url", "").rpartition("/")[0].rpartition("/")[2] if "domain" not in image else ""
+        row = {"image": _join(folder, prefix, image["file_name"]), "image_id": image["id"]}
+        if image["id"] in captions or not captions:
+            rows.append(row | ({"caption": captions[image["id"]]} if captions else {}))
+    return {"": rows}
+
+
+def vqa_rows(questions: Any, annotations: Any, prefix: str | None) -> list[Row]:
+    """Return a row per question, with ten answers where there are annotations."""
+    subtype = questions.get("data_subtype", "")
+    folder = subtype.replace("-dev", "")
+    answers = {row["question_id"]: row for row in annotations["annotations"]} if annotations else {}
+    rows = []
+    for question in questions["questions"]:
+        name = f"COCO_{folder}_{question['image_id']:012d}.jpg"
+        row = {"dataset": "vqa", "image": _join(folder, prefix, name)}
+        row |= {key: question[key] for key in ("question", "question_id")}
+        if annotations:
+            found = answers[question["question_id"]]
+            row["answer"] = [answer["answer"] for answer in found["answers"]]
+            row |= {key: found[key] for key in ("answer_type", "question_type") if key in found}
+        rows.append(row)
+    return rows
+
+
+def nlvr_tables(content: Any, prefix: str | None) -> Tables:
+    """Return a row per statement; images are named as in NLVR2's archives of images."""
+    rows = []
+    for statement in content:
+        stem = statement["identifier"].rpartition("-")[0]
+        split = stem.partition("-")[0]
+        folder = "/".join(map(str, ("images", split, *([statement["directory"]] if "directory" in statement else []))))
+        images = [_join(folder, prefix, f"{stem}-img{side}.png") for side in (0, 1)]
+        rows.append({"images": images, "sentence": statement["sentence"], "label": str(statement["label"])})
+    return {"": rows}
+
+
+def flickr_tables(content: str, prefix: str | None) -> Tables:
+    """Return a row per image with its captions."""
+    captions: dict[str, list[str]] = {}
+    for line in filter(None, content.split("\n")):
+        match = TOKEN_LINE.match(line)
+        if not match:
+            raise ValueError(line[:80])
+        captions.setdefault(match[1], []).append(match[2].strip())
+    return {"": [{"image": _join("flickr30k-images", prefix, name), "caption": c} for name, c in captions.items()]}
+
+
+CONVERTERS: dict[str, Callable[[Any, str | None], Tables]] = {
+    KARPATHY: karpathy_tables,
+    COCO: coco_tables,
+    VQA_QUESTIONS: lambda content, prefix: {"": vqa_rows(content, None, prefix)},
+    NLVR2: nlvr_tables,
+    FLICKR: flickr_tables,
+}
