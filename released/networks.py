@@ -102,7 +102,7 @@ def tie_encoder_decoder_weights(
 
 def refuse(settings: dict[str, Any]) -> None:
     """Raise for arguments that the released call had and this one cannot honour; None and False ask for nothing."""
-    if given := [name for name, value in settings.items() if value not in (None, False)]:
+    if given := [name for name, value in settings.items() if value is not None and value is not False]:
         raise UserError(f"argument {', '.join(given)} is not supported here; leave it out")
 
 
