@@ -10,9 +10,10 @@ from files import read_json, write_json
 from launch.config import NoCapsConfig
 from launch.run import Run, launch
 from metrics.caption import domain_scores
+from metrics.ground_truth import read_ground_truth, refuse_missing
 from models.blip import BLIP_Decoder, blip_decoder
 from train_caption import write_captions
-from training.results import evaluate_only, report_scores
+from training.results import eval_splits, evaluate_only, report_scores
 from utils import on_main_process
 
 EXAMPLES = (
@@ -29,26 +30,35 @@ def evaluate(model: BLIP_Decoder, loaders: dict[str, DataLoader], config: NoCaps
         path = on_main_process(lambda split=split, results=results: write_json(run.result(split), results))
         run.note(f"captions of the {split} images: {path}")
         if truth := config[f"{split}_gt"]:
-            found, left_out = on_main_process(lambda r=results, truth=truth: domain_scores(r, truth, config.java))
+            found, notes = on_main_process(lambda r=results, truth=truth: domain_scores(r, truth, config.java))
             for domain, values in found.items():
                 scores |= {f"{split}_{domain}_{name}": value for name, value in values.items()}
-            for name, reason in left_out.items():
-                run.note_once(f"{name} is left out: {reason}")
+            for name, reason in notes.items():
+                run.note_once(f"{name}: {reason}")
     return scores
 
 
-def examples(dataset: Any, run: Run, count: int = 24) -> list[dict[str, Any]]:
+def check_ground_truth(loaders: dict[str, DataLoader], config: NoCapsConfig) -> None:
+    """Check the ground truth that is given against the images; errors as in `train_caption.check_ground_truth`."""
+    for split, loader in loaders.items():
+        if truth := config[f"{split}_gt"]:
+            refuse_missing(read_ground_truth(truth), loader.dataset.ids)
+
+
+def examples(dataset: Any, split: str, run: Run, count: int = 24) -> list[dict[str, Any]]:
     """Return images with their captions, for the report."""
-    rows = read_json(run.result("val"))[:count]
+    rows = read_json(run.result(split))[:count]
     return [{"image": dataset.path(i), "caption": row["caption"]} for i, row in enumerate(rows)]
 
 
 def main(config: NoCapsConfig, run: Run) -> None:
-    """Caption both splits and report."""
-    loaders = make_loaders("nocaps", config)
+    """Caption the splits and report."""
+    loaders = make_loaders("nocaps", config, eval_splits(config))
+    on_main_process(lambda: check_ground_truth(loaders, config))
     model = blip_decoder(**config.model_settings(), prompt=config.prompt)
     scores = evaluate_only(run, config, model, lambda model: evaluate(model, loaders, config, run))
-    report_scores(run, "NoCaps", scores, lambda: examples(loaders["val"].dataset, run))
+    split = next(iter(loaders))
+    report_scores(run, "NoCaps", scores, lambda: examples(loaders[split].dataset, split, run))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from launch.run import Run, launch
 from metrics.retrieval import retrieval_scores
 from models.blip_retrieval import BLIP_Retrieval, blip_retrieval
 from training.results import evaluate_only, report_scores
-from utils import all_gather_object, on_main_process
+from utils import UserError, all_gather_object, on_main_process
 
 EXAMPLES = (
     "python eval_retrieval_video.py --config configs/miniature/retrieval_msrvtt.yaml",
@@ -55,6 +55,8 @@ def evaluate(model: BLIP_Retrieval, loader: DataLoader, config: VideoConfig, run
         run.note(f"left out of the ranking: {error}")
     if unreadable:
         run.note(f"{len(unreadable)} of {len(dataset)} clips cannot be read")
+    if len(unreadable) == len(dataset):
+        raise UserError(f"no clip can be read, the first because of {unreadable[min(unreadable)]}; correct video_root")
     return on_main_process(lambda: measure(scores, dataset, set(unreadable), run))
 
 
@@ -78,7 +80,7 @@ def examples(dataset: Any, run: Run, count: int = 12) -> list[dict[str, Any]]:
     """Return texts with the middle frames of the clips found for them, for the report."""
     return [
         {
-            "images": [read_frames(dataset.path(i), 1)[0] for i in row["clips"]],
+            "images": [read_frames(dataset.path(i), 1, dataset.upright)[0] for i in row["clips"]],
             "tones": ["good" if i == row["right"] else "" for i in row["clips"]],
             "lines": [("text", row["text"], "good" if row["clips"][0] == row["right"] else "bad")],
         }

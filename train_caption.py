@@ -1,7 +1,6 @@
 """Fine-tune and evaluate a captioner (paper section 5.2)."""
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,11 +12,12 @@ from files import read_json, write_json
 from launch.config import CaptionConfig
 from launch.run import Run, launch
 from metrics.caption import caption_scores
+from metrics.ground_truth import read_ground_truth, refuse_missing
 from models.blip import BLIP_Decoder, blip_decoder
 from training.loop import Losses, Task
 from training.progress import Progress
-from training.results import report_scores, splits_of, train_or_evaluate
-from utils import gather_results, on_main_process, track
+from training.results import report_scores, shown_split, splits_of, train_or_evaluate
+from utils import gather_results, id_text, on_main_process, track
 
 EXAMPLES = (
     "python train_caption.py --config configs/miniature/caption.yaml --output_dir output/caption",
@@ -53,15 +53,15 @@ def evaluate(model: BLIP_Decoder, loaders: dict[str, DataLoader], config: Captio
     scores: dict[str, float] = {}
     for split, loader in loaders.items():
         results = write_captions(model, loader, config)
-        found, left_out = on_main_process(lambda split=split, results=results: score(split, results, config, run))
+        found, notes = on_main_process(lambda split=split, results=results: score(split, results, config, run))
         scores |= {f"{split}_{name}": value for name, value in found.items()}
-    for name, reason in left_out.items():
-        run.note_once(f"{name} is left out: {reason}")
+        for name, reason in notes.items():
+            run.note_once(f"{name}: {reason}")
     return scores
 
 
 def score(split: str, results: list[dict[str, Any]], config: CaptionConfig, run: Run) -> tuple[dict, dict]:
-    """Write a split's result file and return its scores, and what was left out with the reason."""
+    """Write a split's result file and return its scores, and notes on what was left out."""
     write_json(run.result(split), results)
     return caption_scores(results, ground_truth(split, config), config.java)
 
@@ -76,26 +76,39 @@ def best_metric(scores: dict[str, float]) -> float:
     return scores["val_CIDEr"] + scores["val_Bleu_4"]
 
 
-def examples(dataset: Any, config: CaptionConfig, run: Run, count: int = 24) -> list[dict[str, Any]]:
-    """Return test images with their captions and references, for the report."""
-    references: dict[str, list[str]] = {}
-    for row in read_json(Path(ground_truth("test", config)))["annotations"]:
-        references.setdefault(str(row["image_id"]), []).append(row["caption"])
-    results = read_json(run.result("test"))[:count]
+def check_ground_truth(loaders: dict[str, DataLoader], config: CaptionConfig) -> None:
+    """Check the ground truth of every split against its images.
+
+    Raises:
+        UserError: a file is missing or wrong, or has images that the split does not have.
+    """
+    for split, loader in loaders.items():
+        refuse_missing(read_ground_truth(ground_truth(split, config)), loader.dataset.ids)
+
+
+def examples(dataset: Any, split: str, config: CaptionConfig, run: Run, count: int = 24) -> list[dict[str, Any]]:
+    """Return images of a split with their captions and references, for the report."""
+    references = read_ground_truth(ground_truth(split, config)).references
     return [
-        {"image": dataset.path(i), "caption": row["caption"], "references": references[str(row["image_id"])]}
-        for i, row in enumerate(results)
+        {
+            "image": dataset.path(i),
+            "caption": row["caption"],
+            "references": references.get(id_text(row["image_id"]), []),
+        }
+        for i, row in enumerate(read_json(run.result(split))[:count])
     ]
 
 
 def main(config: CaptionConfig, run: Run) -> None:
     """Train unless asked to evaluate only, then report."""
-    loaders = make_loaders("caption_coco", config, splits_of(run), run.seed)
-    splits = {split: loaders[split] for split in ("val", "test")}
+    loaders = make_loaders("caption_coco", config, splits_of(run, config), run.seed)
+    splits = {split: loader for split, loader in loaders.items() if split != "train"}
+    on_main_process(lambda: check_ground_truth(splits, config))
     model = blip_decoder(**config.model_settings(), prompt=config.prompt, smooth_padding=config.smooth_padding)
     task = Task(train_step, lambda model: evaluate(model, splits, config, run), best_metric)
     scores = train_or_evaluate(run, config, model, loaders, task)
-    report_scores(run, "Captioning", scores, lambda: examples(loaders["test"].dataset, config, run))
+    split = shown_split(loaders)
+    report_scores(run, "Captioning", scores, lambda: examples(loaders[split].dataset, split, config, run))
 
 
 if __name__ == "__main__":

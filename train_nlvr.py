@@ -15,7 +15,7 @@ from metrics.classification import accuracy, consistency
 from models.blip_nlvr import BLIP_NLVR, blip_nlvr
 from training.loop import Losses, Task
 from training.progress import Progress
-from training.results import report_scores, splits_of, train_or_evaluate
+from training.results import report_scores, shown_split, splits_of, train_or_evaluate
 from utils import gather_results, on_main_process, track
 
 EXAMPLES = (
@@ -57,7 +57,7 @@ def evaluate(model: BLIP_NLVR, loaders: dict[str, DataLoader], run: Run) -> dict
     return scores
 
 
-def examples(dataset: Any, run: Run, count: int = 16) -> list[dict[str, Any]]:
+def examples(dataset: Any, split: str, run: Run, count: int = 16) -> list[dict[str, Any]]:
     """Return statements with their images and verdicts, for the report."""
     return [
         {
@@ -67,18 +67,19 @@ def examples(dataset: Any, run: Run, count: int = 16) -> list[dict[str, Any]]:
                 ("probability of true", f"{row['true']:.2f}", ""),
             ],
         }
-        for i, row in enumerate(read_json(run.result("test"))[:count])
+        for i, row in enumerate(read_json(run.result(split))[:count])
     ]
 
 
 def main(config: NLVRConfig, run: Run) -> None:
     """Train unless asked to evaluate only, then report."""
-    loaders = make_loaders("nlvr", config, splits_of(run), run.seed)
-    splits = {split: loaders[split] for split in ("val", "test")}
+    loaders = make_loaders("nlvr", config, splits_of(run, config), run.seed)
+    splits = {split: loader for split, loader in loaders.items() if split != "train"}
     model = blip_nlvr(**config.model_settings(), drop_path_rate=config.drop_path_rate)
     task = Task(train_step, lambda model: evaluate(model, splits, run), lambda scores: scores["val_acc"])
     scores = train_or_evaluate(run, config, model, loaders, task)
-    report_scores(run, "Statements about two images", scores, lambda: examples(loaders["test"].dataset, run))
+    split = shown_split(loaders)
+    report_scores(run, "Statements about two images", scores, lambda: examples(loaders[split].dataset, split, run))
 
 
 if __name__ == "__main__":

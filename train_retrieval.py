@@ -19,7 +19,7 @@ from models.momentum import Candidates
 from training.contrast import compute_candidates
 from training.loop import Losses, Task
 from training.progress import Progress
-from training.results import report_scores, splits_of, train_or_evaluate
+from training.results import report_scores, shown_split, splits_of, train_or_evaluate
 from utils import UserError, on_main_process
 
 DATASETS = {"coco": "retrieval_coco", "flickr": "retrieval_flickr"}
@@ -79,9 +79,9 @@ def best_texts(t2i: Any, dataset: Any, count: int = 5) -> list[dict[str, Any]]:
     ]
 
 
-def examples(dataset: Any, run: Run, count: int = 12) -> list[dict[str, Any]]:
+def examples(dataset: Any, split: str, run: Run, count: int = 12) -> list[dict[str, Any]]:
     """Return texts with the images found for them, for the report."""
-    rows = read_json(run.result("test"))
+    rows = read_json(run.result(split))
     return [
         {
             "images": [dataset.path(i) for i in row["images"]],
@@ -96,8 +96,8 @@ def main(config: RetrievalConfig, run: Run) -> None:
     """Train unless asked to evaluate only, then report."""
     if config.dataset not in DATASETS:
         raise UserError(f"dataset is {config.dataset!r}; expected 'coco' or 'flickr'")
-    loaders = make_loaders(DATASETS[config.dataset], config, splits_of(run), run.seed)
-    splits = {split: loaders[split] for split in ("val", "test")}
+    loaders = make_loaders(DATASETS[config.dataset], config, splits_of(run, config), run.seed)
+    splits = {split: loader for split, loader in loaders.items() if split != "train"}
     model = blip_retrieval(
         **config.model_settings(),
         embed_dim=config.embed_dim,
@@ -112,7 +112,8 @@ def main(config: RetrievalConfig, run: Run) -> None:
         candidates=compute_candidates if config.itc_cached else None,
     )
     scores = train_or_evaluate(run, config, model, loaders, task)
-    report_scores(run, "Image-text retrieval", scores, lambda: examples(loaders["test"].dataset, run))
+    split = shown_split(loaders)
+    report_scores(run, "Image-text retrieval", scores, lambda: examples(loaders[split].dataset, split, run))
 
 
 if __name__ == "__main__":

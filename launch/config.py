@@ -105,6 +105,7 @@ class CaptionConfig(TrainConfig):
     train_file: str = setting("", "own training annotations; '' for coco_karpathy_train.json")
     val_file: str = setting("", "own validation annotations; '' for coco_karpathy_val.json")
     test_file: str = setting("", "own test annotations; '' for coco_karpathy_test.json")
+    splits: list = setting(["val", "test"], "splits that --evaluate reads: val, test or both")
     val_gt: str = setting("", "own validation ground truth; '' for coco_karpathy_val_gt.json")
     test_gt: str = setting("", "own test ground truth; '' for coco_karpathy_test_gt.json")
     batch_size: int = setting(32, "images per process and step")
@@ -124,6 +125,7 @@ class RetrievalConfig(TrainConfig):
     train_file: str = setting("", "own training annotations; '' for the dataset's")
     val_file: str = setting("", "own validation annotations; '' for the dataset's")
     test_file: str = setting("", "own test annotations; '' for the dataset's")
+    splits: list = setting(["val", "test"], "splits that --evaluate reads: val, test or both")
     batch_size_train: int = setting(32, "pairs per process and step")
     batch_size_test: int = setting(64, "images or texts at once in evaluation")
     queue_size: int = setting(57600, "features kept in each queue")
@@ -156,6 +158,10 @@ class VQAConfig(TrainConfig):
 class NLVRConfig(TrainConfig):
     """Statements about two images (paper section 5.4)."""
 
+    train_file: str = setting("", "own training annotations; '' for nlvr_train.json")
+    val_file: str = setting("", "own validation annotations; '' for nlvr_dev.json")
+    test_file: str = setting("", "own test annotations; '' for nlvr_test.json")
+    splits: list = setting(["val", "test"], "splits that --evaluate reads: val, test or both")
     batch_size_train: int = setting(16, "statements per process and step")
     batch_size_test: int = setting(64, "statements at once in evaluation")
     drop_path_rate: float = setting(0.1, "stochastic depth of the image encoder")
@@ -169,6 +175,7 @@ class NoCapsConfig(ModelConfig):
 
     val_file: str = setting("", "own validation images; '' for nocaps_val.json")
     test_file: str = setting("", "own test images; '' for nocaps_test.json")
+    splits: list = setting(["val", "test"], "splits to caption: val, test or both")
     val_gt: str = setting("", "ground truth in COCO format, if there is one")
     test_gt: str = setting("", "ground truth in COCO format, if there is one")
     batch_size: int = setting(32, "images at once")
@@ -230,7 +237,7 @@ class CapFiltConfig(Settings):
     num_captions: int = setting(1, "synthetic captions of each image")
     max_length: int = setting(20, "longest caption in tokens, prompt included")
     min_length: int = setting(5, "shortest caption in tokens, prompt included")
-    repetition_penalty: float = setting(1.1, "above 1 discourages words already said; 1.1 as in released sampling")
+    repetition_penalty: float = setting(1.0, "above 1 discourages words already said")
     threshold: float = setting(0.5, "least probability of a match of texts that are kept")
     shard_size: int = setting(1000, "pairs of one shard, the unit of work; of tar shards, how many are held at once")
     batch_size: int = setting(64, "images at once")

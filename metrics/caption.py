@@ -2,23 +2,27 @@
 
 import contextlib
 import io
-import json
 import re
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from metrics.ground_truth import GroundTruth, predictions_for, read_ground_truth
 from utils import UserError
 
-Captions = dict[int, list[str]]  # captions of an image, under its place in the ground truth
+Captions = dict[int, list[str]]  # captions of an image, by its position in the ground truth
+# Numbers with a decimal point, and lower-casing as in English, whatever the user's locale is.
+JAVA = ("java", "-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8")
 NO_JAVA = "needs Java, and no `java` was found on the PATH"
+ONE_IMAGE = "means nothing for one image, since it weighs words by the share of images whose references have them"
 TOKENIZER_SECONDS = 900
 
-# Brackets keep the names that the PTB tokenizer gives them, as the published scores do.
+# The PTB tokenizer's names of brackets are part of the published scores.
 BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 TOKEN = re.compile(
     r"\d+(?:[.,:]\d+)+|(?:[a-z]\.){2,}|n't\b|'(?:s|m|d|re|ve|ll)\b"
@@ -29,104 +33,69 @@ TOKEN = re.compile(
 def caption_scores(
     results: list[dict], gt_file: str | Path, java: bool = True
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Score one caption an image against its references.
+    """Score one caption per image against its references.
 
     Args:
-        results: {"image_id": int or str, "caption": str} rows. Of rows with the same id the first counts;
-            rows whose id the ground truth does not have are left aside.
+        results: {"image_id": int or str, "caption": str} rows. Of rows with the same id the first counts; rows whose
+            id the ground truth does not have are left out.
         gt_file: JSON in the COCO caption format: "annotations" with "image_id" and "caption".
-        java: use Java where there is one: for METEOR, SPICE and the tokenizer of published scores.
+        java: use Java where it is installed: for METEOR, SPICE and the tokenizer of published scores.
 
     Returns:
-        scores: Bleu_1 .. Bleu_4, METEOR, ROUGE_L, CIDEr and SPICE as fractions (CIDEr: up to 10), as far as
-            they can be computed here.
-        left_out: name -> reason for what could not be computed. "PTBTokenizer" stands there when a simple
-            tokenizer took its place, with which the scores may differ slightly from published ones.
+        scores: Bleu_1 .. Bleu_4, METEOR, ROUGE_L, CIDEr and SPICE as fractions (CIDEr: up to 10), as far as they can
+            be computed here.
+        notes: name -> reason for metrics that are left out, and remarks on what was scored: under "PTBTokenizer" that
+            a simple tokenizer took its place, with which scores may differ slightly from published ones; under
+            "ground truth" and "results" the rows that are left out; under "CIDEr" that there is one image only.
 
     Raises:
-        UserError: the file is not of the format, or images of it have no result.
+        UserError: the file is not of the format, a row has no id or text, or images of it have no result.
     """
-    references, predictions, _ = _pair(results, _read_ground_truth(gt_file), gt_file)
-    references, predictions, left_out = _tokenize_both(references, predictions, java)
-    scores, failed = _score_all(references, predictions, java)
-    return scores, left_out | failed
+    truth = read_ground_truth(gt_file)
+    references, predictions, notes = _tokenized_sides(results, truth, java)
+    scores, remarks = _score_all(references, predictions, java)
+    return scores, notes | remarks
 
 
 def domain_scores(
     results: list[dict], gt_file: str | Path, java: bool = True
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Score captions for each value of "domain" among the images (NoCaps) and "overall".
+    """Score captions for each value of "domain" among the images (nocaps) and "overall".
 
-    Args and errors are those of `caption_scores`. Each domain is a corpus of its own, so the CIDEr of the
-    whole is not the mean of the domains'. Without domains only "overall" is there.
+    Arguments and errors are those of `caption_scores`. Each domain is a corpus of its own, so the CIDEr of the whole
+    is not the mean of the domains'. Without domains there is only "overall".
 
     Returns:
-        scores: domain -> scores, and left_out: name -> reason ("domain: name" where only one domain failed).
+        scores: domain -> scores, and notes: name -> reason ("domain: name" for remarks on one domain only).
     """
-    truth = _read_ground_truth(gt_file)
-    references, predictions, keys = _pair(results, truth, gt_file)
-    references, predictions, left_out = _tokenize_both(references, predictions, java)
-    images = truth.get("images")
-    images = [row for row in images if isinstance(row, dict) and "id" in row] if isinstance(images, list) else []
-    domain_of = {str(image["id"]): image.get("domain") for image in images}
+    truth = read_ground_truth(gt_file)
+    references, predictions, notes = _tokenized_sides(results, truth, java)
     places: dict[str, list[int]] = {}
-    for place, key in enumerate(keys):
-        if domain_of.get(key) is not None:
-            places.setdefault(str(domain_of[key]), []).append(place)
-    scores = {}
+    for place, key in enumerate(truth.references):
+        if key in truth.domains:
+            places.setdefault(truth.domains[key], []).append(place)
+    if places and (lost := len(truth.references) - sum(map(len, places.values()))):
+        notes["domains"] = f"{lost} of {len(truth.references)} images have none, and count overall only"
+    scores, found = {}, {}
     for domain in sorted(places):
-        part = places[domain]
-        scores[domain], failed = _score_all(
-            *({i: side[i] for i in part} for side in (references, predictions)), java=java
-        )
-        left_out |= {f"{domain}: {name}": reason for name, reason in failed.items()}
-    scores["overall"], failed = _score_all(references, predictions, java)
-    # What fails everywhere is said once.
-    left_out = {k: v for k, v in left_out.items() if k.rpartition(": ")[2] not in failed}
-    return scores, left_out | failed
+        sides = ({i: side[i] for i in places[domain]} for side in (references, predictions))
+        scores[domain], remarks = _score_all(*sides, java=java)
+        found |= {f"{domain}: {name}": reason for name, reason in remarks.items()}
+    scores["overall"], remarks = _score_all(references, predictions, java)
+    # a remark on the whole is not repeated for its domains
+    found = {name: reason for name, reason in found.items() if name.rpartition(": ")[2] not in remarks}
+    return scores, notes | found | remarks
 
 
-# Ground truth and results
-
-
-def _read_ground_truth(gt_file: str | Path) -> dict[str, Any]:
-    try:
-        truth = json.loads(Path(gt_file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"cannot read the ground truth {gt_file}: {error.strerror}; give a COCO caption file"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{gt_file} is not JSON ({error}); expected a COCO caption file") from error
-    rows = truth.get("annotations") if isinstance(truth, dict) else None
-    rows = rows if isinstance(rows, list) else []
-    if not rows or not all(isinstance(row, dict) and {"image_id", "caption"} <= row.keys() for row in rows):
-        raise UserError(
-            f"{gt_file} is not in the COCO caption format: expected an object whose list "
-            '"annotations" holds rows with "image_id" and "caption"'
-        )
-    return truth
-
-
-def _pair(results: list[dict], truth: dict, gt_file: str | Path) -> tuple[Captions, Captions, list[str]]:
-    """Bring both sides under the same keys; ids are compared as text, so 7 and "7" are one image."""
-    found: dict[str, str] = {}
-    for row in results:
-        if not {"image_id", "caption"} <= row.keys():
-            raise UserError(f'a caption result has the keys {sorted(row)}; expected "image_id" and "caption"')
-        found.setdefault(str(row["image_id"]), str(row["caption"]))
-    wanted: dict[str, list[str]] = {}
-    for row in truth["annotations"]:
-        wanted.setdefault(str(row["image_id"]), []).append(str(row["caption"]))
-    missing = [key for key in wanted if key not in found]
-    if missing:
-        first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise UserError(
-            f"{len(missing)} of the {len(wanted)} images of {gt_file} have no caption in the results "
-            f"(image_id {first}); caption every image, or give the ground truth that belongs to them"
-        )
-    keys = list(wanted)
-    return dict(enumerate(wanted.values())), {i: [found[key]] for i, key in enumerate(keys)}, keys
+def _tokenized_sides(
+    results: list[dict], truth: GroundTruth, java: bool
+) -> tuple[Captions, Captions, dict[str, str]]:
+    """Return references and predictions, tokenized, by position in the ground truth, and notes."""
+    found, notes = predictions_for(results, truth)
+    references = dict(enumerate(truth.references.values()))
+    predictions = {place: [found[key]] for place, key in enumerate(truth.references)}
+    references, predictions, left_out = _tokenize_both(references, predictions, java)
+    return references, predictions, notes | left_out
 
 
 # Tokens
@@ -147,13 +116,13 @@ def ptb_tokenize(captions: list[str]) -> list[str]:
     from pycocoevalcap.tokenizer import ptbtokenizer
 
     jar = Path(ptbtokenizer.__file__).parent / ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR
-    # Our own call of the jar and not the class: that one writes into site-packages, which may be read-only,
-    # and loses captions that are empty. The mark keeps a line for those.
+    # The package's class writes into site-packages, which may be read-only, and loses empty captions; the period
+    # keeps a line for them.
     lines = [" ".join(caption.split()) or "." for caption in captions]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "captions.txt"
-        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        command = ["java", "-Dfile.encoding=UTF-8", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="replace")
+        command = [*JAVA, "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
         command += ["-preserveLines", "-lowerCase", "-encoding", "UTF-8", str(file)]
         done = subprocess.run(command, capture_output=True, check=True, timeout=TOKENIZER_SECONDS)
     tokenized = done.stdout.decode("utf-8").removesuffix("\n").split("\n")
@@ -174,9 +143,7 @@ def _tokenize_both(
             raise FileNotFoundError(reason)
         flat = ptb_tokenize(flat)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        left_out["PTBTokenizer"] = (
-            f"{error}; a simple tokenizer took its place, so scores may differ slightly"
-        )
+        left_out["PTBTokenizer"] = f"{error}; a simple tokenizer took its place, so scores may differ slightly"
         flat = [simple_tokenize(caption) for caption in flat]
     # METEOR separates its fields by bars.
     tokens = (caption.replace("|", " ").strip() for caption in flat)
@@ -190,7 +157,7 @@ def _tokenize_both(
 
 
 def _no_java(wanted: bool) -> str:
-    """Say why Java is not used; empty when it is."""
+    """Return why Java is not used, '' if it is."""
     if not wanted:
         return "needs Java, which java: false turned off"
     return "" if shutil.which("java") else NO_JAVA
@@ -199,13 +166,11 @@ def _no_java(wanted: bool) -> str:
 def _score_all(
     references: Captions, predictions: Captions, java: bool
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Run each metric by itself, so that the failure of one loses no other."""
+    """Compute each metric separately, so that the failure of one loses no other."""
     if find_spec("pycocoevalcap") is None:
-        raise UserError(
-            "caption metrics need the package pycocoevalcap, which is not installed; install it with pip"
-        )
+        raise UserError("caption metrics need the package pycocoevalcap, which is not installed; install it with pip")
     scores: dict[str, float] = {}
-    left_out: dict[str, str] = {}
+    notes = {"CIDEr": ONE_IMAGE} if len(references) == 1 else {}
     metrics: dict[str, Callable] = {
         "BLEU": _bleu, "METEOR": _meteor, "ROUGE_L": _rouge, "CIDEr": _cider, "SPICE": _spice
     }  # fmt: skip
@@ -215,16 +180,16 @@ def _score_all(
             try:
                 with contextlib.redirect_stdout(io.StringIO()):
                     scores |= metric(references, predictions)
-            # Whatever goes wrong inside one metric, a Java process included, must not lose the others.
+            # any error inside one metric or its Java process must not lose the others
             except Exception as error:
                 reason = f"failed: {type(error).__name__}: {error}".strip().splitlines()[0]
         if reason:
-            left_out[name] = reason
-    return scores, left_out
+            notes[name] = reason
+    return scores, notes
 
 
 def _obstacle(name: str, java: bool) -> str:
-    """Say why a metric cannot be tried here; empty when it can."""
+    """Return why a metric cannot be computed here, '' if it can."""
     if name in ("METEOR", "SPICE") and (reason := _no_java(java)):
         return reason
     if name == "SPICE" and _spice_models_missing():
@@ -236,7 +201,7 @@ def _obstacle(name: str, java: bool) -> str:
 
 
 def _spice_models_missing() -> bool:
-    """Look for what SPICE would otherwise download as soon as it is constructed."""
+    """Return True if SPICE would download its models when constructed."""
     from pycocoevalcap.spice import get_stanford_models as spice
 
     names = (f"{spice.JAR}.jar", f"{spice.JAR}-models.jar")
@@ -270,15 +235,19 @@ def _meteor(references: Captions, predictions: Captions) -> dict[str, float]:
 @contextlib.contextmanager
 def _meteor_process() -> Iterator[Any]:
     """Start METEOR's Java process and end it in any case."""
-    from pycocoevalcap.meteor.meteor import Meteor
+    from pycocoevalcap.meteor import meteor as package
 
-    meteor = Meteor()
+    meteor = package.Meteor.__new__(package.Meteor)  # its own start takes the decimal sign of the user's locale
+    meteor.lock = threading.Lock()
+    command = [*JAVA, "-jar", "-Xmx2G", package.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm"]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    meteor.meteor_p = subprocess.Popen(command, cwd=Path(package.__file__).parent, **pipes)
     try:
         yield meteor
     finally:
         meteor.meteor_p.kill()
         meteor.meteor_p.wait()
-        # An error inside leaves the lock taken, and its destructor would then wait for it for ever.
+        # an error inside leaves the lock taken, and the destructor would wait for it forever
         if meteor.lock.locked():
             meteor.lock.release()
         with contextlib.suppress(BrokenPipeError):

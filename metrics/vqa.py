@@ -1,41 +1,36 @@
-"""Accuracy of visual question answering as VQA v2 defines it, on answers brought to one spelling."""
+"""Accuracy of visual question answering as VQA v2's official evaluation computes it."""
 
 import re
 from collections.abc import Iterable, Sequence
 
-from utils import UserError
+from utils import UserError, id_text
 
 MATCHES = 3  # an answer is fully right when this many of the other people gave it
 ARTICLES = frozenset({"a", "an", "the"})
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 DIGITS = {"none": "0"} | {word: str(n) for n, word in enumerate(NUMBERS)}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # apostrophes (girl's) and colons (10:30) stay
-COMMA_IN_NUMBER = re.compile(r"(?<=\d),(?=\d)")
+COMMA_IN_NUMBER = re.compile(r"\d,\d")
 PERIOD = re.compile(r"\.(?!\d)")  # any but a decimal point
+MOST_PERIODS = 32  # the official scorer removes no more
 
-
-# Words by the endings with which they contract, and the contractions that follow no such rule.
-ENDINGS = {
-    "n't": "ai are ca could did does do had has have is might must ought sha should was were wo would",
-    "'ve": "could i might must not should they we who would you",
-    "'ll": "it somebody someone something there they what who why you",
-    "'s": "he how let she somebody someone something that there what when where who why",
-    "'d": "how it somebody someone something that there they where who you",
-    "'re": "there they what why you",
-    "n't've": "could had might must should would",
-    "'d've": "he i it she somebody someone something there they we who you",
-}
-OTHERS = ("i'm", "ma'am", "o'clock", "y'all", "y'all'll", "y'all'd've")
+# The contractions whose apostrophes the official scorer restores, where exactly one is missing.
+CONTRACTIONS_WHOLE = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
+how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
+oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
+someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's
+they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
+where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've
+y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+"""
 
 
 def _contractions() -> dict[str, str]:
-    """Return contractions by what remains of them without one of their apostrophes, or without all."""
-    whole = [word + ending for ending, words in ENDINGS.items() for word in words.split()]
-    table = {}
-    for word in (*whole, *OTHERS):
-        places = [place for place, letter in enumerate(word) if letter == "'"]
-        table |= {word[:place] + word[place + 1 :]: word for place in places}
-        table[word.replace("'", "")] = word
+    """Return whole contractions by what remains of them without one of their apostrophes."""
+    table = {"somebody'd": "somebodyd"}  # the scorer's own exception, the wrong way round
+    for word in CONTRACTIONS_WHOLE.split():
+        table |= {word[:place] + word[place + 1 :]: word for place, letter in enumerate(word) if letter == "'"}
     return table
 
 
@@ -45,31 +40,40 @@ CONTRACTIONS = _contractions()
 def normalize_answer(answer: str) -> str:
     """Return an answer in the spelling in which answers are compared.
 
-    In lower case, without articles, periods and punctuation, number words up to ten as digits, and the
-    apostrophes of contractions put in (VQA, evaluation).
+    In lower case, without articles, periods and punctuation, number words up to ten as digits, and the apostrophes of
+    contractions restored (VQA v2, evaluation).
     """
-    text = " ".join(answer.lower().split())
-    # What lies beside a space, and everything around a number such as 1,000, goes without leaving a space.
-    number = COMMA_IN_NUMBER.search(text)
+    stripped = _strip(answer)
+    text = stripped
+    # punctuation beside a space, or anywhere in an answer with a number such as 1,000, leaves no space
+    number = COMMA_IN_NUMBER.search(stripped)
     for mark in PUNCTUATION:
-        joins = number or f"{mark} " in text or f" {mark}" in text
+        joins = number or f"{mark} " in stripped or f" {mark}" in stripped
         text = text.replace(mark, "" if joins else " ")
-    words = (DIGITS.get(word, word) for word in PERIOD.sub("", text).split())
+    words = (DIGITS.get(word, word) for word in PERIOD.sub("", text, count=MOST_PERIODS).lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def _strip(answer: str) -> str:
+    return answer.replace("\n", " ").replace("\t", " ").strip()
 
 
 def answer_accuracy(answer: str, people: Sequence[str]) -> float:
     """Return the accuracy of one answer, in [0, 1].
 
-    The mean over all ways to leave one person out of min(1, others who gave this answer / 3). With fewer than
-    four people all the others must agree; with one person the answer must be theirs.
+    The mean over all ways to leave one person out of min(1, others who gave this answer / 3). As in the official
+    scorer, answers are compared as they are, without normalization, where all people agree to the letter. With fewer
+    than four people, for whom VQA v2 defines nothing, answers are always normalized and all the others must agree;
+    with one person the answer must be theirs.
 
     Args:
-        answer: what the model said.
-        people: what people said, usually ten of them; at least one.
+        answer: the model's answer.
+        people: human answers, usually ten; at least one.
     """
-    said = normalize_answer(answer)
-    same = [normalize_answer(person) == said for person in people]
+    said, given = _strip(answer), [_strip(person) for person in people]
+    if len(set(given)) > 1 or len(given) <= MATCHES:
+        said, given = normalize_answer(said), [normalize_answer(person) for person in given]
+    same = [person == said for person in given]
     if len(same) == 1:
         return float(same[0])
     needed = min(MATCHES, len(same) - 1)
@@ -92,13 +96,12 @@ def vqa_accuracy(
         "overall" and each type ("yes/no", "number", "other"): percent.
 
     Raises:
-        UserError: questions have no result, or an annotation has no answer.
+        UserError: questions have no result, two annotations share an id, or a row has no id or an answer that is no
+            text.
     """
-    found = {str(row["question_id"]): str(row["answer"]) for row in _first_rows(results)}
-    rows = list(annotations)
-    if nameless := [row for row in rows if not isinstance(row, dict) or "question_id" not in row]:
-        raise UserError(f'a VQA annotation is {nameless[0]!r:.60}; expected an object with "question_id" and "answer"')
-    missing = [str(row["question_id"]) for row in rows if str(row["question_id"]) not in found]
+    found = _answers_by_id(results)
+    rows = _annotations_by_id(annotations)
+    missing = [key for key in rows if key not in found]
     if missing or not rows:
         first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise UserError(
@@ -106,29 +109,45 @@ def vqa_accuracy(
             f"(question_id {first or 'none'}); answer every question of the annotations"
         )
     groups: dict[str, list[float]] = {"overall": []}
-    for row in rows:
-        value = answer_accuracy(found[str(row["question_id"])], _people(row))
+    for key, row in rows.items():
+        value = answer_accuracy(found[key], _people(row))
         for name in ("overall", *(str(row[kind]) for kind in by if kind in row)):
             groups.setdefault(name, []).append(value)
     return {name: 100.0 * sum(values) / len(values) for name, values in groups.items()}
 
 
-def _first_rows(results: Iterable[dict]) -> list[dict]:
-    first: dict[str, dict] = {}
+def _answers_by_id(results: Iterable[dict]) -> dict[str, str]:
+    found: dict[str, str] = {}
     for row in results:
         if not isinstance(row, dict) or not {"question_id", "answer"} <= row.keys():
             raise UserError(f'a VQA result is {row!r:.60}; expected an object with "question_id" and "answer"')
-        first.setdefault(str(row["question_id"]), row)
-    return list(first.values())
+        if not isinstance(row["answer"], str):
+            raise UserError(f"a VQA result has the answer {row['answer']!r:.60}; expected a text")
+        found.setdefault(id_text(row["question_id"]), row["answer"])
+    return found
+
+
+def _annotations_by_id(annotations: Iterable[dict]) -> dict[str, dict]:
+    found: dict[str, dict] = {}
+    for row in annotations:
+        if not isinstance(row, dict) or "question_id" not in row:
+            raise UserError(f'a VQA annotation is {row!r:.60}; expected an object with "question_id" and "answer"')
+        key = id_text(row["question_id"])
+        if found.setdefault(key, row) != row:
+            raise UserError(
+                f"two VQA annotations share the question_id {key}: {found[key]!r:.60} and {row!r:.60}; give every "
+                "question an id of its own"
+            )
+    return found
 
 
 def _people(row: dict) -> list[str]:
+    """Return the human answers of an annotation."""
     answers = row.get("answers", row.get("answer", []))
-    answers = [answers] if isinstance(answers, str) else answers
     answers = answers if isinstance(answers, list) else [answers]
-    people = [str(answer.get("answer", "") if isinstance(answer, dict) else answer) for answer in answers]
-    if not people:
+    people = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
+    if not people or not all(isinstance(person, str) for person in people):
         raise UserError(
-            f'question {row["question_id"]} is annotated without answers; give it "answer": [...]'
+            f'question {row["question_id"]} has the answers {answers!r:.60}; expected a text, or a list of texts'
         )
     return people

@@ -1,20 +1,21 @@
-"""Attention of the text transformer: within a text, and to images whose keys and values are projected once.
+"""Attention of the text transformer: to its own text, and to images whose keys and values are projected once.
 
-The released code projects the keys and values of an image again for every beam, candidate, negative and loss. Here
-`CrossAttention.project` computes them once, `Projection` holds them for all layers, and any number of texts share
-them: consecutive texts of one image are folded into one query sequence, since texts do not mask the image.
+The released code projects an image's keys and values again for every beam, candidate, negative and loss that
+reads them. Here `CrossAttention.project` makes them once, `Projection` holds them for all layers, and any
+number of texts read them: consecutive texts of one image are folded into one long query sequence, since no
+text masks the image.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]  # each (sources, heads, source length, head width)
-FEW_QUERIES = 16  # for fewer, plain products on a CPU are faster than the fused kernel, which repacks the keys
+FEW_QUERIES = 16  # for fewer, plain products are faster on a CPU than the fused kernel, which packs keys anew
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Projection:
 
     Attributes:
         layers: per layer, one (keys, values) pair for each set of states: one, or two for NLVR2's two images.
-        mask: bool (sources, 1, 1, source length), False at states that no text attends to; None if there are none.
-        readers: number of consecutive texts that attend to each source.
+        mask: bool (sources, 1, 1, source length), False where no text may look; None where all may.
+        readers: number of consecutive texts that read each source.
     """
 
     layers: list[list[KeyValue]]
@@ -32,22 +33,22 @@ class Projection:
     readers: int = 1
 
     def at(self, layer: int) -> Reads:
-        """Return the keys and values of one layer."""
+        """Return what one layer reads."""
         return Reads(self.layers[layer], self.mask, self.readers)
 
     def read_by(self, readers: int) -> Projection:
-        """Return the projection for `readers` consecutive texts per source; nothing is copied."""
+        """Let each source be read by `readers` consecutive texts; nothing is copied."""
         return replace(self, readers=readers)
 
     def contiguous(self) -> Projection:
-        """Copy the keys and values of each head to contiguous memory, for many reads."""
+        """Lay every head's keys and values out in one piece, which pays where they are read many times."""
         layers = [[(key.contiguous(), value.contiguous()) for key, value in sets] for sets in self.layers]
         return replace(self, layers=layers)
 
     def select(self, index: torch.Tensor) -> Projection:
-        """Return the sources `index`, int64 of any length, as a copy."""
+        """Return rows: text i reads source `index[i]` (int64, any length). Copies, but projects nothing."""
         layers = [[(key[index], value[index]) for key, value in sets] for sets in self.layers]
-        return Projection(layers, None if self.mask is None else self.mask[index], self.readers)
+        return Projection(layers, None if self.mask is None else self.mask[index])
 
 
 @dataclass(frozen=True)
@@ -61,76 +62,48 @@ class Reads:
 
 @dataclass
 class LayerCache:
-    """Room for the keys and values of one layer, each (rows, heads, capacity, head width).
+    """One layer's keys and values of the text so far, None before the first position."""
 
-    Attributes:
-        key, value: views of the buffer of a `TextCache`.
-        start, stop: the positions that are written next.
-        positions: the same as a tensor, for a static cache; None otherwise.
-    """
-
-    key: torch.Tensor
-    value: torch.Tensor
-    start: int
-    stop: int
-    positions: torch.Tensor | None
+    held: KeyValue | None = None
 
     def extend(self, key: torch.Tensor, value: torch.Tensor) -> KeyValue:
-        """Write new positions (rows, heads, new, head width); return all so far, or of a static cache the whole."""
-        if self.positions is not None:
-            return self.key.index_copy_(2, self.positions, key), self.value.index_copy_(2, self.positions, value)
-        self.key[:, :, self.start : self.stop] = key
-        self.value[:, :, self.start : self.stop] = value
-        return self.key[:, :, : self.stop], self.value[:, :, : self.stop]
+        """Append new positions (rows, heads, new, head width) and return all of them."""
+        if self.held is not None:
+            key, value = torch.cat((self.held[0], key), dim=2), torch.cat((self.held[1], value), dim=2)
+        self.held = key, value
+        return key, value
 
 
 @dataclass
 class TextCache:
-    """Keys and values of earlier positions of texts, for incremental decoding, in one preallocated buffer.
+    """Keys and values of the text so far, per layer: what incremental decoding reads instead of recomputing."""
 
-    Attributes:
-        buffer: (layers, 2, rows, heads, capacity, head width).
-        length: number of positions held, equal for all rows.
-        static: attention reads the whole buffer under a mask, so that shapes do not change from token to token.
-    """
+    layers: list[LayerCache] = field(default_factory=list)
 
-    buffer: torch.Tensor
-    static: bool
-    length: int = 0
+    def at(self, layer: int) -> LayerCache:
+        """Return one layer's, made when it is first asked for."""
+        if layer == len(self.layers):
+            self.layers.append(LayerCache())
+        return self.layers[layer]
 
     @property
-    def rows(self) -> int:
-        """Number of texts."""
-        return self.buffer.shape[2]
+    def shape(self) -> torch.Size:
+        """(rows, heads, positions held, head width), before the first position all 0."""
+        return self.layers[0].held[0].shape if self.layers else torch.Size((0, 0, 0, 0))
 
     @property
-    def capacity(self) -> int:
-        """Number of positions there is room for."""
-        return self.buffer.shape[-2]
-
-    def at(self, layer: int, positions: torch.Tensor) -> LayerCache:
-        """Return the cache of one layer, to be extended at `positions`, int64 (new,)."""
-        key, value = self.buffer[layer].unbind()
-        return LayerCache(
-            key, value, self.length, self.length + len(positions), positions if self.static else None
-        )
-
-    def mask(self, positions: torch.Tensor) -> torch.Tensor:
-        """Return the causal mask of a static cache, bool (new, capacity)."""
-        return torch.arange(self.capacity, device=positions.device) <= positions[:, None]
+    def length(self) -> int:
+        """Number of positions held."""
+        return self.shape[2]
 
     def select(self, index: torch.Tensor) -> None:
-        """Keep the rows `index`, int64: reorders, drops and repeats texts."""
-        self.buffer = self.buffer[:, :, index]
-
-    def copy_rows(self, source: torch.Tensor, target: torch.Tensor, start: int) -> None:
-        """Copy the positions from `start` on of rows `source` to rows `target`, both int64 (copied rows,)."""
-        held = self.buffer[:, :, :, :, start : self.length]
-        held[:, :, target] = held[:, :, source]
+        """Keep rows `index` (int64): reorders, drops and repeats texts."""
+        for layer in self.layers:
+            layer.held = layer.held[0][index], layer.held[1][index]
 
 
 class Heads(nn.Module):
-    """Query, key and value layers of an attention, from `width` and `states_width` to heads."""
+    """Query, key and value maps of one attention, from `width` to heads; states may have their own width."""
 
     def __init__(self, width: int, num_heads: int, states_width: int):
         super().__init__()
@@ -149,7 +122,7 @@ class Heads(nn.Module):
 
 
 class Output(nn.Module):
-    """Linear layer, dropout, residual and norm at the end of attention and feed-forward."""
+    """Dense map, dropout, residual and norm, which close attention and feed-forward alike."""
 
     def __init__(self, in_width: int, width: int, norm_eps: float, dropout: float):
         super().__init__()
@@ -163,7 +136,7 @@ class Output(nn.Module):
 
 
 class TwoImageOutput(nn.Module):
-    """The same for the two images of NLVR2, averaged or merged by a linear layer (section 4.4)."""
+    """The same for NLVR2's two images: their maps are averaged, or merged by a learned layer (section 4.4)."""
 
     def __init__(self, width: int, norm_eps: float, dropout: float, merge: bool):
         super().__init__()
@@ -181,7 +154,7 @@ class TwoImageOutput(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Self-attention of texts."""
+    """Attention of a text to itself."""
 
     def __init__(self, width: int, num_heads: int, norm_eps: float, dropout: float, attention_dropout: float):
         super().__init__()
@@ -192,7 +165,7 @@ class SelfAttention(nn.Module):
     def forward(
         self, hidden: torch.Tensor, mask: torch.Tensor | None, cache: LayerCache | None
     ) -> torch.Tensor:
-        """Attend within texts (rows, length, width), including cached positions."""
+        """Attend within texts (rows, length, width), and to their cached past."""
         query, (key, value) = self.self.split(self.self.query(hidden)), self.self.key_value(hidden)
         if cache is not None:
             key, value = cache.extend(key, value)
@@ -202,7 +175,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of texts to one set of states: image tokens, or question states."""
+    """Attention of a text to one set of states: an image's tokens, or a question's."""
 
     def __init__(
         self, width: int, num_heads: int, states_width: int, norm_eps: float, dropout: float, attention_dropout: float
@@ -211,16 +184,16 @@ class CrossAttention(nn.Module):
         self.self = Heads(width, num_heads, states_width)
         self.output = Output(width, width, norm_eps, dropout)
         self.attention_dropout = attention_dropout
-        self.recording: list[torch.Tensor] | None = None  # if a list, every forward appends its attention
+        self.recording: list[torch.Tensor] | None = None  # a list takes the attention of every forward
 
     def project(self, states: list[torch.Tensor]) -> list[KeyValue]:
         """Project the one set of states."""
         return [self.self.key_value(states[0])]
 
     def forward(self, hidden: torch.Tensor, reads: Reads) -> torch.Tensor:
-        """Attend from texts (sources * readers, length, width) to projected states."""
+        """Let texts (sources * readers, length, width) read the projected states."""
         if self.recording is not None:
-            context, attention = read_with_weights(self.self, hidden, reads, reads.sets[0])
+            context, attention = read_visibly(self.self, hidden, reads, reads.sets[0])
             self.recording.append(attention)
             return self.output(context, hidden)
         dropout = self.attention_dropout if self.training else 0.0
@@ -229,7 +202,7 @@ class CrossAttention(nn.Module):
 
 
 class TwoImageCrossAttention(nn.Module):
-    """Attention of statements to two images with separate weights (NLVR2, section 4.4)."""
+    """Attention of a statement to two images, each with its own maps (NLVR2, section 4.4)."""
 
     def __init__(
         self,
@@ -248,11 +221,11 @@ class TwoImageCrossAttention(nn.Module):
         self.attention_dropout = attention_dropout
 
     def project(self, states: list[torch.Tensor]) -> list[KeyValue]:
-        """Project the states of the left and the right image."""
+        """Project the states of the left and of the right image."""
         return [self.self0.key_value(states[0]), self.self1.key_value(states[1])]
 
     def forward(self, hidden: torch.Tensor, reads: Reads) -> torch.Tensor:
-        """Attend from texts (pairs * readers, length, width) to both images."""
+        """Let texts (pairs * readers, length, width) read both images."""
         dropout = self.attention_dropout if self.training else 0.0
         left, right = reads.sets
         context0 = read(self.self0, hidden, reads, left, dropout)
@@ -261,24 +234,24 @@ class TwoImageCrossAttention(nn.Module):
 
 
 def read(heads: Heads, hidden: torch.Tensor, reads: Reads, key_value: KeyValue, dropout: float) -> torch.Tensor:
-    """Attend from texts to projected states; texts of one source are folded into one query sequence."""
+    """Attend from texts to projected states; the readers of one source are folded into one query sequence."""
     query = heads.split(fold(heads.query(hidden), reads.readers))
-    if uses_plain_products(query) and not dropout:
+    if is_quick(query) and not dropout:
         context, _ = attend(query, key_value, reads.mask)
     else:
         context = F.scaled_dot_product_attention(query, *key_value, attn_mask=reads.mask, dropout_p=dropout)
     return merge_heads(context).reshape(hidden.shape)
 
 
-def uses_plain_products(query: torch.Tensor) -> bool:
-    """Return True for few queries on a CPU, in eager mode (a graph should not depend on their number)."""
+def is_quick(query: torch.Tensor) -> bool:
+    """Tell whether queries are few and on a CPU; never in a graph, which should serve any number."""
     return not torch.compiler.is_compiling() and query.device.type == "cpu" and query.shape[2] < FEW_QUERIES
 
 
-def read_with_weights(
+def read_visibly(
     heads: Heads, hidden: torch.Tensor, reads: Reads, key_value: KeyValue
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `read` without dropout; also return the attention (sources, heads, readers * length, source length)."""
+    """As `read` without dropout, and also the attention (sources, heads, readers * length, source length)."""
     query = heads.split(fold(heads.query(hidden), reads.readers))
     context, attention = attend(query, key_value, reads.mask)
     return merge_heads(context).reshape(hidden.shape), attention
@@ -287,7 +260,7 @@ def read_with_weights(
 def attend(
     query: torch.Tensor, key_value: KeyValue, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return context (sources, heads, queries, head width) and attention weights (..., queries, source length)."""
+    """Attention spelt out: context (sources, heads, queries, head width) and weights (..., queries, source length)."""
     key, value = key_value
     scores = (query / query.shape[-1] ** 0.5) @ key.transpose(-1, -2)
     if mask is not None:

@@ -58,7 +58,7 @@ def test_a_run_leaves_what_it_promises(whole):
     assert set(torch.load(folder / "checkpoint_best.pth", weights_only=True)) == {"model", "config", "epoch"}
     assert len(json.loads((folder / "result/test_epoch1.json").read_text())) == 6
     assert "images/s" in done.stderr and "GiB" in done.stderr
-    assert "SPICE is left out" in done.stdout and "report:" in done.stdout
+    assert "SPICE: needs" in done.stdout and "report:" in done.stdout
 
 
 @pytest.mark.parametrize("step", [1, 5])

@@ -14,12 +14,30 @@ from report.page import write_report
 from training.adapters import apply_adapters
 from training.loop import Scores, Task, fit
 from training.state import compile_blocks, prepare_model
-from utils import on_main_process
+from utils import UserError, on_main_process
 
 
-def splits_of(run: Run) -> tuple[str, ...]:
-    """Return the splits that a run reads."""
-    return ("val", "test") if run.evaluate else ("train", "val", "test")
+def splits_of(run: Run, config: Any) -> tuple[str, ...]:
+    """Return the splits that a run reads; with `--evaluate` those of the config's `splits` alone.
+
+    Raises:
+        UserError: `splits` names none, or another one than val and test.
+    """
+    if not run.evaluate:
+        return ("train", "val", "test")
+    return eval_splits(config)
+
+
+def eval_splits(config: Any) -> tuple[str, ...]:
+    """Return the splits that an evaluation reads; errors as in `splits_of`."""
+    if not config.splits or not set(map(str, config.splits)) <= {"val", "test"}:
+        raise UserError(f"splits is {config.splits!r}; expected val, test or both, for instance --set splits=[test]")
+    return tuple(split for split in ("val", "test") if split in config.splits)
+
+
+def shown_split(loaders: dict[str, DataLoader]) -> str:
+    """Return the split whose examples the report shows."""
+    return "test" if "test" in loaders else "val"
 
 
 def train_or_evaluate(run: Run, config: Any, model: nn.Module, loaders: dict[str, DataLoader], task: Task) -> Scores:

@@ -1,0 +1,141 @@
+"""Reference captions of images, and which results they belong to."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils import UserError, id_text
+
+
+@dataclass
+class GroundTruth:
+    """Reference captions of a COCO caption file.
+
+    Attributes:
+        path: path of the file.
+        references: id of an image, as text -> its captions.
+        domains: id of an image -> its domain (nocaps), for images that have one.
+        num_empty: number of captions that are missing or empty, and left out.
+        num_without: number of images that have no caption.
+    """
+
+    path: Path
+    references: dict[str, list[str]]
+    domains: dict[str, str]
+    num_empty: int = 0
+    num_without: int = 0
+
+
+def read_ground_truth(gt_file: str | Path) -> GroundTruth:
+    """Read a file in the COCO caption format.
+
+    A row's caption may be a list of captions. Ids are compared as text, so 7, 7.0 and "7" are one image.
+
+    Raises:
+        UserError: no such file, another format, or a row without id or with a caption that is no text.
+    """
+    path = Path(gt_file)
+    content = _parse(path)
+    truth = GroundTruth(path, {}, {})
+    listed: set[str] = set()
+    for number, row in enumerate(content["annotations"]):
+        key, captions = _read_row(row, path, number)
+        listed.add(key)
+        texts = [caption for caption in captions if caption and caption.strip()]
+        truth.num_empty += len(captions) - len(texts)
+        if texts:
+            truth.references.setdefault(key, []).extend(texts)
+    if not truth.references:
+        raise UserError(f'{path}: every caption is empty; expected texts under "caption"')
+    images = content.get("images")
+    for image in images if isinstance(images, list) else []:
+        if isinstance(image, dict) and "id" in image:
+            key = _id_of(image["id"], path, "an image")
+            listed.add(key)
+            if image.get("domain") is not None:
+                truth.domains[key] = str(image["domain"])
+    truth.num_without = len(listed - truth.references.keys())
+    return truth
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"cannot read the ground truth {path}: {error.strerror}; give a COCO caption file") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error}); expected a COCO caption file") from None
+    rows = content.get("annotations") if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not rows:
+        raise UserError(
+            f"{path} is not in the COCO caption format: expected an object whose list "
+            '"annotations" holds rows with "image_id" and "caption"'
+        )
+    return content
+
+
+def _read_row(row: Any, path: Path, number: int) -> tuple[str, list[str | None]]:
+    """Return the id and the captions of a row of "annotations"."""
+    place = f'annotation {number} (the first is 0)'
+    if not isinstance(row, dict) or not {"image_id", "caption"} <= row.keys():
+        raise UserError(
+            f'{path} is not in the COCO caption format: {place} is {row!r:.60}; expected "image_id" and "caption"'
+        )
+    value = row["caption"]
+    captions = (value or [None]) if isinstance(value, list) else [value]
+    if not all(isinstance(caption, str | None) for caption in captions):
+        raise UserError(f'{path}: {place} has the caption {value!r:.60}; expected a text, or a list of texts')
+    return _id_of(row["image_id"], path, place), captions
+
+
+def _id_of(value: Any, path: Path | str, place: str) -> str:
+    try:
+        return id_text(value)
+    except UserError as error:
+        raise UserError(f"{path}: {place}: {error}") from None
+
+
+def predictions_for(results: list[dict], truth: GroundTruth) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the caption of every image of the ground truth, and notes on rows that are left out.
+
+    Raises:
+        UserError: a result has no id or text, or an image has no result.
+    """
+    found: dict[str, str] = {}
+    for number, row in enumerate(results):
+        if not isinstance(row, dict) or not {"image_id", "caption"} <= row.keys():
+            raise UserError(f'caption result {number} is {row!r:.60}; expected "image_id" and "caption"')
+        if not isinstance(row["caption"], str):
+            raise UserError(f"caption result {number} has the caption {row['caption']!r:.60}; expected a text")
+        found.setdefault(_id_of(row["image_id"], "caption results", f"row {number}"), row["caption"])
+    refuse_missing(truth, found)
+    notes = {}
+    if truth.num_empty or truth.num_without:
+        notes["ground truth"] = (
+            f"{truth.num_empty} empty captions and {truth.num_without} images without captions are left out"
+        )
+    repeated, foreign = len(results) - len(found), len(found.keys() - truth.references.keys())
+    if repeated or foreign:
+        notes["results"] = (
+            f"{foreign} captions of images without ground truth and {repeated} second captions of an image are not "
+            "scored"
+        )
+    return found, notes
+
+
+def refuse_missing(truth: GroundTruth, ids: Iterable[Any]) -> None:
+    """Check that a set of image ids has every image of the ground truth.
+
+    Raises:
+        UserError: it does not; the message has their number and the first ids.
+    """
+    present = {id_text(value) for value in ids}
+    missing = [key for key in truth.references if key not in present]
+    if missing:
+        first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise UserError(
+            f"{len(missing)} of the {len(truth.references)} images of {truth.path} have no caption in the results "
+            f"(image_id {first}); caption every image, or give the ground truth that belongs to them"
+        )
