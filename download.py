@@ -1,6 +1,5 @@
-"""Downloads: by one process at a time, continued where they broke off, under a temporary name until whole."""
+"""Downloads: by one process at a time, continued after a break, under a temporary name until whole."""
 
-import fcntl
 import hashlib
 import http.client
 import os
@@ -8,9 +7,10 @@ import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+
+from filelock import FileLock
 
 from files import disk_is_full
 from utils import ProgressLine, UserError
@@ -20,9 +20,9 @@ TIMEOUT_SECONDS = 30
 TRIES = 5
 PAUSE_SECONDS = 0.5  # before the second try; doubled before each further one
 LEAST_BYTES_PER_SECOND = 1000
-LARGEST_BYTES = 32 << 30  # of one file; the largest released checkpoint has a quarter of it
-PATIENCE_SECONDS = 60  # how long a download may stay under the least speed
-# What goes wrong with a server or an address: besides OSError, a malformed answer or address.
+LARGEST_BYTES = 32 << 30  # of one file; four times the largest released checkpoint
+PATIENCE_SECONDS = 60  # time that a download may stay below the least speed
+# Errors of a server or an address: besides OSError, a malformed answer or address.
 FAILURES = (OSError, http.client.HTTPException, ValueError)
 
 
@@ -37,57 +37,44 @@ def cached(url: str, check: Callable[[Path], str] | None = None) -> Path:
     return fetch(url, cache_folder() / name, check=check)
 
 
-def fetch(url: str, path: Path, sha256: str | None = None, check: Callable[[Path], str] | None = None) -> Path:
-    """Download a file unless it is there.
+def fetch(url: str, path: Path, check: Callable[[Path], str] | None = None) -> Path:
+    """Download a file unless it exists; one process or thread at a time.
 
     Args:
         url: http or https.
-        path: where it goes; until it is whole it is called `<path>.part`, from which a later try continues.
-        sha256: checksum it must have, in hexadecimal.
-        check: looks at what came and says what is wrong with it, '' for nothing; such a file is not kept.
+        path: file to write; a partial download is called `<path>.part`, and a later call continues it.
+        check: returns what is wrong with a downloaded file, '' for nothing; a wrong file is deleted.
 
     Raises:
-        UserError: it cannot be had; says why, and where to put the file by hand.
+        UserError: the download failed; the message has the reason, and the path for a file from elsewhere.
     """
     if path.is_file():
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(path):
+        with FileLock(f"{path}.lock"):
             if not path.is_file():
-                _download(url, path, sha256, check)
+                _download(url, path, check)
     except FAILURES as error:
         if disk_is_full(error):
             where = path.parent.absolute()
             raise UserError(f"{path} could not be written (the disk is full: free space in {where})") from None
-        raise UserError(
-            f"{url} could not be downloaded ({_reason(error)}); get it elsewhere and put it at {path}"
-        ) from None
+        reason = " ".join(str(getattr(error, "reason", None) or error).split())
+        if isinstance(error, http.client.HTTPException):
+            reason = f"malformed answer: {reason}"
+        raise UserError(f"{url} could not be downloaded ({reason}); get it elsewhere and put it at {path}") from None
     return path
 
 
-def _reason(error: BaseException) -> str:
-    """Say in one line why."""
-    reason = " ".join(str(getattr(error, "reason", None) or error).split())
-    return f"malformed answer: {reason}" if isinstance(error, http.client.HTTPException) else reason
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Let one process of the machine in at a time."""
-    with open(path.with_name(path.name + ".lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _download(url: str, path: Path, sha256: str | None, check: Callable[[Path], str] | None) -> None:
+def _download(url: str, path: Path, check: Callable[[Path], str] | None) -> None:
     part = path.with_name(path.name + ".part")
+    version = part.with_name(part.name + ".etag")
     for attempt in range(TRIES):
         try:
-            _continue(url, part)
+            _continue(url, part, version)
             break
         except urllib.error.HTTPError as error:
-            if error.code == 416:  # what is there is already all, or more than all: begin anew
+            if error.code == 416:  # the partial file is complete, or longer than the server's: begin anew
                 part.unlink(missing_ok=True)
             if error.code in (401, 403, 404) or attempt == TRIES - 1:
                 raise OSError(f"the server answered {error.code} {error.reason}") from None
@@ -95,31 +82,32 @@ def _download(url: str, path: Path, sha256: str | None, check: Callable[[Path], 
             if attempt == TRIES - 1 or isinstance(error, ValueError) or disk_is_full(error):
                 raise
         time.sleep(PAUSE_SECONDS * 2**attempt)
-    if sha256 and _sha256(part) != sha256:
-        part.unlink()
-        raise OSError("its checksum is wrong, so it is not the file it should be")
     if check and (problem := check(part)):
         part.unlink()
         raise OSError(f"what came {problem}")
     os.replace(part, path)
-    _version_file(part).unlink(missing_ok=True)
+    version.unlink(missing_ok=True)
 
 
-def _version_file(part: Path) -> Path:
-    """Where the server's tag of a half-read file is kept, so that halves of two versions are never joined."""
-    return part.with_name(part.name + ".etag")
+def _continue(url: str, part: Path, version: Path) -> None:
+    """Download the rest of a file; raises one of FAILURES when the connection breaks or crawls.
 
-
-def _continue(url: str, part: Path) -> None:
-    """Read what is missing of a file; raises one of FAILURES when the connection breaks or crawls."""
+    Args:
+        url: of the file.
+        part: the partial file, if there is one.
+        version: file with the server's tag of the partial file, so that parts of two versions are never joined.
+    """
     have = part.stat().st_size if part.is_file() else 0
     headers = {"Range": f"bytes={have}-"} if have else {}
-    if have and _version_file(part).is_file():
-        headers["If-Range"] = _version_file(part).read_text()
+    if have and version.is_file():
+        headers["If-Range"] = version.read_text()
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS) as response:
         if response.status != 206:  # the server sends the whole
             have = 0
-            _note_version(part, response.headers.get("ETag") or "")
+            version.unlink(missing_ok=True)
+            tag = response.headers.get("ETag") or ""
+            if tag and not tag.startswith("W/"):  # a weak tag does not promise the same bytes
+                version.write_text(tag)
         rest = response.headers.get("Content-Length")
         total = have + int(rest) if rest else 0
         if total > LARGEST_BYTES:
@@ -132,25 +120,18 @@ def _continue(url: str, part: Path) -> None:
         raise OSError(f"the connection broke after {have} of {total} bytes")
 
 
-def _note_version(part: Path, tag: str) -> None:
-    if tag and not tag.startswith("W/"):  # a weak tag does not promise the same bytes
-        _version_file(part).write_text(tag)
-    else:
-        _version_file(part).unlink(missing_ok=True)
-
-
 def _receive(response: http.client.HTTPResponse, part: Path, have: int, line: ProgressLine) -> int:
-    """Write an answer's body behind the first `have` bytes of a file; return how many there are then."""
+    """Write a response's body behind the first `have` bytes of a file; return the new size in bytes."""
     first = checked = have
     since = time.monotonic()
     with open(part, "ab" if have else "wb") as file:
-        while chunk := response.read1(CHUNK):  # what has come, where `read` would wait for a whole chunk
+        while chunk := response.read1(CHUNK):  # at once; `read` would wait for a whole chunk
             file.write(chunk)
             have += len(chunk)
-            if have > LARGEST_BYTES:  # the server has not said how much it sends, and does not end
+            if have > LARGEST_BYTES:  # only if the server has not announced a size
                 part.unlink()
                 raise ValueError(f"it does not end: more than {LARGEST_BYTES} bytes came")
-            if line.total:  # else the server has not said how much it sends
+            if line.total:  # 0 if the server has not announced a size
                 line.update(have, first=first)
             seconds = time.monotonic() - since
             if seconds > PATIENCE_SECONDS:
@@ -159,11 +140,3 @@ def _receive(response: http.client.HTTPResponse, part: Path, have: int, line: Pr
                 since, checked = time.monotonic(), have
     line.close()
     return have
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

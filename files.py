@@ -1,4 +1,4 @@
-"""Writes files whole or not at all; a full disk ends in one line that says where to free space."""
+"""Files are written whole or not at all; after a full disk, one line says where to free space."""
 
 import errno
 import json
@@ -15,14 +15,14 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def write_whole(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a file under a temporary name; it takes the place of `path` once it is written whole and on the disk.
+    """Open a file under a temporary name; it replaces `path` when it is complete and on the disk.
 
     Args:
-        path: in a folder that is there.
+        path: in a folder that exists.
         mode: "w", then in UTF-8, or "wb".
 
     Raises:
-        UserError: it could not be written, because of a full disk for instance; an earlier file is untouched.
+        UserError: it could not be written, for instance because the disk is full; an earlier file is unchanged.
     """
     temporary = path.with_name(f"{path.name}.part{os.getpid()}")
     try:
@@ -93,7 +93,7 @@ def read_rows(path: Path) -> list[Any]:
 
 
 def why_not_written(path: Path, error: BaseException) -> str:
-    """Return what to tell of a file that could not be written."""
+    """Return the message for a file that could not be written."""
     kept = "the previous one is intact" if path.exists() else "nothing was left behind"
     if disk_is_full(error):
         return f"{path} could not be written (the disk is full: {to_free(path.parent)}; {kept})"
@@ -106,7 +106,7 @@ def to_free(folder: Path) -> str:
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """Tell whether an error comes from a full disk; torch's writer hides that behind an error of its own."""
+    """Return True if an error comes from a full disk; torch's writer raises an error of its own after it."""
     while error is not None:
         if getattr(error, "errno", None) in FULL or os.strerror(errno.ENOSPC) in str(error):
             return True

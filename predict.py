@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
         "--min_length", type=at_least(1), help="shortest caption in tokens, prompt included (default: 5)"
     )
     caption.add_argument("--top_p", type=float, default=0.9, help="share of probability sampled from (default: 0.9)")
-    caption.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 avoids words said (default: 1)")
+    caption.add_argument("--repetition_penalty", type=float, help="above 1 avoids words said (1, sampling 1.1)")
     caption.add_argument(
         "--prompt", help="what captions continue, without being part of the output (default: 'a picture of ')"
     )

@@ -1,10 +1,12 @@
-"""Processes, gathers, meters and the progress line."""
+"""Errors, processes and their collectives, meters and the progress line.
 
-import resource
+All collectives of the project are here. They take tensors of any device: NCCL accepts tensors of the rank's GPU only.
+"""
+
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -13,11 +15,11 @@ import torch.distributed as dist
 from released import door
 
 Item = TypeVar("Item")
-MARK = "UserError: "  # how a worker's re-raised message is recognised
+MARK = "UserError: "  # stands before the message that a data worker re-raises
 
 
 class UserError(Exception):
-    """Something a person can cause and mend; the message says in one line what was got, expected and to do."""
+    """An error the user can fix; its message says in one line what was got, what was expected, and what to do."""
 
 
 def user_message(error: BaseException) -> str | None:
@@ -25,7 +27,7 @@ def user_message(error: BaseException) -> str | None:
     if not isinstance(error, UserError):
         return None
     lines = str(error).strip().splitlines()
-    # torch's data workers put the traceback in front and the original "module.UserError: message" last
+    # torch's data workers put the traceback first and "module.UserError: message" last
     found = [line.split(MARK, 1)[1] for line in lines if MARK in line]
     return found[-1] if found else " ".join(lines)
 
@@ -48,11 +50,11 @@ def run_command(main: Callable[[], None]) -> int:
         return 130
 
 
-# Processes: no-ops in one process.
+# Processes. In a single process the collectives return what they are given.
 
 
 def has_group() -> bool:
-    """Tell whether this process belongs to a process group."""
+    """Return True if this process belongs to a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -62,12 +64,12 @@ def get_world_size() -> int:
 
 
 def get_rank() -> int:
-    """Return this process's number, 0 to world size - 1."""
+    """Return this process's rank, 0 to world size - 1."""
     return dist.get_rank() if has_group() else 0
 
 
 def is_main_process() -> bool:
-    """Tell whether this is the process that writes files and prints."""
+    """Return True on rank 0, which writes files and prints."""
     return get_rank() == 0
 
 
@@ -77,14 +79,21 @@ def barrier() -> None:
         dist.barrier()
 
 
+def to_group_device(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous tensor where the process group's backend takes it: gloo the CPU, NCCL this rank's GPU."""
+    device = "cpu" if dist.get_backend() == "gloo" else torch.accelerator.current_accelerator()
+    return tensor.to(device).contiguous()
+
+
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     """Concatenate the ranks' tensors, of equal shapes, along dimension 0; without gradient."""
     tensor = tensor.detach()
     if get_world_size() == 1:
         return tensor
-    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(get_world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)
+    own = to_group_device(tensor)
+    parts = [torch.empty_like(own) for _ in range(get_world_size())]
+    dist.all_gather(parts, own)
+    return torch.cat(parts).to(tensor.device)
 
 
 class _AllGatherWithGrad(torch.autograd.Function):
@@ -94,9 +103,7 @@ class _AllGatherWithGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, grad: torch.Tensor) -> torch.Tensor:
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad.chunk(get_world_size())[get_rank()]
+        return all_reduce(grad).chunk(get_world_size())[get_rank()]
 
 
 def all_gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
@@ -120,24 +127,38 @@ def gather_results(items: Sequence[Item]) -> list[Item]:
     return [shard[i] for i in range(longest) for shard in shards if i < len(shard)]
 
 
-def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the mean over ranks, without gradient."""
+def all_reduce(tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
+    """Return the sum over ranks, or the result of another operation, in a new tensor; without gradient."""
     if get_world_size() == 1:
         return tensor.detach()
-    total = tensor.detach().clone()
-    dist.all_reduce(total)
-    return total / get_world_size()
+    total = to_group_device(tensor.detach().clone())
+    dist.all_reduce(total, operation)
+    return total.to(tensor.device)
 
 
-def all_reduce_max_(tensor: torch.Tensor) -> torch.Tensor:
-    """Replace a tensor by the maximum over ranks, and return it."""
+def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the mean over ranks, without gradient."""
+    return all_reduce(tensor) / get_world_size()
+
+
+def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the maximum over ranks, without gradient."""
+    return all_reduce(tensor, dist.ReduceOp.MAX)
+
+
+@torch.no_grad()
+def broadcast_(tensors: Iterable[torch.Tensor]) -> None:
+    """Give all ranks the values that rank 0 has."""
     if get_world_size() > 1:
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return tensor
+        for tensor in tensors:
+            sent = to_group_device(tensor)
+            dist.broadcast(sent, src=0)
+            if sent is not tensor:
+                tensor.copy_(sent)
 
 
 def on_main_process(function: Callable[[], Item]) -> Item:
-    """Run a function on the main process only and return its result, or raise its UserError, on every rank."""
+    """Run a function on rank 0 only and return its result, or raise its UserError, on every rank."""
     result, message = None, None
     if is_main_process():
         try:
@@ -154,7 +175,7 @@ def on_main_process(function: Callable[[], Item]) -> Item:
 
 
 class Mean:
-    """Running mean of tensors that stays on their device until it is read."""
+    """Running mean that stays on the device of its tensors until it is read."""
 
     def __init__(self, total: float = 0.0, count: int = 0):
         self.total, self.count = total, count
@@ -177,9 +198,13 @@ class Mean:
 
 
 def memory_used(device: torch.device) -> float:
-    """Return the peak memory in GiB: of the GPU, or of this process on a CPU."""
+    """Return the peak memory in GiB, of the GPU or of this process on a CPU; 0 where it is not known (Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
@@ -194,12 +219,12 @@ def duration(seconds: float) -> str:
 
 
 class ProgressLine:
-    """One line on the main process: rewritten in place on a terminal, printed every few seconds elsewhere.
+    """A line on rank 0, rewritten in place on a terminal and printed every few seconds elsewhere.
 
     Args:
-        total: how many items there are.
-        title: what is being done.
-        interval: least seconds between two printed lines where there is no terminal.
+        total: number of items.
+        title: of the line.
+        interval: least seconds between two lines where there is no terminal.
     """
 
     def __init__(self, total: int, title: str, interval: float = 10.0):
@@ -209,7 +234,7 @@ class ProgressLine:
         self.width = 0
 
     def update(self, done: int, details: str = "", first: int = 0) -> None:
-        """Show that `done` items of the total are done, of which `first` were before this start."""
+        """Show that `done` items are done, `first` of them before this start."""
         now = time.monotonic()
         if not is_main_process() or (now - self.last < self.interval and done < self.total):
             return
@@ -233,7 +258,7 @@ class ProgressLine:
 
 
 def track(items: Sequence[Item] | Any, title: str) -> Iterator[Item]:
-    """Yield the items of something with a length, showing progress."""
+    """Yield the items of a sized iterable and show progress."""
     line = ProgressLine(len(items), title)
     for done, item in enumerate(items, 1):
         yield item

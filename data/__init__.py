@@ -139,11 +139,11 @@ def _nocaps(config: Any, split: str, transform: Transform) -> Dataset:
 def _pretrain(config: Any, split: str, transform: Transform) -> Dataset:
     files = config["train_file"]
     if only_shards(files, "train_file"):
-        if config["laion_path"]:
+        if config.get("laion_path"):
             raise UserError("train_file names shards and laion_path a folder of lists; give shards alone")
         pairs = config.get("shard_pairs", 0)
-        return TarPairs(files, transform, config["batch_size"], pairs, config["shuffle_buffer"])
-    return PairDataset(files, config["image_root"], transform, list_turns(config["laion_path"]))
+        return TarPairs(files, transform, config["batch_size"], pairs, config.get("shuffle_buffer", 2000))
+    return PairDataset(files, config.get("image_root", ""), transform, list_turns(config.get("laion_path", "")))
 
 
 def _msrvtt(config: Any, split: str, transform: Transform) -> Dataset:

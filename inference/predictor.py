@@ -87,7 +87,7 @@ class Captioner(Predictor):
         max_length: int | None = None,
         min_length: int | None = None,
         top_p: float = 0.9,
-        repetition_penalty: float = 1.0,
+        repetition_penalty: float | None = None,
         seed: int = 42,
         batch_size: int = 16,
         num_workers: int = 0,
@@ -103,7 +103,7 @@ class Captioner(Predictor):
             max_length, min_length: in tokens, prompt and [DEC] included. None: as the checkpoint was evaluated,
                 or 20 and 5.
             top_p: share of probability that sampling draws from.
-            repetition_penalty: above 1 discourages tokens already said.
+            repetition_penalty: above 1 discourages tokens already said; None: 1.1 in sampling, 1.0 in search.
             seed: of sampling; an image's captions depend on it and on the image's name only.
             batch_size: images at once.
             num_workers: processes that read images.

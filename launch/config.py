@@ -237,7 +237,7 @@ class CapFiltConfig(Settings):
     num_captions: int = setting(1, "synthetic captions of each image")
     max_length: int = setting(20, "longest caption in tokens, prompt included")
     min_length: int = setting(5, "shortest caption in tokens, prompt included")
-    repetition_penalty: float = setting(1.0, "above 1 discourages words already said")
+    repetition_penalty: float = setting(1.1, "above 1 discourages words already said; 1.1 as in released sampling")
     threshold: float = setting(0.5, "least probability of a match of texts that are kept")
     shard_size: int = setting(1000, "pairs of one shard, the unit of work; of tar shards, how many are held at once")
     batch_size: int = setting(64, "images at once")

@@ -228,7 +228,11 @@ def join_process_group(device: torch.device, hang_minutes: float) -> dist.Store 
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         return None
     timeout = timedelta(minutes=max(hang_minutes, BUSY_MINUTES) + 10)  # the watchdog, which names the rank, is earlier
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    except ValueError as error:  # an incomplete environment
+        problem = str(error).split("rendezvous: ")[-1]
+        raise UserError(f"WORLD_SIZE is set, but {problem}; start the script with torchrun, or unset it") from None
     # torchrun keeps one store for all restarts of a run: the keys of an earlier start must not be read again
     store = dist.PrefixStore(f"start_{restart_count()}", store)
     backend, device_id = dist.get_default_backend_for_device(device), None if device.type == "cpu" else device

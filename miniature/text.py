@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from string import ascii_lowercase, digits
 from typing import Any
 
 from miniature.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Item, Pair, Scene, unseen_pairs
@@ -64,12 +65,13 @@ def captions(scene: Scene, rng: random.Random, sized: bool = False) -> list[str]
     items, sizes = scene.items, [sized or rng.random() < 0.5 for _ in range(4)]
     if len(items) == 1:
         item, place = items[0], f" at the {position(items[0])}"
+        also = place if sized else ""
         return [
-            a(item, sizes[0]) + (place if sized else ""),
+            a(item, sizes[0]) + also,
             a(item, sizes[1]) + place,
-            f"one {item.size} {name(item)}{place if sized else ''}",
-            a(item, sizes[2]) + (place if sized else "") + f" on a {scene.background} background",
-            f"{a(item, sizes[3])} alone{place if sized else ''}",
+            f"one {item.size} {name(item)}{also}",
+            f"{a(item, sizes[2])}{also} on a {scene.background} background",
+            f"{a(item, sizes[3])} alone{also}",
         ]
     listed = [", ".join(a(item, size) for item in items[:-1]) + f" and {a(items[-1], size)}" for size in sizes]
     first, second, rest = items[0], items[1], list(items[2:])
@@ -113,9 +115,8 @@ def questions(scene: Scene, rng: random.Random, count: int) -> list[Question]:
 
 
 def _all_questions(scene: Scene, rng: random.Random) -> Iterator[Question]:
-    items = scene.items
+    items, number = scene.items, len(scene.items)
     shapes, colors = Counter(item.shape for item in items), Counter(item.color for item in items)
-    number = len(items)
     yield Question("how many objects are there?", str(number), str(number % 3 + 1), "number")
     for item in items:
         if shapes[item.shape] == 1:
@@ -188,6 +189,7 @@ def statement(rng: random.Random, pairs: Sequence[Pair]) -> Statement:
     color, shape = rng.choice(pairs)
     side, number = rng.choice(("left", "right")), rng.choice((1, 2, 3))
     opposite = "right" if side == "left" else "left"
+    thing, objects = with_article(f"{color} {shape}"), "1 object" if number == 1 else f"{number} objects"
 
     def has(scene: Scene) -> bool:
         return (color, shape) in scene.pairs
@@ -201,36 +203,26 @@ def statement(rng: random.Random, pairs: Sequence[Pair]) -> Statement:
     def near(scene: Scene) -> bool:
         return has_shape(scene) or has_color(scene)
 
-    def chosen(left: Scene, right: Scene) -> Scene:
-        return left if side == "left" else right
-
-    def count(scene: Scene) -> int:
-        return len(scene.items)
-
-    objects = "1 object" if number == 1 else f"{number} objects"
-    thing = with_article(f"{color} {shape}")
-    return rng.choice(
+    # Each row: a text, its truth value for the scene x of `side` and the other scene y, the scenes that it is about.
+    text, is_true, about = rng.choice(
         [
-            Statement(f"the {side} image contains {thing}", lambda x, y: has(chosen(x, y)), near),
-            Statement(f"the {side} image contains a {shape}", lambda x, y: has_shape(chosen(x, y)), has_shape),
-            Statement(f"one of the images contains {thing}", lambda x, y: has(x) or has(y), near),
-            Statement(
+            (f"the {side} image contains {thing}", lambda x, _: has(x), near),
+            (f"the {side} image contains a {shape}", lambda x, _: has_shape(x), has_shape),
+            (f"one of the images contains {thing}", lambda x, y: has(x) or has(y), near),
+            (
                 f"the {side} image contains something {color} and the {opposite} image contains a {shape}",
-                lambda x, y: has_color(chosen(x, y)) and has_shape(chosen(y, x)),
+                lambda x, y: has_color(x) and has_shape(y),
                 near,
             ),
-            Statement(f"both images contain a {shape}", lambda x, y: has_shape(x) and has_shape(y), has_shape),
-            Statement(f"both images contain something {color}", lambda x, y: has_color(x) and has_color(y), has_color),
-            Statement(f"neither image contains a {shape}", lambda x, y: not (has_shape(x) or has_shape(y)), has_shape),
-            Statement(f"the {side} image has exactly {objects}", lambda x, y: count(chosen(x, y)) == number, bool),
-            Statement(
-                f"the {side} image has more objects than the other one",
-                lambda x, y: count(chosen(x, y)) > min(count(x), count(y)),
-                bool,
-            ),
-            Statement("both images have the same number of objects", lambda x, y: count(x) == count(y), bool),
+            (f"both images contain a {shape}", lambda x, y: has_shape(x) and has_shape(y), has_shape),
+            (f"both images contain something {color}", lambda x, y: has_color(x) and has_color(y), has_color),
+            (f"neither image contains a {shape}", lambda x, y: not (has_shape(x) or has_shape(y)), has_shape),
+            (f"the {side} image has exactly {objects}", lambda x, _: len(x.items) == number, bool),
+            (f"the {side} image has more objects than the other one", lambda x, y: len(x.items) > len(y.items), bool),
+            ("both images have the same number of objects", lambda x, y: len(x.items) == len(y.items), bool),
         ]
     )
+    return Statement(text, is_true if side == "left" else lambda left, right: is_true(right, left), about)
 
 
 def judged_pairs(
@@ -259,25 +251,21 @@ def web_text(scene: Scene, other: Scene, rng: random.Random) -> dict[str, Any]:
     "right" (55%), "noisy" (25%: a wrong colour or shape, or nothing but clutter), "other" (20%: of another image).
     """
     draw = rng.random()
-    if draw < 0.55:
-        return {"caption": rng.choice(captions(scene, rng)), "kind": "right", "matches": True}
-    if draw < 0.80:
-        return {"caption": spoil(rng.choice(captions(scene, rng)), rng), "kind": "noisy", "matches": False}
-    text = rng.choice(captions(other, rng))
-    return {"caption": text, "kind": "other", "matches": caption_is_exact(text, scene.pairs)}
+    kind = "right" if draw < 0.55 else "noisy" if draw < 0.80 else "other"
+    text = rng.choice(captions(other if kind == "other" else scene, rng))
+    text = spoil(text, rng) if kind == "noisy" else text
+    return {"caption": text, "kind": kind, "matches": caption_is_exact(text, scene.pairs)}
 
 
 def spoil(caption: str, rng: random.Random) -> str:
-    """Replace a colour or a shape by another one, or the whole text by clutter."""
+    """Return a caption with a wrong colour or shape, or clutter instead of it."""
     if rng.random() < 0.25:
         return f"{rng.choice(CLUTTER)} {rng.choice(CLUTTER)} {rng.randint(10, 99)}"
-    color, shape = rng.choice(named_pairs(caption))
-    if rng.random() < 0.5:
-        wrong = f"{rng.choice([c for c in COLORS if c != color])} {shape}"
-    else:
-        wrong = f"{color} {rng.choice([s for s in SHAPES if s != shape])}"
+    pair = rng.choice(named_pairs(caption))
+    right, words = (pair[0], COLORS) if rng.random() < 0.5 else (pair[1], SHAPES)
+    wrong = " ".join(pair).replace(right, rng.choice([word for word in words if word != right]))
     clutter = f" {rng.choice(CLUTTER)}" if rng.random() < 0.3 else ""
-    return caption.replace(f"{color} {shape}", wrong, 1) + clutter
+    return caption.replace(" ".join(pair), wrong, 1) + clutter
 
 
 def words() -> list[str]:
@@ -286,8 +274,7 @@ def words() -> list[str]:
     other background what color shape how many large small big little contains contain both neither something has
     have exactly more than number same left right above below top bottom center moving to up down shows with this
     that are not yes maybe , ? . ' -"""
-    known = text.split() + list(COLORS) + list(SHAPES) + list(SIZES) + list(BACKGROUNDS) + list(SYNONYMS.values())
-    known += " ".join(CLUTTER).split()
+    known = [*text.split(), *COLORS, *SHAPES, *SIZES, *BACKGROUNDS, *SYNONYMS.values(), *" ".join(CLUTTER).split()]
     known += ["black", "gray", "teal", "brown", "rectangle", "does", "not", "of", "present"]  # for easy-vqa
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + list("0123456789")
+    letters = [*ascii_lowercase, *digits]
     return list(dict.fromkeys(known + letters + [f"##{letter}" for letter in letters]))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from miniature.scene import Item, Scene, draw_scene, render
-from miniature.text import a, name
+from miniature.text import a
 from utils import UserError, track
 
 NUM_FRAMES = 16
@@ -22,22 +22,20 @@ def write_videos(folder: Path, annotations: Path, count: int, seed: int, image_s
     Raises:
         UserError: PyAV is not installed.
     """
-    rng, known, lines = random.Random(f"{seed}/video"), set(), []
+    rng, lines = random.Random(f"{seed}/video"), []
     (folder / "videos").mkdir(parents=True, exist_ok=True)
-    scenes: list[Scene] = []
+    scenes: dict[frozenset, Scene] = {}  # by their objects
     while len(scenes) < count:
         scene = draw_scene(rng, 3)
-        if len(scene.items) > 1 and frozenset(scene.pairs) not in known:
-            known.add(frozenset(scene.pairs))
-            scenes.append(scene)
-    for number, scene in enumerate(track(scenes, "videos")):
+        if len(scene.items) > 1:
+            scenes.setdefault(frozenset(scene.pairs), scene)
+    for number, scene in enumerate(track(list(scenes.values()), "videos")):
         moves = [rng.choice(list(MOVES)) for _ in scene.items]
         times = np.linspace(0, 1, NUM_FRAMES)
         frames = [np.asarray(render(scene_at(scene, moves, time), image_size)) for time in times]
         encode(frames, folder / "videos" / f"video{number}.mp4")
         listed = [f"{a(item, False)} moving {move}" for item, move in zip(scene.items, moves, strict=True)]
         caption = ", ".join(listed[:-1]) + f" and {listed[-1]}"
-        assert all(name(item) in caption for item in scene.items)
         lines.append(json.dumps({"clip_name": f"video{number}", "caption": caption}))
     (annotations / "msrvtt_test.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -50,8 +48,8 @@ def scene_at(scene: Scene, moves: list[str], time: float) -> Scene:
 
 def move_item(item: Item, direction: tuple[int, int], time: float) -> Item:
     """Return the object moved, clamped to the image."""
-    half = item.side / 2
-    x, y = (c + d * 0.2 * (time - 0.5) for c, d in zip((item.x, item.y), direction, strict=True))
+    half, distance = item.side / 2, 0.2 * (time - 0.5)
+    x, y = item.x + direction[0] * distance, item.y + direction[1] * distance
     return replace(item, x=min(max(x, half), 1 - half), y=min(max(y, half), 1 - half))
 
 

@@ -57,7 +57,7 @@ def write_miniature(
         write_statements(annotations, split, splits[split], seed)
     write_json(annotations / "answer_list.json", text.answer_list())
     write_nocaps(annotations, splits["test"], seed)
-    write_web(annotations, splits, seed)
+    write_web(annotations, splits["web"], seed)
     if num_videos:
         from miniature.video import write_videos
 
@@ -108,25 +108,19 @@ def distinct_key(scene: Scene) -> Any:
 
 def write_captions(folder: Path, split: str, scenes: Sequence[Scene], seed: int) -> None:
     """Write captions in COCO's format for captioning, and more detailed ones in Flickr30k's for retrieval."""
+    ids = [image_id(split, i) for i in range(len(scenes))]
     for prefix, sized in (("coco_karpathy", False), ("flickr30k", True)):
         rng = generator(seed, prefix, split)
         listed = [text.captions(scene, rng, sized) for scene in scenes]
+        rows = [{"image": image(split, i), "caption": captions} for i, captions in enumerate(listed)]
         if split == "train":
-            rows = [
-                {"image": image(split, i), "caption": caption, "image_id": f"{prefix}_{image_id(split, i)}"}
-                for i, captions in enumerate(listed)
-                for caption in captions
-            ]
-            write_json(folder / f"{prefix}_{split}.json", rows)
-        else:
-            rows = [{"image": image(split, i), "caption": captions} for i, captions in enumerate(listed)]
-            write_json(folder / f"{prefix}_{split}.json", rows)
+            pairs = [{"image": row["image"], "caption": caption} for row in rows for caption in row["caption"]]
             if not sized:
-                ids = [image_id(split, i) for i in range(len(scenes))]
-                write_json(folder / f"{prefix}_{split}_gt.json", ground_truth(ids, listed))
-        if split == "train" and not sized:
-            human = [{"image": row["image"], "caption": row["caption"]} for row in rows]
-            write_json(folder / "pretrain_human.json", human)
+                write_json(folder / "pretrain_human.json", pairs)
+            rows = [pair | {"image_id": f"{prefix}_{int(Path(pair['image']).stem)}"} for pair in pairs]
+        elif not sized:
+            write_json(folder / f"{prefix}_{split}_gt.json", ground_truth(ids, listed))
+        write_json(folder / f"{prefix}_{split}.json", rows)
 
 
 def ground_truth(ids: Sequence[int], captions: Sequence[Sequence[str]], domains: Sequence[str] = ()) -> dict[str, Any]:
@@ -193,14 +187,13 @@ def write_nocaps(folder: Path, scenes: Sequence[Scene], seed: int) -> None:
         write_json(folder / f"nocaps_{split}_gt.json", ground_truth(ids, [listed[i] for i in numbers], domains))
 
 
-def write_web(folder: Path, splits: dict[str, list[Scene]], seed: int) -> None:
+def write_web(folder: Path, scenes: Sequence[Scene], seed: int) -> None:
     """Write one text per web image (right, noisy, or of another image), and the kind of each text."""
-    rng, scenes = generator(seed, "web"), splits["web"]
+    rng = generator(seed, "web")
     texts = [text.web_text(scene, rng.choice(scenes), rng) for scene in scenes]
-    rows = [{"image": image("web", i), "caption": found["caption"]} for i, found in enumerate(texts)]
-    truth = [{"image": image("web", i), "kind": x["kind"], "matches": x["matches"]} for i, x in enumerate(texts)]
-    write_json(folder / "pretrain_web.json", rows)
-    write_json(folder / "pretrain_web_truth.json", truth)
+    rows = [{"image": image("web", i), **found} for i, found in enumerate(texts)]
+    for name, keys in (("pretrain_web", ("image", "caption")), ("pretrain_web_truth", ("image", "kind", "matches"))):
+        write_json(folder / f"{name}.json", [{key: row[key] for key in keys} for row in rows])
 
 
 def vocabulary() -> list[str]:

@@ -1,21 +1,20 @@
-"""Attention of the text transformer: to its own text, and to images whose keys and values are projected once.
+"""Attention of the text transformer: within a text, and to images whose keys and values are projected once.
 
-The released code projects an image's keys and values again for every beam, candidate, negative and loss that
-reads them. Here `CrossAttention.project` makes them once, `Projection` holds them for all layers, and any
-number of texts read them: consecutive texts of one image are folded into one long query sequence, since no
-text masks the image.
+The released code projects the keys and values of an image again for every beam, candidate, negative and loss. Here
+`CrossAttention.project` computes them once, `Projection` holds them for all layers, and any number of texts share
+them: consecutive texts of one image are folded into one query sequence, since texts do not mask the image.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]  # each (sources, heads, source length, head width)
-FEW_QUERIES = 16  # for fewer, plain products are faster on a CPU than the fused kernel, which packs keys anew
+FEW_QUERIES = 16  # for fewer, plain products on a CPU are faster than the fused kernel, which repacks the keys
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,8 @@ class Projection:
 
     Attributes:
         layers: per layer, one (keys, values) pair for each set of states: one, or two for NLVR2's two images.
-        mask: bool (sources, 1, 1, source length), False where no text may look; None where all may.
-        readers: number of consecutive texts that read each source.
+        mask: bool (sources, 1, 1, source length), False at states that no text attends to; None if there are none.
+        readers: number of consecutive texts that attend to each source.
     """
 
     layers: list[list[KeyValue]]
@@ -33,22 +32,22 @@ class Projection:
     readers: int = 1
 
     def at(self, layer: int) -> Reads:
-        """Return what one layer reads."""
+        """Return the keys and values of one layer."""
         return Reads(self.layers[layer], self.mask, self.readers)
 
     def read_by(self, readers: int) -> Projection:
-        """Let each source be read by `readers` consecutive texts; nothing is copied."""
+        """Return the projection for `readers` consecutive texts per source; nothing is copied."""
         return replace(self, readers=readers)
 
     def contiguous(self) -> Projection:
-        """Lay every head's keys and values out in one piece, which pays where they are read many times."""
+        """Copy the keys and values of each head to contiguous memory, for many reads."""
         layers = [[(key.contiguous(), value.contiguous()) for key, value in sets] for sets in self.layers]
         return replace(self, layers=layers)
 
     def select(self, index: torch.Tensor) -> Projection:
-        """Return rows: text i reads source `index[i]` (int64, any length). Copies, but projects nothing."""
+        """Return the sources `index`, int64 of any length, as a copy."""
         layers = [[(key[index], value[index]) for key, value in sets] for sets in self.layers]
-        return Projection(layers, None if self.mask is None else self.mask[index])
+        return Projection(layers, None if self.mask is None else self.mask[index], self.readers)
 
 
 @dataclass(frozen=True)
@@ -62,48 +61,76 @@ class Reads:
 
 @dataclass
 class LayerCache:
-    """One layer's keys and values of the text so far, None before the first position."""
+    """Room for the keys and values of one layer, each (rows, heads, capacity, head width).
 
-    held: KeyValue | None = None
+    Attributes:
+        key, value: views of the buffer of a `TextCache`.
+        start, stop: the positions that are written next.
+        positions: the same as a tensor, for a static cache; None otherwise.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    start: int
+    stop: int
+    positions: torch.Tensor | None
 
     def extend(self, key: torch.Tensor, value: torch.Tensor) -> KeyValue:
-        """Append new positions (rows, heads, new, head width) and return all of them."""
-        if self.held is not None:
-            key, value = torch.cat((self.held[0], key), dim=2), torch.cat((self.held[1], value), dim=2)
-        self.held = key, value
-        return key, value
+        """Write new positions (rows, heads, new, head width); return all so far, or of a static cache the whole."""
+        if self.positions is not None:
+            return self.key.index_copy_(2, self.positions, key), self.value.index_copy_(2, self.positions, value)
+        self.key[:, :, self.start : self.stop] = key
+        self.value[:, :, self.start : self.stop] = value
+        return self.key[:, :, : self.stop], self.value[:, :, : self.stop]
 
 
 @dataclass
 class TextCache:
-    """Keys and values of the text so far, per layer: what incremental decoding reads instead of recomputing."""
+    """Keys and values of earlier positions of texts, for incremental decoding, in one preallocated buffer.
 
-    layers: list[LayerCache] = field(default_factory=list)
+    Attributes:
+        buffer: (layers, 2, rows, heads, capacity, head width).
+        length: number of positions held, equal for all rows.
+        static: attention reads the whole buffer under a mask, so that shapes do not change from token to token.
+    """
 
-    def at(self, layer: int) -> LayerCache:
-        """Return one layer's, made when it is first asked for."""
-        if layer == len(self.layers):
-            self.layers.append(LayerCache())
-        return self.layers[layer]
-
-    @property
-    def shape(self) -> torch.Size:
-        """(rows, heads, positions held, head width), before the first position all 0."""
-        return self.layers[0].held[0].shape if self.layers else torch.Size((0, 0, 0, 0))
+    buffer: torch.Tensor
+    static: bool
+    length: int = 0
 
     @property
-    def length(self) -> int:
-        """Number of positions held."""
-        return self.shape[2]
+    def rows(self) -> int:
+        """Number of texts."""
+        return self.buffer.shape[2]
+
+    @property
+    def capacity(self) -> int:
+        """Number of positions there is room for."""
+        return self.buffer.shape[-2]
+
+    def at(self, layer: int, positions: torch.Tensor) -> LayerCache:
+        """Return the cache of one layer, to be extended at `positions`, int64 (new,)."""
+        key, value = self.buffer[layer].unbind()
+        return LayerCache(
+            key, value, self.length, self.length + len(positions), positions if self.static else None
+        )
+
+    def mask(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return the causal mask of a static cache, bool (new, capacity)."""
+        return torch.arange(self.capacity, device=positions.device) <= positions[:, None]
 
     def select(self, index: torch.Tensor) -> None:
-        """Keep rows `index` (int64): reorders, drops and repeats texts."""
-        for layer in self.layers:
-            layer.held = layer.held[0][index], layer.held[1][index]
+        """Keep the rows `index`, int64: reorders, drops and repeats texts."""
+        self.buffer = self.buffer[:, :, index]
+
+    def copy_rows(self, source: torch.Tensor, target: torch.Tensor, start: int) -> None:
+        """Copy the positions from `start` on of rows `source` to rows `target`, both int64 (copied rows,)."""
+        held = self.buffer[:, :, :, :, start : self.length]
+        held[:, :, target] = held[:, :, source]
 
 
 class Heads(nn.Module):
-    """Query, key and value maps of one attention, from `width` to heads; states may have their own width."""
+    """Query, key and value layers of an attention, from `width` and `states_width` to heads."""
 
     def __init__(self, width: int, num_heads: int, states_width: int):
         super().__init__()
@@ -122,7 +149,7 @@ class Heads(nn.Module):
 
 
 class Output(nn.Module):
-    """Dense map, dropout, residual and norm, which close attention and feed-forward alike."""
+    """Linear layer, dropout, residual and norm at the end of attention and feed-forward."""
 
     def __init__(self, in_width: int, width: int, norm_eps: float, dropout: float):
         super().__init__()
@@ -136,7 +163,7 @@ class Output(nn.Module):
 
 
 class TwoImageOutput(nn.Module):
-    """The same for NLVR2's two images: their maps are averaged, or merged by a learned layer (section 4.4)."""
+    """The same for the two images of NLVR2, averaged or merged by a linear layer (section 4.4)."""
 
     def __init__(self, width: int, norm_eps: float, dropout: float, merge: bool):
         super().__init__()
@@ -154,7 +181,7 @@ class TwoImageOutput(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention of a text to itself."""
+    """Self-attention of texts."""
 
     def __init__(self, width: int, num_heads: int, norm_eps: float, dropout: float, attention_dropout: float):
         super().__init__()
@@ -165,7 +192,7 @@ class SelfAttention(nn.Module):
     def forward(
         self, hidden: torch.Tensor, mask: torch.Tensor | None, cache: LayerCache | None
     ) -> torch.Tensor:
-        """Attend within texts (rows, length, width), and to their cached past."""
+        """Attend within texts (rows, length, width), including cached positions."""
         query, (key, value) = self.self.split(self.self.query(hidden)), self.self.key_value(hidden)
         if cache is not None:
             key, value = cache.extend(key, value)
@@ -175,7 +202,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of a text to one set of states: an image's tokens, or a question's."""
+    """Attention of texts to one set of states: image tokens, or question states."""
 
     def __init__(
         self, width: int, num_heads: int, states_width: int, norm_eps: float, dropout: float, attention_dropout: float
@@ -184,16 +211,16 @@ class CrossAttention(nn.Module):
         self.self = Heads(width, num_heads, states_width)
         self.output = Output(width, width, norm_eps, dropout)
         self.attention_dropout = attention_dropout
-        self.recording: list[torch.Tensor] | None = None  # a list takes the attention of every forward
+        self.recording: list[torch.Tensor] | None = None  # if a list, every forward appends its attention
 
     def project(self, states: list[torch.Tensor]) -> list[KeyValue]:
         """Project the one set of states."""
         return [self.self.key_value(states[0])]
 
     def forward(self, hidden: torch.Tensor, reads: Reads) -> torch.Tensor:
-        """Let texts (sources * readers, length, width) read the projected states."""
+        """Attend from texts (sources * readers, length, width) to projected states."""
         if self.recording is not None:
-            context, attention = read_visibly(self.self, hidden, reads, reads.sets[0])
+            context, attention = read_with_weights(self.self, hidden, reads, reads.sets[0])
             self.recording.append(attention)
             return self.output(context, hidden)
         dropout = self.attention_dropout if self.training else 0.0
@@ -202,7 +229,7 @@ class CrossAttention(nn.Module):
 
 
 class TwoImageCrossAttention(nn.Module):
-    """Attention of a statement to two images, each with its own maps (NLVR2, section 4.4)."""
+    """Attention of statements to two images with separate weights (NLVR2, section 4.4)."""
 
     def __init__(
         self,
@@ -221,11 +248,11 @@ class TwoImageCrossAttention(nn.Module):
         self.attention_dropout = attention_dropout
 
     def project(self, states: list[torch.Tensor]) -> list[KeyValue]:
-        """Project the states of the left and of the right image."""
+        """Project the states of the left and the right image."""
         return [self.self0.key_value(states[0]), self.self1.key_value(states[1])]
 
     def forward(self, hidden: torch.Tensor, reads: Reads) -> torch.Tensor:
-        """Let texts (pairs * readers, length, width) read both images."""
+        """Attend from texts (pairs * readers, length, width) to both images."""
         dropout = self.attention_dropout if self.training else 0.0
         left, right = reads.sets
         context0 = read(self.self0, hidden, reads, left, dropout)
@@ -234,24 +261,24 @@ class TwoImageCrossAttention(nn.Module):
 
 
 def read(heads: Heads, hidden: torch.Tensor, reads: Reads, key_value: KeyValue, dropout: float) -> torch.Tensor:
-    """Attend from texts to projected states; the readers of one source are folded into one query sequence."""
+    """Attend from texts to projected states; texts of one source are folded into one query sequence."""
     query = heads.split(fold(heads.query(hidden), reads.readers))
-    if is_quick(query) and not dropout:
+    if uses_plain_products(query) and not dropout:
         context, _ = attend(query, key_value, reads.mask)
     else:
         context = F.scaled_dot_product_attention(query, *key_value, attn_mask=reads.mask, dropout_p=dropout)
     return merge_heads(context).reshape(hidden.shape)
 
 
-def is_quick(query: torch.Tensor) -> bool:
-    """Tell whether queries are few and on a CPU; never in a graph, which should serve any number."""
+def uses_plain_products(query: torch.Tensor) -> bool:
+    """Return True for few queries on a CPU, in eager mode (a graph should not depend on their number)."""
     return not torch.compiler.is_compiling() and query.device.type == "cpu" and query.shape[2] < FEW_QUERIES
 
 
-def read_visibly(
+def read_with_weights(
     heads: Heads, hidden: torch.Tensor, reads: Reads, key_value: KeyValue
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `read` without dropout, and also the attention (sources, heads, readers * length, source length)."""
+    """As `read` without dropout; also return the attention (sources, heads, readers * length, source length)."""
     query = heads.split(fold(heads.query(hidden), reads.readers))
     context, attention = attend(query, key_value, reads.mask)
     return merge_heads(context).reshape(hidden.shape), attention
@@ -260,7 +287,7 @@ def read_visibly(
 def attend(
     query: torch.Tensor, key_value: KeyValue, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention spelt out: context (sources, heads, queries, head width) and weights (..., queries, source length)."""
+    """Return context (sources, heads, queries, head width) and attention weights (..., queries, source length)."""
     key, value = key_value
     scores = (query / query.shape[-1] ** 0.5) @ key.transpose(-1, -2)
     if mask is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models.generation import GenerationConfig, generate, log_probs
+from models.generation import GenerationConfig, generate
 from models.losses import IGNORED
 from models.med import MED_CONFIG, TextDecoder, TextTransformer, create_text_config
 from models.pretrained import load_checkpoint, load_pretrained
@@ -123,7 +123,7 @@ class BLIP_Decoder(nn.Module):
         max_length: int = 30,
         min_length: int = 10,
         top_p: float = 0.9,
-        repetition_penalty: float = 1.0,
+        repetition_penalty: float | None = None,
     ) -> list[str]:
         """Caption images.
 
@@ -133,7 +133,8 @@ class BLIP_Decoder(nn.Module):
             num_beams: width of the search; 1 is greedy.
             max_length, min_length: in tokens, including [DEC] and the prompt.
             top_p: probability mass of the nucleus.
-            repetition_penalty: values above 1 discourage tokens that occur already.
+            repetition_penalty: values above 1 discourage tokens that occur already; None is the released default:
+                1.1 in sampling, 1.0 in search.
 
         Returns:
             A caption per image, without the prompt.
@@ -162,9 +163,8 @@ class BLIP_Decoder(nn.Module):
         projection = self.text_decoder.bert.project(self.visual_encoder(image))
         prompts = prompt.expand(len(image), -1)
         found = generate(self.text_decoder, projection, prompts, self.tokenizer.sep_token_id, config, uniforms)
-        prefix = decode(self.tokenizer, prompt[:1])[0]
-        start = len(prefix) + 1 if prefix else 0  # as in the released code, by characters
-        return [text[start:] for text in decode(self.tokenizer, found[0])], log_probs(*found, config)
+        captions = [text[len(self.prompt) :] for text in decode(self.tokenizer, found.ids)]  # cut as released
+        return captions, found.log_probs
 
 
 def blip_decoder(pretrained: str = "", allow_pickle: bool = False, **kwargs) -> BLIP_Decoder:

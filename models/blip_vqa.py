@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from models.attention import Projection
-from models.generation import GenerationConfig, generate, log_probs
+from models.generation import GenerationConfig, generate
 from models.losses import IGNORED, lm_sequence_losses, lm_token_losses
 from models.med import MED_CONFIG, TextDecoder, TextTransformer, create_text_config
 from models.prefix_tree import build_prefix_trees
@@ -121,7 +121,7 @@ class BLIP_VQA(nn.Module):
         config = GenerationConfig(max_length=10, min_length=1, num_beams=3)
         projection = self.text_decoder.bert.project(question_states)
         found = generate(self.text_decoder, projection, start, self.tokenizer.sep_token_id, config)
-        return decode(self.tokenizer, found[0]), log_probs(*found, config)
+        return decode(self.tokenizer, found.ids), found.log_probs
 
     @torch.no_grad()
     def rank_answer(

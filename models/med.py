@@ -237,18 +237,24 @@ class TextTransformer(nn.Module):
         """
         if released:
             return find(__name__, "call_encoder")(self, input_ids, attention_mask, **released)
-        past = cache.length if cache is not None else 0
+        past, length = cache.length if cache is not None else 0, input_ids.shape[1]
         if positions is None:
-            positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
+            positions = torch.arange(past, past + length, device=input_ids.device)
         hidden = self.embeddings(input_ids, positions)
-        mask = attention_bias(attention_mask, input_ids.shape[1], past, causal, input_ids.device)
+        if cache is not None and cache.static:
+            mask = cache.mask(positions)
+        else:
+            mask = attention_bias(attention_mask, length, past, causal, input_ids.device)
         for index, layer in enumerate(self.encoder.layer):
             # layers do not see their index, so that one compiled graph serves all
-            reads, held = (None if whole is None else whole.at(index) for whole in (projection, cache))
+            reads = None if projection is None else projection.at(index)
+            held = None if cache is None else cache.at(index, positions)
             if self.grad_checkpointing and self.training:
                 hidden = checkpoint(layer, hidden, mask, reads, held, use_reentrant=False)
             else:
                 hidden = layer(hidden, mask, reads, held)
+        if cache is not None:
+            cache.length += length
         return hidden
 
 
@@ -308,6 +314,7 @@ class TextDecoder(nn.Module):
         if shared_with is not None:
             share_all_but_self_attention(self.bert, shared_with)
         self.cls = nn.ModuleDict({"predictions": LMHead(config, self.bert.embeddings.word_embeddings)})
+        self.static_cache = False  # see `create_cache`
 
     def hidden_states(self, input_ids: torch.Tensor, **kwargs) -> torch.Tensor:
         """Decode (rows, length) to hidden states; arguments as `TextTransformer.forward`."""
@@ -316,6 +323,18 @@ class TextDecoder(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., width) -> (..., vocabulary)."""
         return self.cls["predictions"](hidden)
+
+    def create_cache(self, rows: int, capacity: int, device: torch.device) -> TextCache:
+        """Return an empty cache for `rows` texts of at most `capacity` tokens.
+
+        On a GPU, or with `static_cache`, shapes are the same for every token, as CUDA graphs and compiled layers need.
+        """
+        layers, heads, width = (self.config.num_hidden_layers, self.config.num_attention_heads, self.config.hidden_size)
+        dtype = self.bert.embeddings.word_embeddings.weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        buffer = torch.zeros(layers, 2, rows, heads, capacity, width // heads, dtype=dtype, device=device)
+        return TextCache(buffer, self.static_cache or device.type != "cpu")
 
     def next_token_loss(
         self, text: TokenBatch, labels: torch.Tensor, projection: Projection, smooth_padding: bool

@@ -102,7 +102,7 @@ def tie_encoder_decoder_weights(
 
 def refuse(settings: dict[str, Any]) -> None:
     """Raise for arguments that the released call had and this one cannot honour; None and False ask for nothing."""
-    if given := [name for name, value in settings.items() if value not in (None, False)]:
+    if given := [name for name, value in settings.items() if value is not None and value is not False]:
         raise UserError(f"argument {', '.join(given)} is not supported here; leave it out")
 
 
@@ -196,14 +196,14 @@ def generate_ids(
     Returns:
         int64 (rows * num_return_sequences, longest), prompt and end token included.
     """
-    settings = {"max_length": 20, "min_length": 0, "num_beams": 1, "top_p": 1.0} | settings
+    settings = {"max_length": 20, "min_length": 0, "num_beams": 1, "top_p": 1.0, "repetition_penalty": 1.0} | settings
     config = GenerationConfig(sample=do_sample, num_return=num_return_sequences, **settings)
     copies = len(encoder_hidden_states) // len(input_ids)
     mask = None if encoder_attention_mask is None else encoder_attention_mask[::copies]
     projection = decoder.bert.project(encoder_hidden_states[::copies], mask=mask)
-    texts, _ = generate(decoder, projection, input_ids, eos_token_id, config)
+    texts = generate(decoder, projection, input_ids, eos_token_id, config).ids
     ended = [torch.cat((text, text.new_tensor([eos_token_id])))[: config.max_length] for text in texts]
-    return pad_sequence(ended, batch_first=True, padding_value=pad_token_id)
+    return pad_sequence(ended, batch_first=True, padding_value=pad_token_id).to(input_ids.device)
 
 
 # Networks from a BertConfig.

@@ -173,7 +173,7 @@ def continued(case, how, rank, folder):
 def by_command_line(rank, store, arguments):
     """Run train_caption.py as torchrun would, but for the store; the exit code, and what it said on stderr."""
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"})
-    run.join_group = lambda *_: join(rank, store)
+    run.join_process_group = lambda *_: join(rank, store)
     return run_here("train_caption.py", *arguments)
 
 
@@ -317,9 +317,9 @@ def test_a_torch_without_ignored_parameters_is_refused(monkeypatch):
 
 
 def test_processes_that_add_gradients_up_are_refused():
-    parallel._refuse_sums(lambda module: None)
-    with pytest.raises(UserError, match="adds gradients up instead of averaging them; update torch, or set parallel"):
-        parallel._refuse_sums(lambda module: module.weight.register_hook(lambda grad: 2 * grad))
+    parallel._check_averaging(lambda module: None)
+    with pytest.raises(UserError, match="sums gradients that it should average; update torch, or set parallel"):
+        parallel._check_averaging(lambda module: module.weight.register_hook(lambda grad: 2 * grad))
 
 
 def test_another_way_is_refused():

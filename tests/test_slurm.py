@@ -115,6 +115,14 @@ def test_17_11_the_process_group_gets_its_device(monkeypatch):
     assert (found["backend"], found["device_id"]) == ("gloo", None)
 
 
+def test_18_e_an_incomplete_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="WORLD_SIZE is set, but .*variable RANK expected.*; start the script with tor"):
+        join_process_group(torch.device("cpu"), 15.0)
+
+
 @pytest.mark.parametrize("name", ["mps", "xpu", "cuda"])
 def test_18_e_a_device_that_is_absent_is_refused(name):
     if torch.get_device_module(name).is_available():

@@ -1,109 +1,103 @@
-"""Training on several processes: whole copies (`parallel: ddp`), or weights and optimizer in shards (`parallel: fsdp`).
+"""Training on several processes: replicated (`parallel: ddp`), or with sharded weights and optimizer (`fsdp`).
 
-Checkpoints hold whole tensors under the model's own names either way, so that each way continues the other's runs.
+Checkpoints hold whole tensors under the model's own names, so a run may change from one to the other.
 """
 
 import copy
 import inspect
 import warnings
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from models.med import TextTransformer
 from models.momentum import MomentumModel
-from utils import UserError, get_world_size
+from utils import UserError, all_reduce, all_reduce_mean, broadcast_, get_world_size
 
-SKELETON = "_plain_skeleton"  # where a sharded model keeps its plain form, without storage
+SKELETON = "_skeleton"  # attribute of a sharded model: its unsharded form on the device "meta"
 Content = dict[str, Any]
 
 
 def wrap(model: nn.Module, parallel: str, device: torch.device) -> nn.Module:
-    """Make a model train on all processes; in one process, or under fsdp, the result is the model itself.
+    """Prepare a model for training on all processes; a single process gets the model itself.
+
+    Returns:
+        DistributedDataParallel of the model for "ddp"; the model, sharded in place, for "fsdp".
 
     Raises:
-        UserError: `parallel` is neither ddp nor fsdp.
+        UserError: `parallel` is neither "ddp" nor "fsdp".
     """
     if parallel not in ("ddp", "fsdp"):
-        raise UserError(f"parallel is {parallel!r}; expected 'ddp' (whole copies) or 'fsdp' (shards)")
+        raise UserError(f"parallel is {parallel!r}; expected 'ddp' (replicas) or 'fsdp' (shards)")
     if get_world_size() == 1:
         return model
-    for buffer in model.buffers():  # queues begin alike; from there on every rank keeps them so itself
-        dist.broadcast(buffer, src=0)
+    broadcast_(model.buffers())  # the queues: equal at the start, and every rank updates them alike
     if parallel == "fsdp":
         return shard(model, device)
     ids = [device.index] if device.type == "cuda" else None
-    with warnings.catch_warnings():  # torch 2.15 renames the argument, torch 2.6 does not know the new name
+    with warnings.catch_warnings():  # torch 2.15 renames broadcast_buffers, torch 2.6 does not know the new name
         warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 # Sharding.
 
 
 def shard(model: nn.Module, device: torch.device) -> nn.Module:
-    """Shard a model's parameters over all processes, in place: by ViT block and by part of text layer, then the rest.
+    """Shard a model's parameters over all processes, in place.
 
-    The encoder and decoder of pretraining share parts of layers, not layers; hence the finer units there. Scalars
-    (the temperature) stay whole, since they cannot be divided.
+    ViT blocks and parts of text layers are gathered one at a time, the rest together. The units are parts of layers
+    because the encoder and decoder of pretraining share those, not layers. Scalars (the temperature) stay whole.
+
+    Raises:
+        UserError: this version of PyTorch cannot do that.
     """
-    fully_shard, as_forward = _own_sharding()
+    if "ignored_params" not in inspect.signature(fsdp.fully_shard).parameters:  # needed for scalars
+        problem = f"parallel: fsdp needs torch 2.7 or newer, and this is {torch.__version__}"
+        raise UserError(f"{problem}; update torch, or set parallel: ddp")
     # `project` returns views, which nothing changes in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            dist.broadcast(parameter, src=0)
+    broadcast_(model.parameters())
     skeleton = _skeleton(model)
     mesh = init_device_mesh(device.type, (get_world_size(),))
+    fully_shard = partial(fsdp.fully_shard, mesh=mesh)
     if device.type == "cpu":
-        _refuse_sums(partial(fully_shard, mesh=mesh))
+        _check_averaging(fully_shard)
     for unit in _units(model):
-        fully_shard(unit, mesh=mesh)
+        fully_shard(unit)
         if hasattr(unit, "project"):
-            as_forward(unit, "project")
-        unit.register_forward_pre_hook(_gather_to_recompute, prepend=True)
-    fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if p.dim() == 0})
+            fsdp.register_fsdp_forward_method(unit, "project")
+        unit.register_forward_pre_hook(_gather, prepend=True)
+    fully_shard(model, ignored_params={p for p in model.parameters() if p.dim() == 0})
     object.__setattr__(model, SKELETON, skeleton)
     if isinstance(model, MomentumModel):
-        as_forward(model, "candidates")
+        fsdp.register_fsdp_forward_method(model, "candidates")
     return model
 
 
-def _own_sharding() -> tuple[Callable[..., Any], Callable[[nn.Module, str], None]]:
-    """Return PyTorch's `fully_shard`, and what makes another method gather parameters as forward does."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-    if "ignored_params" not in inspect.signature(fully_shard).parameters:  # torch 2.6 cannot leave scalars whole
-        wanted = "parallel: fsdp needs torch 2.7 or newer"
-        raise UserError(f"{wanted}, and this is {torch.__version__}; update torch, or set parallel: ddp")
-    return fully_shard, register_fsdp_forward_method
-
-
-def _refuse_sums(fully_shard: Callable[[nn.Module], Any]) -> None:
-    """Refuse a gloo that adds gradients up where it is to average them, and tells nobody."""
-    probe = nn.Linear(1, get_world_size(), bias=False, device="meta").to_empty(device="cpu")  # without a random number
+def _check_averaging(fully_shard: Any) -> None:
+    """Raise UserError if gloo sums gradients that it should average, as in torch before 2.8."""
+    probe = nn.Linear(1, get_world_size(), bias=False, device="meta").to_empty(device="cpu")  # draws no random number
     fully_shard(probe)
     probe(torch.ones(1, 1)).sum().backward()
     if (_whole(probe.weight.grad, None) != 1).any():
-        told = f"parallel: fsdp on CPUs needs a newer torch than {torch.__version__}, which adds gradients up"
-        raise UserError(f"{told} instead of averaging them; update torch, or set parallel: ddp")
+        problem = f"parallel: fsdp on CPUs: torch {torch.__version__} sums gradients that it should average"
+        raise UserError(f"{problem}; update torch, or set parallel: ddp")
 
 
-def _gather_to_recompute(unit: nn.Module, _: Any) -> None:
-    """Gather a part that runs again within a backward pass: torch before 2.11 leaves it in shards after another use."""
-    if torch._C._current_graph_task_id() != -1:
-        unit.unshard()  # type: ignore[operator]
+def _gather(unit: nn.Module, _: Any) -> None:
+    """Gather a unit before its forward, also when it is recomputed: torch before 2.11 then leaves it in shards."""
+    unit.unshard()  # type: ignore[operator]
 
 
 def _units(model: nn.Module) -> list[nn.Module]:
-    """Return the parts that are gathered one at a time, each once however many models share it."""
+    """Return the parts that are gathered one at a time, shared ones once."""
     units = [part for name, part in model.named_modules() if name.split(".")[-2:-1] == ["blocks"]]
     for text in (part for part in model.modules() if isinstance(part, TextTransformer)):
         for layer in text.encoder.layer:
@@ -112,7 +106,7 @@ def _units(model: nn.Module) -> list[nn.Module]:
 
 
 def _skeleton(model: nn.Module) -> nn.Module:
-    """Return a copy of a model whose tensors have shapes but no storage."""
+    """Return a copy of a model on the device "meta", without storage."""
     tensors = [*model.parameters(), *model.buffers()]
     memo: dict[int, Any] = {}
     for tensor in tensors:
@@ -122,16 +116,12 @@ def _skeleton(model: nn.Module) -> nn.Module:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Tell whether `shard` has sharded a model."""
+    """Return True if `shard` has sharded the model."""
     return hasattr(model, SKELETON)
 
 
 def compile_units(model: nn.Module, **options: Any) -> int:
-    """Compile what a sharded model gathers one at a time, each by itself, without the gathering in hooks around it.
-
-    Returns:
-        The number of units.
-    """
+    """Compile the units of a sharded model, without the hooks that gather them; return their number."""
     units = _units(model)
     for unit in units:
         unit.forward = torch.compile(unit.forward, **options)  # type: ignore[method-assign]
@@ -139,9 +129,9 @@ def compile_units(model: nn.Module, **options: Any) -> int:
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """Return a model to evaluate: itself, or of a sharded one a whole copy; all processes call it.
+    """Return the model to evaluate: the model itself, or an unsharded copy of a sharded one; all ranks call it.
 
-    Processes generate and rank different numbers of texts, which gathering layer by layer would not survive.
+    Ranks generate and rank different numbers of texts, so they cannot gather a layer at the same time.
     """
     if not is_sharded(model):
         return model
@@ -156,7 +146,7 @@ def plain(model: nn.Module) -> nn.Module:
 
 
 def split_params(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Divide parameters into those in shards and whole ones, which no fused call takes together."""
+    """Divide parameters into sharded and whole ones, which a fused call does not take together."""
     groups = [[p for p in params if isinstance(p, DTensor)], [p for p in params if not isinstance(p, DTensor)]]
     return [group for group in groups if group]
 
@@ -173,12 +163,10 @@ def finish_gradients(model: nn.Module, clip_grad: float) -> torch.Tensor:
     local = [grad.to_local() for grad in grads if isinstance(grad, DTensor)]
     if is_sharded(model):
         for grad in whole:
-            dist.all_reduce(grad)
-            grad /= get_world_size()
+            grad.copy_(all_reduce_mean(grad))
     norm = nn.utils.get_total_norm(whole)
     if local:
-        square = nn.utils.get_total_norm(local).square()
-        dist.all_reduce(square)
+        square = all_reduce(nn.utils.get_total_norm(local).square())
         norm = (square + norm.to(square.device).square()).sqrt()
     if clip_grad > 0:
         torch._foreach_mul_(local + whole, (clip_grad / (norm + 1e-6)).clamp(max=1.0))
@@ -195,11 +183,11 @@ def _whole(value: Any, device: torch.device | None) -> Any:
 
 
 def full_state(model: nn.Module, device: torch.device | None = None) -> Content:
-    """Return a state dict of whole tensors; of a sharded model on `device` (the CPU); all processes call it."""
+    """Return a state dict of whole tensors, of a sharded model on `device` (default: CPU); all ranks call it."""
     if not is_sharded(model):
         return model.state_dict()
     model.reshard()  # type: ignore[operator]  # forward leaves the outermost parameters gathered
-    found: dict[int, torch.Tensor] = {}  # tied entries are one tensor in the file too
+    found: dict[int, torch.Tensor] = {}  # tied entries stay one tensor
     state = model.state_dict(keep_vars=True)
     for value in state.values():
         if id(value) not in found:
@@ -208,7 +196,7 @@ def full_state(model: nn.Module, device: torch.device | None = None) -> Content:
 
 
 def _like(value: Any, parameter: Any) -> Any:
-    """Shard a whole tensor as a parameter of its shape is."""
+    """Shard a whole tensor like a parameter of the same shape."""
     if not isinstance(parameter, DTensor) or not torch.is_tensor(value) or value.shape != parameter.shape:
         return value
     return distribute_tensor(
@@ -244,7 +232,7 @@ def full_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> 
 
 
 def load_full_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, content: Content) -> None:
-    """Load what `full_optimizer_state` gave, of a sharded model or of a whole one."""
+    """Load what `full_optimizer_state` returned for a sharded model or a whole one."""
     if is_sharded(model):
         trainable = {p: number for number, p in enumerate(p for p in model.parameters() if p.requires_grad)}
         order = [p for group in optimizer.param_groups for p in group["params"]]

@@ -10,6 +10,7 @@ from torch import nn
 from launch.config import TrainConfig
 from launch.run import Run
 from models.cpu_products import use_cpu_products
+from models.med import TextDecoder
 from training import adapters, parallel
 from training.check import StepCheck
 from training.grad_checkpoint import set_grad_checkpointing
@@ -117,6 +118,9 @@ def compile_blocks(model: nn.Module, **options: Any) -> int:
     torch._dynamo.config.cache_size_limit = MAX_GRAPHS
     if parallel.is_sharded(model):
         return parallel.compile_units(model, **options)
+    for part in model.modules():
+        if isinstance(part, TextDecoder):
+            part.static_cache = True  # one graph for all lengths
     parts = [part for name, part in model.named_modules() if name.split(".")[-2:-1] in (["blocks"], ["layer"])]
     for part in parts:
         part.compile(**options)
