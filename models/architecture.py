@@ -67,6 +67,8 @@ def read_shapes(path: Path, allow_pickle: bool = False) -> tuple[Shapes, dict[st
     content = torch_load(path, allow_pickle)
     content = content if isinstance(content, Mapping) else {}
     config = content.get("config")
+    if isinstance(config, Mapping) and isinstance(config.get("model"), Mapping):  # LAVIS nests settings by topic
+        config = {**config, **config["model"]}
     state = content.get("model", content.get("state_dict", content))
     state = state if isinstance(state, Mapping) else {}
     shapes = {str(key): tuple(value.shape) for key, value in state.items() if torch.is_tensor(value)}

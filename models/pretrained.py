@@ -22,6 +22,7 @@ MAY_BE_FRESH = {
     "retrieval": MOMENTUM,
     "vqa": r"^text_decoder\..*crossattention\.self\.(key|value)",  # only if their width differs
     "nlvr": r"(merge_layer|^cls_head)",
+    "classification": r"^cls_head",
     "pretrain": MOMENTUM,
 }
 KINDS = (  # of checkpoint: name, prefixes that are present, prefixes that are absent
@@ -133,6 +134,8 @@ def fit_to(model: nn.Module, state: State, report: LoadReport) -> State:
     """Adapt entries to the model: position embeddings, vocabulary, the two cross-attentions of NLVR2."""
     own = model.state_dict()
     state = {key: value for key, value in state.items() if not key.endswith("position_ids")}
+    if "ptr_queue" in own and "queue_ptr" in state:  # the name in LAVIS
+        state.setdefault("ptr_queue", state.pop("queue_ptr"))
     for name in ("visual_encoder", "visual_encoder_m"):
         key = f"{name}.pos_embed"
         if key not in state or key not in own or state[key].shape == own[key].shape:

@@ -29,6 +29,8 @@ def init_tokenizer(vocab_file: str | Path | None = None) -> BertTokenizer:
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
     tokenizer.enc_token_id = tokenizer.convert_tokens_to_ids("[ENC]")
+    if not hasattr(tokenizer, "additional_special_tokens_ids"):  # transformers 5 has none; released scripts read it
+        tokenizer.additional_special_tokens_ids = [tokenizer.enc_token_id]
     return tokenizer
 
 
