@@ -49,7 +49,7 @@ def evaluate(model: BLIP_Retrieval, loader: DataLoader, config: VideoConfig, run
         return encode_video(model, batch["video"].to(run.device, non_blocking=True))
 
     dataset = loader.dataset
-    scores = two_stage_scores(model, encode, loader, dataset.text, config.k_test, config.batch_size)
+    scores = two_stage_scores(model, encode, loader, dataset.text, config.k_test, config.batch_size, config.keep_images)
     unreadable = {i: error for found in all_gather_object(bad) for i, error in found.items()}
     for error in unreadable.values():
         run.note(f"left out of the ranking: {error}")

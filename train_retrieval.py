@@ -60,7 +60,8 @@ def evaluate(
         dataset = loader.dataset
         if config.k_test > min(len(dataset), len(dataset.text)):
             run.note_once(f"k_test {config.k_test} is above the size of the {split} split and was lowered to it")
-        ranking = two_stage_scores(model, encode, loader, dataset.text, config.k_test, config.batch_size_test)
+        sizes = config.k_test, config.batch_size_test
+        ranking = two_stage_scores(model, encode, loader, dataset.text, *sizes, config.keep_images)
 
         def measure(ranking=ranking, dataset=dataset, split=split) -> dict[str, float]:
             write_json(run.result(split), best_texts(ranking.t2i, dataset))

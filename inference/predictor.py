@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from data.images import ImageSource, image_batches
@@ -17,6 +16,7 @@ from models.blip_itm import MAX_TEXT_TOKENS, blip_itm
 from models.blip_vqa import MAX_QUESTION_TOKENS, blip_vqa
 from models.cpu_products import use_cpu_products
 from models.generation import GenerationConfig, seeded_uniforms
+from models.losses import similarity, unit_features
 from models.precision import autocast
 from models.tokenizer import tokenize
 from utils import UserError, allow_tf32
@@ -237,7 +237,7 @@ class Matcher(Predictor):
         def predict(image: torch.Tensor, names: list[str]) -> list[Row]:
             tokens = self.model.visual_encoder(image)
             probability = self.match_logits(tokens, texts).softmax(dim=-1)[..., 1]
-            cosine = self.image_feat(tokens) @ text_feat.T
+            cosine = similarity(self.image_feat(tokens), text_feat)
             return [
                 {
                     "matches": [
@@ -284,11 +284,11 @@ class Matcher(Predictor):
         if not texts or not all(clean(texts)):
             raise UserError("a text is empty; give at least one, such as 'a dog on a beach'")
         text = tokenize(self.model.tokenizer, clean(texts), "cls", MAX_TEXT_TOKENS, self.device)
-        return F.normalize(self.model.text_proj(self.model.text_encoder(*text)[:, 0]), dim=-1)
+        return unit_features(self.model.text_proj, self.model.text_encoder(*text)[:, 0])
 
     def image_feat(self, tokens: torch.Tensor) -> torch.Tensor:
         """Unit features (images, embed_dim) of images' tokens."""
-        return F.normalize(self.model.vision_proj(tokens[:, 0]), dim=-1)
+        return unit_features(self.model.vision_proj, tokens[:, 0])
 
 
 class Extractor(Predictor):

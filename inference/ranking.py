@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from models.blip_retrieval import MAX_TEXT_TOKENS
+from models.losses import similarity, unit_features
 from models.tokenizer import TokenBatch, tokenize
-from utils import all_gather_object, get_rank, get_world_size, is_main_process, track
+from utils import UserError, all_gather_object, get_rank, get_world_size, is_main_process, track
 
 NOT_SCORED = -100.0
 Encode = Callable[[dict[str, Any]], tuple[torch.Tensor, torch.Tensor]]
@@ -41,6 +42,7 @@ def two_stage_scores(
     texts: Sequence[str],
     k_test: int,
     batch_size: int,
+    keep_images: str = "auto",
 ) -> Scores:
     """Score images against texts.
 
@@ -51,21 +53,23 @@ def two_stage_scores(
         texts: all texts, the same on every process.
         k_test: candidates per image, and per text; at most as many as there are.
         batch_size: texts at once.
+        keep_images: where image tokens wait, see `store_tokens`.
     """
     device = next(model.parameters()).device
     tokens = [model.tokenizer(text, truncation=True, max_length=MAX_TEXT_TOKENS).input_ids for text in texts]
     text_feat = encode_texts(model, texts, batch_size, device)
-    embeds, feats = encode_images(encode, loader)
+    embeds, feats = encode_images(encode, loader, keep_images)
     num_images, image_feat = gather_features(feats)
     own = torch.arange(get_rank(), num_images, get_world_size())
-    to_texts, to_images = candidates(image_feat.to(device), text_feat, own, k_test)
-    asked = wanted_pairs(to_texts, to_images, own)
-    pairs = []
-    for row, image_embeds in enumerate(track(embeds, "matching")):
-        wanted = asked[row]
-        itm = match_image(model, image_embeds.to(device), [tokens[t] for t in wanted], batch_size)
-        similarity = image_feat[own[row]].to(device) @ text_feat[wanted].T
-        pairs.append((int(own[row]), wanted.numpy(), (itm + similarity).float().cpu().numpy()))
+    image_feat = image_feat.to(device)
+    to_texts, to_images = candidates(image_feat, text_feat, own, k_test)
+    images, asked, found = own.tolist(), wanted_pairs(to_texts, to_images, own), []
+    for image, wanted, image_embeds in zip(images, asked, track(embeds, "matching"), strict=True):
+        itm = match_image(model, image_embeds.to(device, non_blocking=True), [tokens[t] for t in wanted], batch_size)
+        wanted_feat = text_feat[wanted.to(device, non_blocking=True)]
+        found.append(itm + similarity(image_feat[image : image + 1], wanted_feat)[0])
+    scores = [row.numpy() for row in torch.cat(found).cpu().split([len(wanted) for wanted in asked])] if found else []
+    pairs = [(image, wanted.numpy(), row) for image, wanted, row in zip(images, asked, scores, strict=True)]
     return fill_matrices(pairs, to_texts, to_images, own, (num_images, len(texts)))
 
 
@@ -76,17 +80,37 @@ def encode_texts(model: nn.Module, texts: Sequence[str], batch_size: int, device
     for start in track(range(0, len(share), batch_size), "texts"):
         text = tokenize(model.tokenizer, share[start : start + batch_size], "cls", MAX_TEXT_TOKENS, device)
         hidden = model.text_encoder(*text)
-        feats.append(nn.functional.normalize(model.text_proj(hidden[:, 0]), dim=-1))
+        feats.append(unit_features(model.text_proj, hidden[:, 0]))
     return gather_features(torch.cat(feats) if feats else None)[1].to(device)
 
 
-def encode_images(encode: Encode, loader: Iterable[dict[str, Any]]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """Return each own image's tokens, and the features of all own images."""
+def store_tokens(image_embeds: torch.Tensor, keep_images: str) -> torch.Tensor:
+    """Return image tokens as they wait for matching: in the precision of autocast, on the device or the host.
+
+    Args:
+        image_embeds: (batch, length, width).
+        keep_images: "device", "host", or "auto": on the host once the device is half full.
+    """
+    if keep_images not in ("auto", "device", "host"):
+        raise UserError(f"keep_images is {keep_images!r}; expected 'auto', 'device' or 'host'")
+    kind = image_embeds.device.type
+    if torch.is_autocast_enabled(kind):  # the projections round to it anyway
+        image_embeds = image_embeds.to(torch.get_autocast_dtype(kind))
+    if keep_images == "auto" and kind == "cuda":
+        free, total = torch.cuda.mem_get_info(image_embeds.device)
+        keep_images = "host" if free < total / 2 else "device"
+    return image_embeds.cpu() if keep_images == "host" else image_embeds
+
+
+def encode_images(
+    encode: Encode, loader: Iterable[dict[str, Any]], keep_images: str
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Return the tokens of each own image, and the features of all own images."""
     embeds: list[torch.Tensor] = []
     feats = []
     for batch in track(loader, "images"):
         image_embeds, image_feat = encode(batch)
-        embeds += image_embeds.split(1)
+        embeds += store_tokens(image_embeds, keep_images).split(1)
         feats.append(image_feat)
     return embeds, torch.cat(feats) if feats else None
 
@@ -105,11 +129,11 @@ def candidates(
     image_feat: torch.Tensor, text_feat: torch.Tensor, own: torch.Tensor, k_test: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the k most similar texts of each own image, and the k most similar images of every text."""
-    similarity = image_feat[own.to(image_feat.device)] @ text_feat.T
-    to_texts = similarity.topk(min(k_test, len(text_feat)), dim=1).indices.cpu()
+    own = own.to(image_feat.device, non_blocking=True)
+    to_texts = similarity(image_feat[own], text_feat).topk(min(k_test, len(text_feat)), dim=1).indices.cpu()
     k = min(k_test, len(image_feat))
     mine = text_feat[get_rank() :: get_world_size()]
-    shards = all_gather_object((mine @ image_feat.T).topk(k, dim=1).indices.int().cpu())
+    shards = all_gather_object(similarity(mine, image_feat).topk(k, dim=1).indices.int().cpu())
     to_images = torch.empty(len(text_feat), k, dtype=torch.int32)
     for rank, shard in enumerate(shards):
         to_images[rank :: get_world_size()] = shard
@@ -138,7 +162,8 @@ def match_image(
         part = order[start : start + batch_size]  # texts of like length, so little padding
         text = pad([token_ids[i] for i in part], model.tokenizer, image_embeds.device)
         hidden = model.text_encoder(*text, projection.read_by(len(part)))
-        logits[torch.tensor(part, device=logits.device)] = model.itm_head(hidden[:, 0])[:, 1].float()
+        rows = torch.tensor(part).to(logits.device, non_blocking=True)
+        logits[rows] = model.itm_head(hidden[:, 0])[:, 1].float()
     return logits
 
 

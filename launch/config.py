@@ -131,6 +131,7 @@ class RetrievalConfig(TrainConfig):
     queue_size: int = setting(57600, "features kept in each queue")
     alpha: float = setting(0.4, "share of the momentum model in the contrastive targets")
     k_test: int = setting(256, "candidates that the matching head re-ranks")
+    keep_images: str = setting("auto", "image tokens wait on 'device', 'host', or 'auto': host if half full")
     negative_all_rank: bool = setting(True, "draw hard negatives from all processes, not the own batch only")
     itc_all_ranks: bool = setting(False, "contrast with the pairs of all processes, beside the queues")
     itc_cached: bool = setting(False, "contrast with the pairs of all grad_accum batches, as one large batch would")
@@ -196,6 +197,7 @@ class VideoConfig(ModelConfig):
     batch_size: int = setting(64, "texts at once")
     num_frm_test: int = setting(8, "frames per clip, evenly spaced")
     k_test: int = setting(128, "candidates that the matching head re-ranks")
+    keep_images: str = setting("auto", "image tokens wait on 'device', 'host', or 'auto': host if half full")
     embed_dim: int = setting(256, "width of the contrastive features")
 
 

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from models.generation import GenerationConfig, generate
-from models.losses import IGNORED
 from models.med import MED_CONFIG, TextDecoder, TextTransformer, create_text_config
 from models.pretrained import load_checkpoint, load_pretrained
 from models.tokenizer import decode, init_tokenizer, tokenize
@@ -108,11 +107,9 @@ class BLIP_Decoder(nn.Module):
             image: float (batch, 3, H, W).
             caption: one per image, with the prompt.
         """
-        text = tokenize(self.tokenizer, caption, "dec", MAX_CAPTION_TOKENS, image.device)
+        text = tokenize(self.tokenizer, caption, "dec", MAX_CAPTION_TOKENS)
         projection = self.text_decoder.bert.project(self.visual_encoder(image))
-        labels = text.input_ids.masked_fill(text.attention_mask == 0, IGNORED)
-        labels[:, : self.prompt_length] = IGNORED
-        return self.text_decoder.next_token_loss(text, labels, projection, self.smooth_padding)
+        return self.text_decoder.next_token_loss(text, projection, self.smooth_padding, self.prompt_length)
 
     @torch.no_grad()
     def generate(

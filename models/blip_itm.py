@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from models.losses import similarity, unit_features
 from models.med import MED_CONFIG, TextTransformer, create_text_config
 from models.pretrained import load_pretrained
 from models.tokenizer import tokenize
@@ -68,8 +68,8 @@ class BLIP_ITM(nn.Module):
             hidden = self.text_encoder(*text, self.text_encoder.project(image_embeds))
             return self.itm_head(hidden[:, 0])
         hidden = self.text_encoder(*text)
-        image_feat = F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1)
-        return image_feat @ F.normalize(self.text_proj(hidden[:, 0]), dim=-1).T
+        image_feat = unit_features(self.vision_proj, image_embeds[:, 0])
+        return similarity(image_feat, unit_features(self.text_proj, hidden[:, 0]))
 
 
 def blip_itm(pretrained: str = "", allow_pickle: bool = False, **kwargs) -> BLIP_ITM:

@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from models.attention import Projection
-from models.losses import IGNORED, draw_negatives
+from models.losses import draw_negatives
 from models.med import BERT_CONFIG, TextDecoder
 from models.momentum import Candidates, MomentumModel, enqueue
 from models.pretrained import load_pretrained
@@ -64,20 +63,23 @@ class BLIP_Pretrain(MomentumModel):
         """
         if self.forward_begins_step:
             self._begin_step()
-        text = self.tokenize(caption, MAX_TEXT_TOKENS, image.device)
+        tokens = self.tokenize(caption, MAX_TEXT_TOKENS, torch.device("cpu"))
+        text = tokens.to(image.device)
         image_embeds = self.visual_encoder(image)
         feats = self.image_feat(image_embeds), self.text_feat(text)
         candidates = candidates or self._candidates([(image, text, None)])[0]
         own = torch.arange(candidates.first, candidates.first + len(image), device=image.device)
-        hard_targets = F.one_hot(own, len(candidates.image) + self.queue_size).float()
+        columns = torch.arange(len(candidates.image) + self.queue_size, device=image.device)
+        hard_targets = (own[:, None] == columns).float()
         loss_ita, sim_i2t, sim_t2i = self.contrast(feats, candidates, hard_targets, alpha)
         if candidates.last:
             rows = (self.image_queue, candidates.image), (self.text_queue, candidates.text)
             enqueue(self.queue_ptr, *rows, gathered=self.itc_all_ranks)
 
         projection = self.text_encoder.project(image_embeds)
-        loss_itm = self.matching_loss(text, projection, sim_i2t[:, own], sim_t2i[:, own])
-        return loss_ita, loss_itm, self.language_loss(text, projection)
+        batch = slice(candidates.first, candidates.first + len(image))
+        loss_itm = self.matching_loss(text, projection, sim_i2t[:, batch], sim_t2i[:, batch])
+        return loss_ita, loss_itm, self.language_loss(tokens, projection)
 
     def matching_loss(
         self, text: TokenBatch, projection: Projection, sim_i2t: torch.Tensor, sim_t2i: torch.Tensor
@@ -91,12 +93,11 @@ class BLIP_Pretrain(MomentumModel):
         return self.match(text, projection, text.select(negative_text), projection.select(negative_image))
 
     def language_loss(self, text: TokenBatch, projection: Projection) -> torch.Tensor:
-        """LM of the texts."""
+        """LM of texts on the CPU."""
         text = text.with_first(self.tokenizer.bos_token_id)
         if self.smooth_padding:
             text = text.padded_to(MAX_TEXT_TOKENS, self.tokenizer.pad_token_id)
-        labels = text.input_ids.masked_fill(text.attention_mask == 0, IGNORED)
-        return self.text_decoder.next_token_loss(text, labels, projection, self.smooth_padding)
+        return self.text_decoder.next_token_loss(text, projection, self.smooth_padding)
 
 
 def blip_pretrain(pretrained: str = "", allow_pickle: bool = False, **kwargs) -> BLIP_Pretrain:

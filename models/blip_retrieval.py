@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from models.losses import draw_negatives
+from models.losses import draw_negatives, similarity
 from models.med import MED_CONFIG
 from models.momentum import Candidates, MomentumModel, enqueue
 from models.pretrained import load_pretrained
@@ -65,7 +65,7 @@ class BLIP_Retrieval(MomentumModel):
         """
         if self.forward_begins_step:
             self._begin_step()
-        idx = idx.to(image.device)
+        idx = idx.to(image.device, non_blocking=True)
         text = self.tokenize(caption, MAX_TEXT_TOKENS, image.device)
         image_embeds = self.visual_encoder(image)
         feats = self.image_feat(image_embeds), self.text_feat(text)
@@ -113,8 +113,8 @@ class BLIP_Retrieval(MomentumModel):
             (all_gather(x) for x in (image_feat, text_feat, idx)) if gather else (image_feat, text_feat, idx)
         )
         same = idx[:, None] == indices[None]
-        image = draw_negatives(text_feat @ images.T / self.temp, same)
-        return image, draw_negatives(image_feat @ texts.T / self.temp, same)
+        image = draw_negatives(similarity(text_feat, images) / self.temp, same)
+        return image, draw_negatives(similarity(image_feat, texts) / self.temp, same)
 
 
 def blip_retrieval(pretrained: str = "", allow_pickle: bool = False, **kwargs) -> BLIP_Retrieval:

@@ -12,7 +12,7 @@ from models.attention import Projection
 from models.generation import GenerationConfig, generate
 from models.losses import IGNORED, lm_sequence_losses, lm_token_losses
 from models.med import MED_CONFIG, TextDecoder, TextTransformer, create_text_config
-from models.prefix_tree import build_prefix_trees
+from models.prefix_tree import PrefixTree, Trie
 from models.pretrained import load_pretrained
 from models.tokenizer import TokenBatch, decode, tokenize
 from models.vit import create_vit
@@ -49,6 +49,7 @@ class BLIP_VQA(nn.Module):
         self.text_encoder = TextTransformer(config)
         self.text_decoder = TextDecoder(replace(config, encoder_width=config.hidden_size))
         self.smooth_padding = smooth_padding
+        self.trie: tuple[torch.Tensor, Trie] | None = None  # of the candidates ranked last
 
     def forward(
         self,
@@ -102,14 +103,14 @@ class BLIP_VQA(nn.Module):
         """Sum of the weighted losses of the answers, divided by the number of questions."""
         device = question_states.device
         text = tokenize(self.tokenizer, answer, "dec", device=device)
-        owner = torch.repeat_interleave(torch.as_tensor(n, device=device))  # question of each answer
+        owner = torch.repeat_interleave(torch.as_tensor(n), output_size=len(answer)).to(device, non_blocking=True)
         projection = self.text_decoder.bert.project(question_states, mask=question_atts).select(owner)
         hidden = self.text_decoder.hidden_states(
             text.input_ids, attention_mask=text.attention_mask, projection=projection
         )
         labels = text.input_ids.masked_fill(text.attention_mask == 0, IGNORED)[:, 1:]
         losses = lm_sequence_losses(self.text_decoder.logits(hidden[:, :-1]), labels, self.smooth_padding)
-        return (weights.to(device) * losses).sum() / len(question_states)
+        return (weights.to(device, non_blocking=True) * losses).sum() / len(question_states)
 
     @torch.no_grad()
     def generate_answers(self, question_states: torch.Tensor) -> tuple[list[str], torch.Tensor]:
@@ -156,14 +157,21 @@ class BLIP_VQA(nn.Module):
         logits = self.text_decoder.logits(self.text_decoder.hidden_states(start, projection=projection)[:, 0])
         first_probs = logits.float().softmax(dim=1).index_select(1, answer_ids[:, 1])
         candidates = first_probs.topk(min(k, len(answer_ids)), dim=1).indices
-        return self.candidate_losses(projection, answer_ids[candidates]), candidates
+        tree = self.select_trees(answer_ids, candidates)
+        return self.candidate_losses(projection, tree, answer_ids[candidates]), candidates
 
-    def candidate_losses(self, projection: Projection, texts: torch.Tensor) -> torch.Tensor:
+    def select_trees(self, answer_ids: torch.Tensor, candidates: torch.Tensor) -> PrefixTree:
+        """Return the prefix trees of candidates (batch, k); reads them from the device, once per batch."""
+        if self.trie is None or self.trie[0] is not answer_ids:
+            texts, pad = answer_ids[:, :-1].cpu().numpy(), self.tokenizer.pad_token_id
+            self.trie = answer_ids, Trie(texts, pad, keep_padding=self.smooth_padding)
+        return self.trie[1].select(candidates.cpu().numpy()).to(answer_ids.device)
+
+    def candidate_losses(self, projection: Projection, tree: PrefixTree, texts: torch.Tensor) -> torch.Tensor:
         """Token-summed losses (batch, k) of candidates (batch, k, length); equal prefixes are computed once."""
-        pad, device = self.tokenizer.pad_token_id, texts.device
-        tree = build_prefix_trees(texts[:, :, :-1].cpu(), pad, keep_padding=self.smooth_padding).to(device)
+        pad = self.tokenizer.pad_token_id
         hidden = self.text_decoder.hidden_states(
-            tree.input_ids, attention_mask=tree.sees, positions=tree.positions, projection=projection
+            tree.input_ids, attention_mask=tree.attends, positions=tree.positions, projection=projection
         )
         labels = texts[:, :, 1:].masked_fill(texts[:, :, 1:] == pad, IGNORED)
         rows = zip(hidden, tree.node, labels, strict=True)

@@ -24,7 +24,7 @@ from models.attention import (
     TextCache,
     TwoImageCrossAttention,
 )
-from models.losses import IGNORED, lm_loss
+from models.losses import IGNORED, labelled_positions, lm_loss
 from models.tokenizer import TokenBatch, init_tokenizer
 from released import door, find
 from utils import UserError
@@ -337,18 +337,26 @@ class TextDecoder(nn.Module):
         return TextCache(buffer, self.static_cache or device.type != "cpu")
 
     def next_token_loss(
-        self, text: TokenBatch, labels: torch.Tensor, projection: Projection, smooth_padding: bool
+        self, text: TokenBatch, projection: Projection, smooth_padding: bool, prompt_length: int = 0
     ) -> torch.Tensor:
-        """Mean language-modelling loss of texts, a scalar; labels int64 (rows, length) stand at their own position.
+        """Mean language-modelling loss of texts, a scalar.
 
-        Without `smooth_padding` the LM head runs on labelled positions only.
+        Args:
+            text: on the CPU, where labelled positions are counted without waiting for the device.
+            projection: keys and values of the images.
+            smooth_padding: as `models.losses.lm_loss`; without it the LM head runs on labelled positions only.
+            prompt_length: number of first tokens that are left out of the loss.
         """
-        hidden = self.hidden_states(text.input_ids, attention_mask=text.attention_mask, projection=projection)
-        hidden, labels = hidden[:, :-1], labels[:, 1:]
+        device = projection.layers[0][0][0].device
+        labels = text.input_ids.masked_fill(text.attention_mask == 0, IGNORED)
+        labels[:, :prompt_length] = IGNORED
+        labels = labels[:, 1:].flatten()
+        ids, mask = text.to(device)
+        hidden = self.hidden_states(ids, attention_mask=mask, projection=projection)[:, :-1].flatten(0, 1)
         if not smooth_padding:
-            labelled = labels != IGNORED
-            hidden, labels = hidden[labelled], labels[labelled]
-        return lm_loss(self.logits(hidden), labels, smooth_padding)
+            labelled = labelled_positions(labels)
+            hidden, labels = hidden[labelled.to(device, non_blocking=True)], labels[labelled]
+        return lm_loss(self.logits(hidden), labels.to(device, non_blocking=True), smooth_padding)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Decode as the released BertLMHeadModel; see `released.networks.call_decoder`."""

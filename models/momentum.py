@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.attention import Projection
-from models.losses import itc_loss, itm_loss, soft_targets
+from models.losses import itc_loss, itm_loss, similarity, soft_targets, unit_features
 from models.med import TextTransformer, create_text_config
 from models.tokenizer import TokenBatch, tokenize
 from models.vit import create_vit, vit_sizes
@@ -89,12 +89,12 @@ class MomentumModel(nn.Module):
 
     def image_feat(self, image_embeds: torch.Tensor, suffix: str = "") -> torch.Tensor:
         """Unit features (batch, embed_dim) of image tokens; suffix "_m" selects the momentum projection."""
-        return F.normalize(getattr(self, "vision_proj" + suffix)(image_embeds[:, 0]), dim=-1)
+        return unit_features(getattr(self, "vision_proj" + suffix), image_embeds[:, 0])
 
     def text_feat(self, text: TokenBatch, suffix: str = "") -> torch.Tensor:
         """Unit features (batch, embed_dim) of texts that begin with [CLS]."""
         hidden = getattr(self, "text_encoder" + suffix)(*text)
-        return F.normalize(getattr(self, "text_proj" + suffix)(hidden[:, 0]), dim=-1)
+        return unit_features(getattr(self, "text_proj" + suffix), hidden[:, 0])
 
     @torch.no_grad()
     def begin_step(self) -> None:
@@ -159,13 +159,13 @@ class MomentumModel(nn.Module):
         image_feat, text_feat = feats
         own = slice(candidates.first, candidates.first + len(image_feat))
         image_feat_m, text_feat_m = candidates.image[own], candidates.text[own]
-        image_all = torch.cat((candidates.image.T, self.image_queue.clone()), dim=1)
-        text_all = torch.cat((candidates.text.T, self.text_queue.clone()), dim=1)
+        image_all = torch.cat((candidates.image, self.image_queue.T))  # copies, so that the queues may change
+        text_all = torch.cat((candidates.text, self.text_queue.T))
         with torch.no_grad():
-            targets_i2t = soft_targets((image_feat_m @ text_all / self.temp).float(), hard_targets, alpha)
-            targets_t2i = soft_targets((text_feat_m @ image_all / self.temp).float(), hard_targets, alpha)
-        sim_i2t, sim_t2i = image_feat @ text_all / self.temp, text_feat @ image_all / self.temp
-        return itc_loss(sim_i2t.float(), sim_t2i.float(), targets_i2t, targets_t2i), sim_i2t, sim_t2i
+            targets_i2t = soft_targets(similarity(image_feat_m, text_all) / self.temp, hard_targets, alpha)
+            targets_t2i = soft_targets(similarity(text_feat_m, image_all) / self.temp, hard_targets, alpha)
+        sim_i2t, sim_t2i = similarity(image_feat, text_all) / self.temp, similarity(text_feat, image_all) / self.temp
+        return itc_loss(sim_i2t, sim_t2i, targets_i2t, targets_t2i), sim_i2t, sim_t2i
 
     def match(
         self,

@@ -1,88 +1,74 @@
 """Many texts as one sequence in which every shared prefix stands once.
 
-Answers such as "red", "red and white" begin alike, and all begin with [DEC]. A row of texts becomes a tree
-of tokens, laid out as one sequence; each token sees its ancestors only, so that its state equals the one it
-has in each text by itself.
+Answers such as "red" and "red and white" share their beginning, and all texts start with [DEC]. Tokens of texts form a
+tree, laid out as one sequence; each token attends to its ancestors only, so that its state equals that in each text.
+The tree of all candidates is built once; each batch takes the parts that it needs.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 
-@dataclass
-class PrefixTree:
+class PrefixTree(NamedTuple):
     """Trees for several rows of texts, padded to the largest.
 
     Attributes:
         input_ids, positions: int64 (rows, nodes).
-        sees: bool (rows, nodes, nodes), whether a node sees another; ancestors come before descendants.
+        attends: bool (rows, nodes, nodes), True where a node attends to another; ancestors come before descendants.
         node: int64 (rows, texts, length), the node at each position of each text.
     """
 
     input_ids: torch.Tensor
     positions: torch.Tensor
-    sees: torch.Tensor
+    attends: torch.Tensor
     node: torch.Tensor
 
     def to(self, device: torch.device) -> "PrefixTree":
         """Return the trees on `device`."""
-        return PrefixTree(*(tensor.to(device) for tensor in (self.input_ids, self.positions, self.sees, self.node)))
+        return PrefixTree(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
-def build_prefix_trees(texts: torch.Tensor, pad_token_id: int, keep_padding: bool) -> PrefixTree:
-    """Merge the shared prefixes of each row's texts.
+class Trie:
+    """The tree of all texts.
 
     Args:
-        texts: int64 (rows, texts, length) on the CPU, padded on the right.
-        pad_token_id: marks padding, which nothing sees.
-        keep_padding: give padded positions nodes too (they see their text, not each other); otherwise they
-            point to their text's last token.
+        texts: int64 (texts, length), padded on the right.
+        pad_token_id: marks padding, to which nothing attends.
+        keep_padding: padded positions are nodes too, which attend to their text and not to each other; otherwise they
+            share the node of the last token of their text.
     """
-    rows = [_Tree(pad_token_id) for _ in texts]
-    node = torch.tensor([[tree.add(text, keep_padding) for text in row] for tree, row in zip(rows, texts.tolist())])
-    num_nodes = max(len(tree.tokens) for tree in rows)
-    input_ids, positions = (torch.zeros(len(rows), num_nodes, dtype=torch.long) for _ in range(2))
-    sees = torch.eye(num_nodes, dtype=torch.bool).repeat(len(rows), 1, 1)  # filler nodes see themselves: no NaN
-    for row, tree in enumerate(rows):
-        size = len(tree.tokens)
-        input_ids[row, :size], positions[row, :size] = torch.tensor(tree.tokens), torch.tensor(tree.depths)
-        sees[row, :size, :size] = tree.visibility()
-    return PrefixTree(input_ids, positions, sees, node)
 
+    def __init__(self, texts: np.ndarray, pad_token_id: int, keep_padding: bool):
+        self.node = np.full_like(texts, -1)
+        tokens, depths, paths = [], [], [np.full((1, texts.shape[1]), -1)]  # the path of "no parent" comes first
+        parent, size, num_tokens = np.full(len(texts), -1), 0, texts.max() + 1
+        for depth, token in enumerate(texts.T):
+            kept = keep_padding | (token != pad_token_id)
+            keys, inverse = np.unique((parent[kept] + 1) * num_tokens + token[kept], return_inverse=True)
+            parents, new = np.divmod(keys, num_tokens)  # counted from 1: 0 is no parent
+            parent = np.where(kept, 0, parent)
+            parent[kept] = size + inverse
+            path = np.concatenate(paths)[parents]
+            path[:, depth] = np.where(new == pad_token_id, -1, size + np.arange(len(new)))
+            tokens, depths, paths = [*tokens, new], [*depths, np.full(len(new), depth)], [*paths, path]
+            self.node[:, depth], size = parent, size + len(new)
+        self.tokens, self.depths, self.paths = np.concatenate(tokens), np.concatenate(depths), np.concatenate(paths)[1:]
 
-class _Tree:
-    """One row's tree while it grows."""
-
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
-        self.tokens: list[int] = []
-        self.depths: list[int] = []
-        self.parents: list[int] = []
-        self.children: dict[tuple[int, int], int] = {}
-
-    def add(self, text: list[int], keep_padding: bool) -> list[int]:
-        """Add a text and return the node of each of its positions."""
-        nodes, parent = [], -1
-        for depth, token in enumerate(text):
-            if token != self.pad_token_id or keep_padding:
-                parent = self._child(parent, token, depth)
-            nodes.append(parent)
-        return nodes
-
-    def _child(self, parent: int, token: int, depth: int) -> int:
-        node = self.children.setdefault((parent, token), len(self.tokens))
-        if node == len(self.tokens):
-            self.tokens.append(token)
-            self.depths.append(depth)
-            self.parents.append(parent)
-        return node
-
-    def visibility(self) -> torch.Tensor:
-        """Return bool (nodes, nodes): a node sees what its parent sees, and itself unless it is padding."""
-        sees = torch.zeros(len(self.tokens), len(self.tokens), dtype=torch.bool)
-        for node, (token, parent) in enumerate(zip(self.tokens, self.parents, strict=True)):
-            if parent >= 0:
-                sees[node] = sees[parent]
-            sees[node, node] = token != self.pad_token_id
-        return sees
+    def select(self, chosen: np.ndarray) -> PrefixTree:
+        """Return the trees of the texts `chosen`, int64 (rows, texts)."""
+        node = self.node[chosen]
+        rows = [np.unique(row, return_inverse=True) for row in node.reshape(len(node), -1)]
+        size = max(len(nodes) for nodes, _ in rows)
+        input_ids, positions = (np.zeros((len(rows), size), np.int64) for _ in range(2))
+        attends = np.tile(np.eye(size, dtype=bool), (len(rows), 1, 1))  # filler attends to itself, against NaN
+        place = np.empty(len(self.tokens), np.int64)
+        for row, (nodes, _) in enumerate(rows):
+            count, place[nodes] = len(nodes), np.arange(len(nodes))
+            input_ids[row, :count], positions[row, :count] = self.tokens[nodes], self.depths[nodes]
+            attends[row, :count, :count] = False
+            descendant, depth = np.nonzero(self.paths[nodes] >= 0)
+            attends[row, descendant, place[self.paths[nodes[descendant], depth]]] = True
+        local = np.stack([inverse.reshape(node.shape[1:]) for _, inverse in rows])
+        return PrefixTree(*(torch.from_numpy(x) for x in (input_ids, positions, attends, local)))
