@@ -89,14 +89,11 @@ def check_ground_truth(loaders: dict[str, DataLoader], config: CaptionConfig) ->
 def examples(dataset: Any, split: str, config: CaptionConfig, run: Run, count: int = 24) -> list[dict[str, Any]]:
     """Return images of a split with their captions and references, for the report."""
     references = read_ground_truth(ground_truth(split, config)).references
-    return [
-        {
-            "image": dataset.path(i),
-            "caption": row["caption"],
-            "references": references.get(id_text(row["image_id"]), []),
-        }
-        for i, row in enumerate(read_json(run.result(split))[:count])
-    ]
+    cards = []
+    for i, row in enumerate(read_json(run.result(split))[:count]):
+        lines = [("reference", text, "") for text in references.get(id_text(row["image_id"]), [])]
+        cards.append({"image": dataset.path(i), "lines": [("caption", row["caption"], ""), *lines]})
+    return cards
 
 
 def main(config: CaptionConfig, run: Run) -> None:

@@ -14,7 +14,6 @@ from metrics.units import format_score, to_printed
 
 if TYPE_CHECKING:  # importing matplotlib takes a second, so the functions that draw import it
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Scores = dict[str, dict[str, Any]]  # group (a domain, a split; "" for a single group) -> metric -> value
 Points = Sequence[tuple[float, float]]
@@ -52,9 +51,7 @@ def draw_scores(scores: Scores, path: Path) -> bool:
     if not panels:
         return False
     num_bars = [len({name for values in panel.values() for name in values}) for panel in panels.values()]
-    heights = [0.5 + n * 0.42 * (0.6 + 0.4 * len(scores)) for n in num_bars]
-    with _figure(7.2, sum(heights) + 0.4, path) as figure:
-        all_axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
+    with _axes(7.2, [0.5 + n * 0.42 * (0.6 + 0.4 * len(scores)) for n in num_bars], path) as all_axes:
         for axes, panel in zip(all_axes, panels.values(), strict=True):
             _draw_bars(axes, panel)
         if len(scores) > 1:
@@ -84,8 +81,8 @@ def draw_means(values: dict[str, dict[str, Sequence[float]]], path: Path) -> Non
         values: score -> variant -> one value for each run.
         path: of the PNG.
     """
-    with _figure(8.4, 0.4 + 1.75 * len(values), path) as figure:
-        for axes, (score, variants) in zip(figure.subplots(len(values), squeeze=False)[:, 0], values.items()):
+    with _axes(8.4, [1.75] * len(values), path) as all_axes:
+        for axes, (score, variants) in zip(all_axes, values.items(), strict=True):
             for k, runs in enumerate(variants.values()):
                 axes.barh(k, np.mean(runs), 0.7, color=COLORS[k % len(COLORS)], alpha=0.55)
                 axes.plot(runs, [k] * len(runs), "o", color=INK, markersize=3.5)
@@ -100,8 +97,7 @@ def draw_histograms(histograms: Mapping[str, Sequence[int]], path: Path) -> bool
     shown = {name: counts for name, counts in histograms.items() if sum(counts)}
     if not shown:
         return False
-    with _figure(7.2, 3.2, path) as figure:
-        axes = figure.add_subplot()
+    with _axes(7.2, [2.8], path) as (axes,):
         for color, (name, counts) in zip(COLORS, shown.items()):
             edges = np.linspace(0, 1, len(counts) + 1)
             axes.stairs(np.asarray(counts) / sum(counts), edges, color=color, lw=2, label=f"{name} ({sum(counts)})")
@@ -132,10 +128,12 @@ def draw_curves(log: Sequence[dict[str, Any]], prefixes: Sequence[str], path: Pa
         "validation, CIDEr": [name for name in scores if scale_of(name) == "CIDEr"],
     }
     unit, places = _places(log)
-    lines = {title: {name: _line(log, places, name) for name in members} for title, members in panels.items()}
-    # one point is no curve: the table of the log has it
-    lines = {title: {n: p for n, p in members.items() if len(p) > 1} for title, members in lines.items()}
-    lines = {title: members for title, members in lines.items() if members}
+    lines: dict[str, dict[str, Points]] = {}
+    for title, members in panels.items():
+        for name in members:
+            points = _line(log, places, name)
+            if len(points) > 1:  # one point is no curve: the table of the log has it
+                lines.setdefault(title, {})[name] = points
     if lines:
         draw_lines(lines, dict.fromkeys(lines, unit), path, from_zero=False)
     return bool(lines)
@@ -152,8 +150,8 @@ def draw_lines(
         path: of the PNG.
         from_zero: both axes begin at 0.
     """
-    with _figure(8.4, 0.5 + 2.5 * len(panels), path) as figure:
-        for axes, (title, lines) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items()):
+    with _axes(8.4, [2.5] * len(panels), path) as all_axes:
+        for axes, (title, lines) in zip(all_axes, panels.items(), strict=True):
             for k, (name, points) in enumerate(lines.items()):
                 marker = {"marker": "o", "markersize": 3.5} if len(points) <= 40 else {}
                 dash = "-" if k < len(COLORS) else "--"
@@ -190,13 +188,13 @@ def _line(log: Sequence[dict[str, Any]], places: Sequence[float | None], name: s
 
 
 @contextmanager
-def _figure(width: float, height: float, path: Path) -> Iterator["Figure"]:
-    """Yield a figure to draw on, width and height in inches at 110 dots each, and write it as PNG."""
+def _axes(width: float, heights: Sequence[float], path: Path) -> Iterator[Sequence["Axes"]]:
+    """Yield axes below each other to draw on, sizes in inches at 110 dots each, and write the figure as PNG."""
     from matplotlib.figure import Figure
 
     # A Figure of its own and not pyplot: no global state, no window, Agg in any case.
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained", facecolor="white")
-    yield figure
+    figure = Figure(figsize=(width, sum(heights) + 0.4), dpi=110, layout="constrained", facecolor="white")
+    yield figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # scripts that the figure's font lacks show as boxes
         with write_whole(path, "wb") as file:

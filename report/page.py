@@ -3,7 +3,6 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -19,58 +18,7 @@ from utils import UserError
 TONES = ("", "good", "bad")
 MAX_SIDE = 480  # pixels of an embedded image's longer side
 SMALL = 128  # images below this side are embedded without loss and shown with sharp pixels
-
-STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #f6f7f9; color: #22272e; font: 16px/1.5 system-ui, -apple-system, "Segoe UI",
-  Roboto, "Liberation Sans", sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0 1.2rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.1rem; margin: 0 0 .8rem; }
-section { background: #fff; border: 1px solid #dfe3e8; border-radius: 10px; padding: 1.1rem 1.2rem;
-  margin: 0 0 1rem; }
-.scroll { overflow-x: auto; }
-.side { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start; }
-.side img { flex: 1 1 320px; min-width: 0; max-width: 640px; width: 100%; }
-.wide { display: block; width: 100%; max-width: 860px; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid #e8ebef; text-align: right;
-  white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-thead th { color: #57606a; font-weight: 600; }
-tbody th { font-weight: 500; }
-details { margin-top: .8rem; }
-details table { font-size: .82rem; }
-summary { cursor: pointer; color: #2463a6; }
-ul { margin: 0; padding-left: 1.2rem; }
-li { overflow-wrap: anywhere; }
-.cards { display: grid; gap: .9rem; grid-template-columns: repeat(auto-fill, minmax(min(240px, 100%), 1fr)); }
-.cards.broad { grid-template-columns: repeat(auto-fill, minmax(min(460px, 100%), 1fr)); }
-.card { border: 1px solid #e3e7ec; border-radius: 8px; overflow: hidden; background: #fff; }
-.images { display: flex; gap: 4px; background: #eef0f3; }
-.images img { flex: 1 1 0; min-width: 0; width: 100%; height: 190px; object-fit: contain; }
-.images img.small { image-rendering: pixelated; }
-.images img.good { outline: 4px solid #1a7f37; outline-offset: -4px; }
-.images img.bad { outline: 4px solid #b3261e; outline-offset: -4px; }
-.card p { margin: 0; padding: .1rem .8rem; font-size: .9rem; overflow-wrap: anywhere; }
-.card p:first-of-type { padding-top: .55rem; font-weight: 600; font-size: .98rem; }
-.card p:last-child { padding-bottom: .65rem; }
-.card small { color: #57606a; font-weight: 400; font-size: .8rem; margin-right: .35rem; }
-.good b { color: #1a7f37; } .bad b { color: #b3261e; }
-.card b { font-weight: inherit; }
-.good b::before { content: "\\2713\\00a0"; } .bad b::before { content: "\\2717\\00a0"; }
-@media (max-width: 600px) { section { padding: .9rem .8rem; } h1 { font-size: 1.3rem; } }
-"""
-
-
-@dataclass
-class Card:
-    """A test example: images side by side, a tone for the frame of each, and lines of (label, text, tone) below."""
-
-    images: list[Image.Image]
-    tones: list[str]
-    lines: list[tuple[str, str, str]]
+STYLE = Path(__file__).parent / "page.css"
 
 
 def write_report(
@@ -94,8 +42,7 @@ def write_report(
         log: rows of the log: "epoch", "step" or both, losses, learning rates ("..._lr"), scores ("val_...").
         images: test examples. "image" or "images" (list): path, PIL image, or array (H, W, 3) or (3, H, W),
             uint8 or float in [0, 1]. "lines": list of (label, text, tone), the first shown largest; tone "",
-            "good" or "bad". "caption" (str), "references" (list of str) and "ok" (bool or None) are a short form
-            of lines. "tones": a tone for each image, shown as its frame.
+            "good" or "bad". "tones": a tone for each image, shown as its frame.
         notes: sentences for the reader, such as which metric was left out and why.
         curves: losses to draw, each a name of the log or its beginning.
         histograms: name -> counts of probabilities in equal parts of 0 to 1.
@@ -107,7 +54,7 @@ def write_report(
         UserError: an image cannot be read, or the folder cannot be written.
     """
     folder = Path(folder)
-    cards = [_to_card(entry) for entry in images]
+    cards = _cards_section(images)
     groups = _to_groups(scores)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,8 +66,20 @@ def write_report(
         "histograms.png": draw_histograms(histograms or {}, folder / "histograms.png"),
     }
     embedded = {name: _data_url((folder / name).read_bytes(), "png") for name, drawn in figures.items() if drawn}
+    sections = [
+        _scores_section(groups, embedded.get("scores.png")),
+        _section("Notes", f"<ul>{''.join(f'<li>{escape(str(note))}</li>' for note in notes)}</ul>") if notes else "",
+        _training_section(log, embedded.get("curve.png")),
+        _histograms_section(embedded.get("histograms.png")),
+        cards,
+    ]
     with write_whole(folder / "report.html") as file:
-        file.write(_page(title, groups, log, cards, notes, embedded))
+        file.write(
+            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{escape(title)}</title><style>\n{STYLE.read_text()}</style></head>\n"
+            f"<body><main><h1>{escape(title)}</h1>\n{''.join(sections)}</main></body></html>\n"
+        )
     return folder / "report.html"
 
 
@@ -131,50 +90,7 @@ def _to_groups(scores: dict[str, Any]) -> Scores:
     return ({"": put_test_first(single)} if single else {}) | groups
 
 
-def _to_card(entry: dict[str, Any]) -> Card:
-    images = [_thumbnail(source) for source in entry.get("images") or [entry["image"]]]
-    lines = []
-    if "caption" in entry:
-        tone = {True: "good", False: "bad"}.get(entry.get("ok"), "")
-        lines.append(("caption", entry["caption"], tone))
-    lines += [("reference", text, "") for text in entry.get("references", ())]
-    lines += entry.get("lines", ())
-    lines = [(str(label), str(text), tone if tone in TONES else "") for label, text, tone in lines]
-    return Card(images, list(entry.get("tones") or [""] * len(images)), lines)
-
-
-def _thumbnail(source: ImageSource) -> Image.Image:
-    image = as_rgb(source)
-    image.thumbnail((MAX_SIDE, MAX_SIDE))
-    return image
-
-
-# The page. Every text passes through escape.
-
-
-def _page(
-    title: str,
-    scores: Scores,
-    log: Sequence[dict[str, Any]],
-    cards: Sequence[Card],
-    notes: Sequence[str],
-    figures: dict[str, str],
-) -> str:
-    items = "".join(f"<li>{escape(str(note))}</li>" for note in notes)
-    histograms = f'<img class="wide" src="{figures.get("histograms.png")}" alt="Histograms of probabilities">'
-    sections = [
-        _scores_section(scores, figures.get("scores.png")),
-        _section("Notes", f"<ul>{items}</ul>") if notes else "",
-        _training_section(log, figures.get("curve.png")),
-        _section("Matching probabilities", histograms) if "histograms.png" in figures else "",
-        _cards_section(cards),
-    ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n"
-        f"<body><main><h1>{escape(title)}</h1>\n{''.join(sections)}</main></body></html>\n"
-    )
+# The sections. Every text passes through escape.
 
 
 def _section(heading: str, body: str) -> str:
@@ -201,23 +117,38 @@ def _training_section(log: Sequence[dict[str, Any]], figure: str | None) -> str:
     return _section("Training", f"{image}<details><summary>All {len(log)} rows of the log</summary>{table}</details>")
 
 
-def _cards_section(cards: Sequence[Card]) -> str:
-    if not cards:
+def _histograms_section(figure: str | None) -> str:
+    image = f'<img class="wide" src="{figure}" alt="Histograms of probabilities">'
+    return _section("Matching probabilities", image) if figure else ""
+
+
+def _cards_section(entries: Sequence[dict[str, Any]]) -> str:
+    if not entries:
         return ""
-    broad = " broad" if max(len(card.images) for card in cards) > 1 else ""
-    return _section("Test images", f'<div class="cards{broad}">{"".join(map(_card_html, cards))}</div>')
+    broad = " broad" if any(len(entry.get("images", ())) > 1 for entry in entries) else ""
+    return _section("Test images", f'<div class="cards{broad}">{"".join(map(_card, entries))}</div>')
 
 
-def _card_html(card: Card) -> str:
-    images = "".join(_image_html(image, tone) for image, tone in zip(card.images, card.tones, strict=True))
+def _card(entry: dict[str, Any]) -> str:
+    """Return a test example: images side by side, and lines of texts below."""
+    sources = entry.get("images") or [entry["image"]]
+    tones = entry.get("tones") or [""] * len(sources)
+    images = "".join(_image(_thumbnail(source), tone) for source, tone in zip(sources, tones, strict=True))
     lines = "".join(
-        f'<p class="{tone}">{f"<small>{escape(label)}</small>" if label else ""}<b>{escape(text)}</b></p>'
-        for label, text, tone in card.lines
+        f'<p class="{tone if tone in TONES else ""}">{f"<small>{escape(str(label))}</small>" if label else ""}'
+        f"<b>{escape(str(text))}</b></p>"
+        for label, text, tone in entry.get("lines", ())
     )
     return f'<div class="card"><div class="images">{images}</div>{lines}</div>'
 
 
-def _image_html(image: Image.Image, tone: str) -> str:
+def _thumbnail(source: ImageSource) -> Image.Image:
+    image = as_rgb(source)
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    return image
+
+
+def _image(image: Image.Image, tone: str) -> str:
     small = max(image.size) < SMALL
     kind, buffer = "png" if small else "jpeg", io.BytesIO()
     image.save(buffer, kind, quality=85)

@@ -48,15 +48,9 @@ def image(size=(60, 40)):
 
 def captions():
     """Return two test images with captions."""
-    return [
-        {
-            "image": image(),
-            "caption": "a <script>ball</script> for $5 & $6",
-            "references": ["a ball"],
-            "ok": True,
-        },
-        {"image": image((300, 500)), "caption": "a dog", "references": ["a cat", "the cat"], "ok": False},
-    ]
+    first = [("caption", "a <script>ball</script> for $5 & $6", "good"), ("reference", "a ball", "")]
+    second = [("caption", "a dog", "bad"), ("reference", "a cat", ""), ("reference", "the cat", "")]
+    return [{"image": image(), "lines": first}, {"image": image((300, 500)), "lines": second}]
 
 
 def test_page_stands_alone_and_escapes(tmp_path):
