@@ -126,8 +126,6 @@ class Watch:
 
 def build_model(config: PretrainConfig) -> BLIP_Pretrain:
     """Build the model with its starting weights."""
-    if config.init not in ("released", "random"):
-        raise UserError(f"init is {config.init!r}; expected 'released' (DeiT or ViT-in21k, and BERT) or 'random'")
     model = blip_pretrain(
         **config.model_settings(),
         embed_dim=config.embed_dim,

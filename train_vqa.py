@@ -17,7 +17,7 @@ from models.tokenizer import TokenBatch, tokenize
 from training.loop import Losses, Task
 from training.progress import Progress
 from training.results import report_scores, train_or_evaluate
-from utils import UserError, gather_results, on_main_process, track
+from utils import gather_results, on_main_process, track
 
 EXAMPLES = (
     "python train_vqa.py --config configs/miniature/vqa.yaml --output_dir output/vqa",
@@ -87,8 +87,6 @@ def examples(dataset: Any, run: Run, count: int = 24) -> list[dict[str, Any]]:
 
 def main(config: VQAConfig, run: Run) -> None:
     """Train unless asked to evaluate only, then report."""
-    if config.inference not in ("rank", "generate"):
-        raise UserError(f"inference is {config.inference!r}; expected 'rank' or 'generate'")
     loaders = make_loaders("vqa", config, ("test",) if run.evaluate else ("train", "test"), run.seed)
     model = blip_vqa(
         **config.model_settings(), drop_path_rate=config.drop_path_rate, smooth_padding=config.smooth_padding

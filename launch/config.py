@@ -1,4 +1,4 @@
-"""Configurations: dataclasses read from YAML and `--set a.b=c`; every error names the file, the line and the remedy."""
+"""Configurations: dataclasses read from YAML and `--set a.b=c`; errors name the file and the line."""
 
 import difflib
 import typing
@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from ruamel.yaml import YAML
 
 from files import write_whole
-from launch.yaml_file import BAD_YAML, WORDS, kind_of, parse, plain, read_settings, short
+from launch.ranges import RANGES, check_ranges
+from launch.yaml_file import BAD_YAML, WORDS, abbreviate, describe_value, parse, plain, read_settings
 from utils import UserError
 
 CODE_FOLDER = Path(__file__).resolve().parent.parent
@@ -60,6 +61,7 @@ class ModelConfig(Settings):
     amp: str = setting("", "mixed precision: 'bf16', 'fp16' for GPUs without bfloat16, or '' for float32")
     tf32: bool = setting(True, "float32 products on a GPU use TF32, as the released code did")
     compile: bool = setting(False, "compile the transformer blocks")
+    deterministic: bool = setting(False, "PyTorch's deterministic algorithms, to repeat a run on a GPU; slower")
     cpu_products: str = setting("auto", "float32 products on a CPU: 'onednn', 'torch', or 'auto': oneDNN with AVX-512")
 
     def model_settings(self) -> dict[str, Any]:
@@ -247,7 +249,7 @@ class CapFiltConfig(Settings):
     amp: str = setting("", "'bf16' for mixed precision in bfloat16; '' for float32")
 
 
-Config = TypeVar("Config", bound=ModelConfig)
+Config = TypeVar("Config", bound=Settings)
 
 
 def load_config(config_class: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -259,7 +261,7 @@ def load_config(config_class: type[Config], path: str | Path, overrides: Sequenc
         overrides: "key=value", value in YAML; "vit.depth=4" changes one entry of a mapping.
 
     Raises:
-        UserError: no such file, not YAML, an unknown key or a wrong type, with file and line.
+        UserError: no such file, not YAML, an unknown key, a wrong type or a value out of range, with file and line.
     """
     path = _find(Path(path))
     values, places = read_settings(path)
@@ -279,17 +281,17 @@ def _find(path: Path) -> Path:
 def _override(values: dict[str, Any], places: dict[str, str], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"--set got {short(override)}; expected key=value, for instance --set batch_size=8")
+        raise UserError(f"--set got {abbreviate(override)}; expected key=value, for instance --set batch_size=8")
     try:
         value = plain(parse(text)) if text else ""
     except BAD_YAML:
-        raise UserError(f"--set {short(override)}: the value is not YAML; put it in quotes") from None
+        raise UserError(f"--set {abbreviate(override)}: the value is not YAML; put it in quotes") from None
     *parents, last = key.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
-            problem = f"{parent} is {kind_of(values)}, not a mapping; set {parent} as a whole"
-            raise UserError(f"--set {short(override)}: {problem}")
+            problem = f"{parent} is {describe_value(values)}, not a mapping; set {parent} as a whole"
+            raise UserError(f"--set {abbreviate(override)}: {problem}")
     values[last] = value
     places[key.split(".")[0]] = f"--set {override}"[:80]
 
@@ -301,13 +303,19 @@ def _build(config_class: type[Config], values: dict[str, Any], places: dict[str,
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             meant = f"did you mean {close[0]!r}?" if close else f"this task has {', '.join(sorted(known))}"
-            raise UserError(f"{places[key]}: unknown key {short(key)}; {meant}")
-        values[key] = _checked(value, hints[key], f"{places[key]}: {key}")
-    return config_class(**values)
+            raise UserError(f"{places[key]}: unknown key {abbreviate(key)}; {meant}")
+        values[key] = _convert(value, hints[key], f"{places[key]}: {key}")
+    config = config_class(**values)
+    check_ranges(config, places)
+    return config
 
 
-def _checked(value: Any, hint: Any, place: str) -> Any:
-    """Return the value as its type wants it, or raise."""
+def _convert(value: Any, hint: Any, place: str) -> Any:
+    """Return a value as the type of its field.
+
+    Raises:
+        UserError: it has another type.
+    """
     allowed = typing.get_args(hint) or (hint,)
     if value is None and str in allowed:
         return ""
@@ -318,17 +326,18 @@ def _checked(value: Any, hint: Any, place: str) -> Any:
     if list in allowed and isinstance(value, str):
         return [value]
     wanted = " or ".join(WORDS[kind] for kind in allowed)
-    raise UserError(f"{place} is {kind_of(value)}; expected {wanted}")
+    raise UserError(f"{place} is {describe_value(value)}; expected {wanted}")
 
 
 def save_config(config: ModelConfig, path: Path) -> None:
-    """Write a resolved configuration as YAML, so that the file starts the same run again."""
+    """Write a configuration as YAML; the file starts the same run again."""
     with write_whole(path) as file:
         YAML().dump(asdict(config), file)
 
 
 def describe(config_class: type[ModelConfig]) -> Iterator[str]:
-    """Yield a line per key: name, default, meaning."""
+    """Yield a line per key: name, default, meaning, range."""
     for item in fields(config_class):
         default = item.default if item.default is not MISSING else item.default_factory()  # type: ignore[misc]
-        yield f"  {item.name}: {default!r}".ljust(36) + item.metadata["help"]
+        limits = f" ({RANGES[item.name]})" if item.name in RANGES else ""
+        yield f"  {item.name}: {default!r}".ljust(36) + item.metadata["help"] + limits

@@ -31,6 +31,8 @@ from utils import (
 )
 
 LAST, BEST = "checkpoint_last.pth", "checkpoint_best.pth"  # in the folder of a run
+MEMORY_SIZES = ("batch_size", "batch_size_train", "batch_size_test", "image_size", "num_workers")
+MEMORY_SAVERS = "; or set amp: bf16, vit_grad_ckpt: true, text_grad_ckpt: true, on several GPUs parallel: fsdp"
 HANG_MINUTES = 15.0  # where the task's config does not say
 
 
@@ -122,7 +124,7 @@ def launch(
         The exit code: 0; 2 after an error that the user can fix; 130 after Ctrl-C; 143 after SIGTERM.
     """
     args = _parser(config_class, default_config, default_output, description, examples).parse_args()
-    watchdog = Watchdog()
+    watchdog, config = Watchdog(), config_class()
     try:
         config = load_config(config_class, args.config, args.set)
         slurm_to_torchrun()
@@ -138,7 +140,7 @@ def launch(
     except Interrupted as stop:
         return _end(watchdog, str(stop), 143)
     except Exception as error:
-        message = user_message(error) or _explain(error, watchdog, Path(args.output_dir))
+        message = user_message(error) or explain_error(error, watchdog, config, Path(args.output_dir))
         if message:
             return _end(watchdog, f"error: {message}", 2)
         print(f"rank {get_rank()} failed in {watchdog.state}:", file=sys.stderr, flush=True)
@@ -156,16 +158,21 @@ def _end(watchdog: Watchdog, message: str, code: int) -> int:
     return code
 
 
-def _explain(error: Exception, watchdog: Watchdog, output_dir: Path) -> str:
-    """Return a line for an error of the disk or of a collective, with the original message; '' for other errors."""
-    problem = " ".join(str(error).split())
+def explain_error(error: Exception, watchdog: Watchdog, config: Any, output_dir: Path) -> str:
+    """Return a line for an error of the disk, of memory or of a collective, with the original message; else ''."""
+    problem, place = " ".join(str(error).split()), f"rank {get_rank()} in {watchdog.state}"
     if disk_is_full(error):
         file = getattr(error, "filename", None)
         return f"the disk is full ({problem}): {to_free(Path(file).parent if file else output_dir)}"
     lost = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
     if has_group() and (isinstance(error, dist.DistError) or any(sign in problem for sign in lost)):
         cause = "the cause is what another rank printed, or the loss of a process; continue with --resume"
-        return f"rank {get_rank()} in {watchdog.state}: a collective failed ({problem}); {cause}"
+        return f"{place}: a collective failed ({problem}); {cause}"
+    memory = ("DefaultCPUAllocator", "killed by signal: Killed")  # the latter of a data worker
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in problem for sign in memory):
+        sizes = ", ".join(f"{key}: {config[key]}" for key in MEMORY_SIZES if key in config)
+        savers = MEMORY_SAVERS if "grad_accum" in config else ""
+        return f"out of memory: {place}: {problem or 'MemoryError'}; lower {sizes}{savers}"
     return ""
 
 
@@ -265,6 +272,8 @@ def start_run(args: argparse.Namespace, config: ModelConfig, device: torch.devic
     A run that torchrun restarts (`--max_restarts`) continues from its last checkpoint.
     """
     seed_everything(args.seed + get_rank())
+    if config.get("deterministic"):
+        use_deterministic_algorithms()
     run = Run(Path(args.output_dir), device, args.seed, args.evaluate, command=f"python {' '.join(sys.argv)}")
     run.overwrite, run.watchdog = args.overwrite, watchdog
     last = run.output_dir / LAST
@@ -290,6 +299,13 @@ def _write_folder(run: Run, config: ModelConfig, begin: bool) -> None:
                 (run.output_dir / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"output folder {run.output_dir}: {error.strerror}; choose another --output_dir") from None
+
+
+def use_deterministic_algorithms() -> None:
+    """Make operations on a GPU give the same result in every run, or warn where PyTorch has no such algorithm."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def seed_everything(seed: int) -> None:

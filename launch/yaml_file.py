@@ -1,4 +1,4 @@
-"""YAML texts of settings: read with the line of every key, and values named in few words for error messages."""
+"""YAML files of settings, read with the line of every key, and descriptions of values for error messages."""
 
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,12 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from utils import UserError
 
-# What ruamel raises at odd texts, besides its own errors, where a value is no number or refers to itself.
+# What ruamel raises for odd texts: its own errors, and others for malformed numbers and self-references.
 BAD_YAML = (YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError)
 STARTS = (marks.BlockSequenceStartToken, marks.BlockMappingStartToken, marks.FlowSequenceStartToken,
           marks.FlowMappingStartToken)  # fmt: skip
 ENDS = (marks.BlockEndToken, marks.FlowSequenceEndToken, marks.FlowMappingEndToken)
-MOST_NESTING, MOST_ALIASES = 8, 20  # beyond which a short text can take hours and any memory
+MOST_NESTING, MOST_ALIASES = 8, 20  # with more, a short text can take hours and all memory
 WORDS = {
     int: "a whole number",
     float: "a number",
@@ -26,7 +26,11 @@ WORDS = {
 
 
 def read_settings(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the values of a file and where each stands."""
+    """Return the values of a file, and the file and line of each.
+
+    Raises:
+        UserError: the file is not YAML in UTF-8, or holds no mapping.
+    """
     try:
         tree = parse(path.read_text(encoding="utf-8"))
         values = plain(tree)
@@ -41,7 +45,7 @@ def read_settings(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if values is None:
         return {}, {}
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds {kind_of(values)}; expected lines of 'key: value'")
+        raise UserError(f"{path} holds {describe_value(values)}; expected lines of 'key: value'")
     return values, {str(key): f"{path}{_line_of(tree, key)}" for key in tree}
 
 
@@ -57,7 +61,7 @@ def _first_words(error: BaseException) -> str:
 
 
 def parse(text: str) -> Any:
-    """Parse YAML, if its nesting and its aliases are few; raises one of BAD_YAML."""
+    """Parse YAML with limited nesting and aliases; raises one of BAD_YAML."""
     depth = aliases = 0
     for token in YAML(typ="rt").scan(text):
         depth += isinstance(token, STARTS) - isinstance(token, ENDS)
@@ -68,7 +72,7 @@ def parse(text: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Turn ruamel's types into Python's own."""
+    """Convert ruamel's types to Python's own."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -79,14 +83,14 @@ def plain(value: Any) -> Any:
     return value
 
 
-def short(value: Any) -> str:
-    """Write a value in the few characters that an error message has for it."""
+def abbreviate(value: Any) -> str:
+    """Return a value's text, at most 60 characters, for an error message."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def kind_of(value: Any) -> str:
-    """Say what kind of value this is, and what it is if that is short."""
+def describe_value(value: Any) -> str:
+    """Return a value's type in words, and the value if it is short."""
     value = plain(value)
     name = WORDS.get(type(value), "nothing" if value is None else type(value).__name__)
-    return f"{name} ({short(value)})" if isinstance(value, str | int | float) else name
+    return f"{name} ({abbreviate(value)})" if isinstance(value, str | int | float) else name

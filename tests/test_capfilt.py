@@ -152,7 +152,7 @@ def test_lists_of_urls(web, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"stage": "both?"}, "expected one of caption, filter, both"),
+        ({"stage": "both?"}, "expected one of 'both', 'caption', 'filter'"),
         ({"pairs": "[]"}, "pairs names no list"),
         ({"filter": ""}, "filter names no checkpoint"),
         ({"pairs": "[absent.json]"}, "absent.json does not exist"),

@@ -1,10 +1,12 @@
 """Configurations: values, overrides, and the message of every mistake."""
 
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from launch import config as c
+from launch.ranges import RANGES, check_ranges
 from utils import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -102,3 +104,51 @@ def test_missing_config():
 def test_every_key_is_described():
     for config_class in set(TASKS.values()):
         assert all(len(line.split()) > 3 for line in c.describe(config_class))
+
+
+# 18.C: every number's range
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("eval_every=0", "eval_every is 0; expected a number >= 1"),
+        ("log_every=0", "log_every is 0; expected a number >= 1"),
+        ("grad_accum=0", "grad_accum is 0; expected a number >= 1"),
+        ("batch_size=-1", "batch_size is -1; expected a number >= 1"),
+        ("num_beams=0", "num_beams is 0; expected a number >= 1"),
+        ("num_workers=-2", "num_workers is -2; expected a number >= 0"),
+        ("init_lr=.nan", "init_lr is nan; expected a number >= 0"),
+        ("clip_grad=.inf", "clip_grad is inf; expected a number >= 0"),
+        ("max_epoch=0", "max_epoch is 0; expected a number >= 1"),
+        ("min_length=30", "min_length is 30 and max_length 20; raise max_length"),
+        ("max_length=3", "min_length is 5 and max_length 3; raise max_length"),
+        ("amp=bf32", "amp is 'bf32'; expected one of '', 'bf16', 'fp16'"),
+        ("schedule=cosine", "schedule is 'cosine'; expected one of 'epoch', 'step'"),
+    ],
+)
+def test_18_c_values_out_of_range(tmp_path, override, message):
+    (tmp_path / "a.yaml").write_text("")
+    with pytest.raises(UserError) as error:
+        c.load_config(c.CaptionConfig, tmp_path / "a.yaml", [override])
+    assert str(error.value) == f"--set {override}: {message}"
+
+
+@pytest.mark.parametrize("value", ["0", "-0.1", "1.01", ".nan", "-.inf"])
+def test_18_c_a_share_of_probability(tmp_path, value):
+    (tmp_path / "a.yaml").write_text(f"top_p: {value}")
+    with pytest.raises(UserError, match="a.yaml, line 1: top_p is .*; expected a number > 0 and <= 1"):
+        c.load_config(c.CapFiltConfig, tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("config_class", [*{*TASKS.values()}, c.CapFiltConfig])
+def test_18_c_every_number_has_a_range_and_its_default_is_in_it(config_class):
+    config = config_class()
+    check_ranges(config, {})
+    for key in (field.name for field in fields(config)):
+        value = config[key]
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            assert key in RANGES
+            for wrong in (float("nan"), float("inf"), -1, 10**400):
+                with pytest.raises(UserError):
+                    check_ranges(replace(config, **{key: wrong}), {})
