@@ -48,7 +48,7 @@ def check_ground_truth(loaders: dict[str, DataLoader], config: NoCapsConfig) -> 
 def examples(dataset: Any, split: str, run: Run, count: int = 24) -> list[dict[str, Any]]:
     """Return images with their captions, for the report."""
     rows = read_json(run.result(split))[:count]
-    return [{"image": dataset.path(i), "caption": row["caption"]} for i, row in enumerate(rows)]
+    return [{"image": dataset.path(i), "lines": [("caption", row["caption"], "")]} for i, row in enumerate(rows)]
 
 
 def main(config: NoCapsConfig, run: Run) -> None:

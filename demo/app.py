@@ -200,13 +200,6 @@ def build(page: Page, examples: Sequence[str]) -> Any:
     return blocks.queue(max_size=100)
 
 
-def body_limit() -> Any:
-    """Return the limit of request bodies as Starlette middleware."""
-    from starlette.middleware import Middleware
-
-    return Middleware(BodyLimit)
-
-
 def _textbox(gradio: Any, label: str, placeholder: str) -> Any:
     return gradio.Textbox(label=label, placeholder=placeholder, elem_id=label.lower(), render=False)
 
@@ -275,10 +268,12 @@ def main() -> None:
     page.start()
     with tempfile.TemporaryDirectory() as folder:
         blocks = build(page, example_images(Path(folder)))
+        from starlette.middleware import Middleware  # comes with Gradio
+
         try:
             blocks.launch(
                 server_name=args.host, server_port=args.port, max_file_size=MAX_UPLOAD, allowed_paths=[folder],
-                css=STYLE, app_kwargs={"middleware": [body_limit()]},
+                css=STYLE, app_kwargs={"middleware": [Middleware(BodyLimit)]},
             )  # fmt: skip
         except OSError as error:
             raise UserError(f"{error}; choose another --port") from None

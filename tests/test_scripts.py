@@ -100,6 +100,8 @@ def test_nocaps(world, tmp_path):
     found = evaluated_alike("eval_nocaps.py", world, "nocaps", model, tmp_path, **truth, java="false", max_length=12)
     assert found[0][1] == found[1][1]
     assert "val_overall_CIDEr" in found[0][0]
+    for folder in (caption, tmp_path / "eval1"):
+        assert "<small>caption</small>" in (folder / "report.html").read_text()
 
 
 def test_video(world, tmp_path):
