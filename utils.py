@@ -3,6 +3,7 @@
 All collectives of the project are here. They take tensors of any device: NCCL accepts tensors of the rank's GPU only.
 """
 
+import os
 import shutil
 import sys
 import time
@@ -169,6 +170,36 @@ def on_main_process(function: Callable[[], Item]) -> Item:
     if message is not None:
         raise UserError(message)
     return result
+
+
+def choose_device(name: str) -> torch.device:
+    """Return this process's device, and make it the current one.
+
+    Args:
+        name: cuda, xpu, mps or cpu, perhaps with an index; "" for cuda where there is a GPU.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        module = torch.backends.mps if device.type == "mps" else torch.get_device_module(device)
+        available = module.is_available()
+    except (RuntimeError, AttributeError):
+        raise UserError(f"--device is {name!r}; expected cuda, cuda:0, xpu, mps or cpu") from None
+    if not available:
+        raise UserError(f"--device is {name!r}, and PyTorch finds no such device; use --device cpu")
+    if device.type in ("cpu", "mps"):
+        return device
+    count, local_rank = module.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    if device.index is None:
+        device = torch.device(device.type, local_rank % count)
+        if local_rank == count:  # as under SLURM with one visible GPU per task
+            print(f"LOCAL_RANK is {local_rank} with {count} visible GPU; this rank uses {device}", file=sys.stderr)
+    if device.index >= count:
+        raise UserError(f"--device is {name!r}, and PyTorch finds {count} of this kind; use a smaller index")
+    module.set_device(device)
+    return device
 
 
 # Meters.

@@ -7,7 +7,7 @@ import torch
 
 from bootstrap.shards import Row, Shards
 from bootstrap.tars import Output, Sample, Source, with_places
-from inference.predictor import Captioner, Matcher
+from inference.tasks import Captioner, Matcher
 
 Judge = Callable[[Sequence[Sample], dict[str, Row]], list[Row]]  # samples, caption rows by name -> rows of texts
 CAPTION_SETTINGS = (

@@ -1,9 +1,10 @@
 """Images in any form a user has them, as RGB images and as batches of tensors; no bad image is fatal."""
 
+import base64
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -11,34 +12,71 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from data.transforms import BAD_IMAGE, Transform, open_image, to_bytes, to_rgb
+from download import cached
 from utils import UserError, user_message
 
-ImageSource = str | Path | bytes | Image.Image | np.ndarray | torch.Tensor
+ImageSource = str | Path | bytes | IO[bytes] | Image.Image | np.ndarray | torch.Tensor
+MIN_BYTES = 60  # an encoded image has more; shorter texts are paths, even if they are valid base64
+FORMS = "a path, URL, base64 text, encoded bytes, open file, PIL image, array or tensor"
 
 
 def as_rgb(image: ImageSource) -> Image.Image:
     """Return an image as RGB, upright.
 
     Args:
-        image: a path, encoded bytes, a PIL image, or an array or tensor of shape (H, W), (H, W, 1 or 3 or 4) or
-            (1 or 3 or 4, H, W) whose values reach to 1, 255 or 65535, as `data.transforms.to_bytes` finds.
+        image: a path, a URL (downloaded once, into the cache), base64 text (also as a data: URL), encoded bytes, a
+            file open for reading, a PIL image, or an array or tensor of shape (H, W), (H, W, 1 or 3 or 4) or
+            (1 or 3 or 4, H, W) whose values reach to 1, 255 or 65535, as for `data.transforms.to_bytes`.
 
     Raises:
         UserError: it cannot be read.
     """
-    if isinstance(image, str | Path):
-        return open_image(Path(image), upright=True)
+    if isinstance(image, str):
+        image = _find(image)
+    if isinstance(image, Path):
+        if not _exists(image):
+            raise UserError(f"image {str(image)[:200]} does not exist; correct its path")
+        return open_image(image, upright=True)
     try:
-        if isinstance(image, bytes):
-            with Image.open(io.BytesIO(image)) as opened:
-                return to_rgb(opened, upright=True)
         if isinstance(image, np.ndarray | torch.Tensor):
-            image = _from_array(image)
-        return to_rgb(image, upright=True)
+            return to_rgb(_from_array(image), upright=True)
+        if isinstance(image, Image.Image):
+            return to_rgb(image, upright=True)
+        if not isinstance(image, bytes) and not hasattr(image, "read"):
+            raise TypeError(f"a {type(image).__name__}; expected {FORMS}")
+        with Image.open(io.BytesIO(image if isinstance(image, bytes) else image.read())) as opened:
+            return to_rgb(opened, upright=True)
     except BAD_IMAGE as error:
-        reason = str(error).split(" <_io", 1)[0]  # without an address, which is another one each time
-        kind = "an image" if isinstance(image, bytes) else "an open image"
+        reason = str(error).split(" <_io", 1)[0]  # without an address, which differs each time
+        kind = "an open image" if isinstance(image, Image.Image | np.ndarray | torch.Tensor) else "an image"
         raise UserError(f"{kind} cannot be read ({reason}); replace it or take it out") from None
+
+
+def is_url(name: str) -> bool:
+    """Return True for an address on the web."""
+    return name.startswith(("http://", "https://"))
+
+
+def _find(text: str) -> Path | bytes:
+    """Return the path that a text names, or the bytes that it encodes in base64."""
+    if is_url(text):
+        return cached(text)
+    encoded = text.partition(",")[2] if text.startswith("data:") else text
+    if text.startswith("data:") or not _exists(Path(text)):
+        try:
+            content = base64.b64decode(encoded, validate=True)
+        except ValueError:
+            return Path(text)
+        if text.startswith("data:") or len(content) > MIN_BYTES:
+            return content
+    return Path(text)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long for the file system, or with a zero byte
+        return False
 
 
 def _from_array(image: np.ndarray | torch.Tensor) -> Image.Image:

@@ -110,7 +110,7 @@ def to_bytes(values: np.ndarray) -> np.ndarray:
             they are; larger ones as 16 bits, 0 to 65535. Booleans are black and white.
 
     Returns:
-        uint8, rounded, of the same shape.
+        uint8 of the same shape.
 
     Raises:
         ValueError: values that are negative, larger, or not finite.
@@ -121,5 +121,6 @@ def to_bytes(values: np.ndarray) -> np.ndarray:
     if not (low >= 0 and high <= 65535):
         raise ValueError(f"values from {low:g} to {high:g}; expected 0 to 1, to 255 or to 65535")
     as_fraction = values.dtype == bool or (values.dtype.kind == "f" and high <= 1)
-    scale = 255.0 if as_fraction else 1.0 if high <= 255 else 1 / 257
-    return (values * scale).round().astype(np.uint8)
+    if as_fraction:
+        values = values * 255.0
+    return (values.round() if high <= 255 else values // 257).astype(np.uint8)

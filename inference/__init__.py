@@ -5,6 +5,6 @@ model = load("caption", "checkpoint.pth")
 model.caption(["a.jpg"])
 """
 
-from inference.predictor import load
+from inference.loading import load
 
 __all__ = ["load"]

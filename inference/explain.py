@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 from data.images import ImageSource, as_rgb
 from data.text import pre_question
 from files import write_whole
-from inference.predictor import MAX_WORDS, Answerer, Captioner, Matcher, Predictor, Row, clean
+from inference.predictor import MAX_WORDS, Predictor, Row, clean
+from inference.tasks import Answerer, Captioner, Matcher
 from models.blip_itm import MAX_TEXT_TOKENS
 from models.blip_vqa import MAX_QUESTION_TOKENS
 from models.med import TextTransformer

@@ -1,52 +1,134 @@
-"""What a command line names: images by files, folders and lists, and texts by lists."""
+"""Images that a command line names by files, folders, lists and URLs, and texts that it names by lists."""
 
-from collections.abc import Iterable
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
+from PIL import Image
+
 from data.annotations import read_list
+from data.images import is_url
+from inference.predictor import note
 from utils import UserError
 
-ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-LISTS = {".txt", ".json", ".jsonl"}
+LISTS = (".txt", ".json", ".jsonl")
+STDIN = "-"
+EXPECTED = "give images, folders of images, URLs, lists (.txt, .json, .jsonl), or - for a list on standard input"
+# Files and folders that other systems leave in a folder of images.
+SYSTEM_NAMES = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini", "@eaDir")
+# Formats that Pillow knows but cannot decode, or only with other programs.
+NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 
 
-def find_images(names: Iterable[str | Path]) -> list[Path]:
-    """Return the images that files, folders and lists name, in order, each once.
+@cache
+def image_endings() -> frozenset[str]:
+    """Return the endings of files that Pillow reads here; HEIC and JPEG XL where their plugins are installed."""
+    with suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    with suppress(ImportError):
+        import pillow_jxl  # noqa: F401  # registers itself
+    Image.init()
+    return frozenset(
+        ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN.keys() - {*NOT_DECODED}
+    )
+
+
+def find_images(names: Iterable[str | Path], recursive: bool = True) -> list[Path | str]:
+    """Return the images that files, folders, lists and URLs name, in order, each once; URLs as texts.
+
+    Notes on standard error count the files of folders that are no images, by ending, and what else was left out.
 
     Args:
-        names: an image; a folder, searched with its subfolders; or a list: .txt with a path a line, .json or
-            .jsonl with paths or {"image": path}. A list's relative paths start from its own folder.
+        names: an image; a folder; a URL; a list: .txt with a path a line, .json or .jsonl with paths or
+            {"image": path}, relative paths starting from its own folder; or "-" for paths on standard input, a line
+            each. Among other names, as when a shell expands "folder/*", texts that are no lists are left out.
+        recursive: search folders with their subfolders; linked folders are never searched.
 
     Raises:
         UserError: something does not exist, or there is no image at all.
     """
-    found: dict[Path, None] = {}
-    for name in map(Path, names):
-        if not _exists(name):
-            raise UserError(
-                f"{name} does not exist; give images, folders of images, or lists (.txt, .json, .jsonl)"
-            )
-        found |= dict.fromkeys(_expand(name))
+    names, found, skipped = list(names), {}, Counter()
+    for name in names:
+        if str(name) == STDIN:
+            found |= dict.fromkeys(_to_images(line.strip() for line in sys.stdin))
+        elif is_url(str(name)):
+            found[str(name)] = None
+        else:
+            found |= dict.fromkeys(_expand(Path(name), recursive, len(names) > 1, skipped))
+    if skipped:
+        counts = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
+        note(f"left out: {counts}")
     if not found:
-        raise UserError(
-            f"no image in {', '.join(map(str, names))}; expected files ending in {' '.join(sorted(ENDINGS))}"
-        )
+        raise UserError(f"no image in {', '.join(map(str, names))}; {EXPECTED}")
     return list(found)
 
 
-def _exists(path: Path) -> bool:
+def _to_images(lines: Iterable[str], folder: Path | None = None) -> Iterator[Path | str]:
+    """Yield the paths, relative to a folder, and URLs of a list."""
+    for line in filter(None, lines):
+        yield line if is_url(line) else folder / line if folder else Path(line)
+
+
+def _expand(path: Path, recursive: bool, among_others: bool, skipped: Counter[str]) -> list[Path | str]:
     try:
-        return path.exists()
-    except OSError:  # a name too long for the file system
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, ValueError):  # a name too long for the file system
+        is_folder = exists = False
+    if not exists:
+        raise UserError(f"{str(path)[:200]} does not exist; {EXPECTED}")
+    if is_folder:
+        return sorted(_walk(path, recursive, skipped))
+    if path.suffix.lower() in LISTS:
+        if among_others and not _is_list_of_images(path):
+            skipped[f"{path.suffix.lower()} files that name no images"] += 1
+            return []
+        return list(_to_images(read_texts(path, "image"), path.parent))
+    if among_others and path.suffix.lower() not in image_endings() and _is_text(path):
+        skipped[f"{path.suffix.lower() or 'text'} files"] += 1
+        return []
+    return [path]
+
+
+def _walk(folder: Path, recursive: bool, skipped: Counter[str]) -> Iterator[Path]:
+    """Yield the images of a folder and count the other files and the folders that are not searched."""
+    for parent, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        if links and recursive:
+            skipped["linked folders, which are searched when named"] += len(links)
+        folders[:] = [name for name in folders if name not in SYSTEM_NAMES] if recursive else []
+        for name in files:
+            if name in SYSTEM_NAMES or name.startswith("._"):
+                continue
+            path = Path(parent, name)
+            if path.suffix.lower() in image_endings():
+                yield path
+            else:
+                skipped[f"{path.suffix.lower() or 'files without ending'}{' files' if path.suffix else ''}"] += 1
+
+
+def _is_list_of_images(path: Path) -> bool:
+    """Return True if the first entry of a list is a file or a URL."""
+    try:
+        first = read_texts(path, "image")[:1]
+        return bool(first) and (is_url(first[0]) or (path.parent / first[0]).is_file())
+    except (UserError, OSError, ValueError):
         return False
 
 
-def _expand(path: Path) -> list[Path]:
-    if path.is_dir():
-        return sorted(child for child in path.rglob("*") if child.suffix.lower() in ENDINGS and child.is_file())
-    if path.suffix.lower() in LISTS:
-        return [path.parent / name for name in read_texts(path, "image")]
-    return [path]
+def _is_text(path: Path) -> bool:
+    """Return True if the beginning of a file is text and not an image."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512)
+    except OSError:
+        return False
+    return b"\0" not in start and start.isascii()
 
 
 def read_texts(path: Path, key: str) -> list[str]:

@@ -1,28 +1,34 @@
 """Search one's own images: contrast over a saved index finds candidates, matching re-ranks them (section 5.1)."""
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
+from safetensors.torch import save as to_safetensors
 
-from data.images import image_batches
-from inference.predictor import Matcher, Row
+from data.images import ImageSource, image_batches, is_url
+from files import write_whole
+from inference.predictor import Row, note
+from inference.tasks import Matcher
+from models.losses import similarity
 from models.precision import autocast
 from utils import ProgressLine, UserError
 
 SAVE_EVERY = 1000  # new images between two savings of an index
+CHUNK = 1 << 20
 
 
 class Index:
-    """Features of images, kept in a file.
+    """Features of images, kept in a file. Images that no longer exist are left out.
 
     Args:
         path: of the file; None keeps the index in memory only.
-        model: tells whose features they are.
+        model: fingerprint of the model whose features they are.
 
     Raises:
         UserError: the file is no index, or of another model.
@@ -30,7 +36,8 @@ class Index:
 
     def __init__(self, path: Path | None, model: str):
         self.path, self.model = path, model
-        self.known: dict[str, tuple[str, torch.Tensor]] = {}  # absolute path -> stamp (size and time), feature
+        self.known: dict[str, tuple[str, str, torch.Tensor]] = {}  # name -> stamp, hash of the content, feature
+        self.by_hash: dict[str, torch.Tensor] = {}  # of images that no longer exist too: they may have been moved
         if path is not None and path.is_file():
             self._read(path)
 
@@ -38,13 +45,17 @@ class Index:
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                names, stamps = json.loads(metadata["names"]), json.loads(metadata["stamps"])
+                names, stamps, hashes = (json.loads(metadata.get(key, "[]")) for key in ("names", "stamps", "hashes"))
                 feats, model = file.get_tensor("image_feat"), metadata["model"]
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             raise UserError(f"{path} is no index of images ({error}); choose another --index") from None
-        if model != self.model:
+        if model != self.model or len(hashes) != len(names):
             raise UserError(f"index {path} was made with another checkpoint; delete it, or choose another --index")
-        self.known = {name: (mark, feat) for name, mark, feat in zip(names, stamps, feats, strict=True)}
+        entries = zip(names, stamps, hashes, feats, strict=True)
+        self.known = {name: entry for name, *entry in entries if is_url(name) or os.path.exists(name)}  # type: ignore
+        self.by_hash = dict(zip(hashes, feats, strict=True))
+        if gone := len(names) - len(self.known):
+            note(f"{gone} images of index {path} no longer exist and are left out")
 
     def save(self) -> None:
         """Write the index, whole or not at all.
@@ -54,33 +65,38 @@ class Index:
         """
         if self.path is None or not self.known:
             return
-        stamps, feats = zip(*self.known.values(), strict=True)
-        metadata = {"names": json.dumps(list(self.known)), "stamps": json.dumps(stamps), "model": self.model}
-        temporary = self.path.with_name(self.path.name + ".part")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(to_bytes({"image_feat": torch.stack(feats)}, metadata))
-            temporary.replace(self.path)
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(f"index {self.path} could not be written ({error}); free space or choose --index") from None
+        stamps, hashes, feats = zip(*self.known.values(), strict=True)
+        lists = {"names": list(self.known), "stamps": stamps, "hashes": hashes}
+        metadata = {key: json.dumps(values) for key, values in lists.items()} | {"model": self.model}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with write_whole(self.path, "wb") as file:
+            file.write(to_safetensors({"image_feat": torch.stack(feats)}, metadata))
 
-    def add(self, matcher: Matcher, images: Sequence[Path], batch_size: int = 16, num_workers: int = 0) -> list[Row]:
-        """Add images, reading those that are new or have changed; what was read is saved whatever happens.
+    def add(
+        self, matcher: Matcher, images: Sequence[Path | str], batch_size: int = 16, num_workers: int = 0
+    ) -> list[Row]:
+        """Add images; only content that is new is encoded, and what is encoded is saved whatever happens.
+
+        Args:
+            matcher: of the index's model.
+            images: paths or URLs.
+            batch_size, num_workers: as for `Predictor.rows`.
 
         Returns:
             {"image", "error"} of the images that cannot be read.
         """
-        stamped = {str(path.absolute()): stamp(path) for path in images}
-        fresh = [name for name, mark in stamped.items() if self.known.get(name, ("",))[0] != mark]
         errors: list[Row] = []
+        fresh = self._take_known({name_of(image): stamp(image) for image in images})
         line, saved = ProgressLine(len(fresh), "indexing images"), 0
+        names = list(fresh)
         try:
-            for batch in image_batches(fresh, matcher.transform, batch_size, num_workers):
-                good = [fresh[i] for i in batch["index"] if i not in batch["errors"]]
+            for batch in image_batches(names, matcher.transform, batch_size, num_workers):
+                good = [names[i] for i in batch["index"] if i not in batch["errors"]]
                 feats = encode(matcher, batch["image"])[1].cpu() if good else ()
-                self.known |= {name: (stamped[name], feat) for name, feat in zip(good, feats, strict=True)}
-                errors += [{"image": fresh[i], "error": text} for i, text in batch["errors"].items()]
+                self.known |= {name: (*fresh[name], feat) for name, feat in zip(good, feats, strict=True)}
+                for i, text in batch["errors"].items():
+                    self.known.pop(names[i], None)  # of its earlier content
+                    errors.append({"image": names[i], "error": text})
                 line.update(done := batch["index"][-1] + 1)
                 if done - saved >= SAVE_EVERY:
                     self.save()
@@ -91,25 +107,55 @@ class Index:
         line.close()
         return errors
 
-    def part(self, images: Sequence[Path] = ()) -> tuple[list[str], torch.Tensor]:
+    def _take_known(self, stamps: dict[str, str]) -> dict[str, tuple[str, str]]:
+        """Return stamp and hash of the images whose content is new; take the features of copies of known images."""
+        self.by_hash |= {digest: feat for _, digest, feat in self.known.values()}
+        fresh = {}
+        for name, mark in stamps.items():
+            if name in self.known and self.known[name][0] == mark:
+                continue
+            digest = hash_of(name)
+            if digest in self.by_hash:
+                self.known[name] = (mark, digest, self.by_hash[digest])
+            else:
+                fresh[name] = (mark, digest)
+        return fresh
+
+    def part(self, images: Sequence[Path | str] = ()) -> tuple[list[str], torch.Tensor]:
         """Return names and features (images, embed_dim) of some images, or of all."""
-        names = [str(path.absolute()) for path in images] if images else list(self.known)
+        names = [name_of(image) for image in images] if images else list(self.known)
         names = [name for name in names if name in self.known]
-        return names, torch.stack([self.known[name][1] for name in names]) if names else torch.empty(0)
+        return names, torch.stack([self.known[name][2] for name in names]) if names else torch.empty(0)
 
 
-def stamp(path: Path) -> str:
-    """Return what changes when a file does."""
+def name_of(image: Path | str) -> str:
+    """Return the name of an image in an index: a URL, or an absolute path."""
+    return str(image) if is_url(str(image)) else os.path.abspath(image)
+
+
+def stamp(image: Path | str) -> str:
+    """Return size and times of a file; while they are the same, so is its content."""
+    with suppress(OSError):
+        stat = os.stat(image)
+        return f"{stat.st_size:x}-{stat.st_mtime_ns:x}-{stat.st_ctime_ns:x}"
+    return ""
+
+
+def hash_of(image: str) -> str:
+    """Return a hash of a file's content; of a URL or a file that cannot be read, of its name."""
+    digest = hashlib.blake2b(digest_size=16)
     try:
-        stat = path.stat()
+        with open(image, "rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
     except OSError:
-        return "absent"
-    return f"{stat.st_size:x}-{stat.st_mtime_ns:x}"
+        digest.update(image.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 @torch.no_grad()
 def encode(matcher: Matcher, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return images' tokens (images, length, width) and unit features (images, embed_dim)."""
+    """Return tokens (images, length, width) and unit features (images, embed_dim) of images."""
     with autocast(matcher.amp, matcher.device):
         tokens = matcher.model.visual_encoder(image.to(matcher.device))
         return tokens, matcher.image_feat(tokens).float()
@@ -127,7 +173,7 @@ def find_images_by_text(
     """Find the images that texts describe best.
 
     Args:
-        matcher: from `inference.predictor.load("match", ...)`.
+        matcher: from `inference.load("match", ...)`.
         collection: names and features of the images, from `Index.part`.
         texts: what to look for.
         k_test: most similar images that the matching head re-ranks; at least `top`.
@@ -136,34 +182,40 @@ def find_images_by_text(
 
     Returns:
         For each text {"text", "images": [{"image", "probability", "cosine"}, ...]}, best first, ordered by the
-        matching logit plus cosine; and {"image", "error"} for each candidate that cannot be read any more.
+        matching logit plus cosine; and {"image", "error"} for each candidate that cannot be read any more, in place
+        of which the next most similar one is re-ranked.
     """
-    all_names, feats = collection
-    similarity = matcher.text_feat(texts) @ feats.to(matcher.device).T
-    nearest = similarity.topk(min(max(k_test, top), len(all_names)), dim=1).indices.tolist()
-    wanted = sorted({image for row in nearest for image in row})  # each read once, however many texts want it
-    found: list[list[tuple[float, Row]]] = [[] for _ in texts]
-    errors: list[Row] = []
-    names = [all_names[i] for i in wanted]
-    for batch in image_batches(names, matcher.transform, batch_size):
-        errors += [{"image": names[i], "error": text} for i, text in batch["errors"].items()]
-        good = [wanted[i] for i in batch["index"] if i not in batch["errors"]]
-        if not good:
-            continue
-        tokens, _ = encode(matcher, batch["image"])
-        for number, (text, row) in enumerate(zip(texts, nearest, strict=True)):
-            here = [i for i, image in enumerate(good) if image in set(row)]
-            if here:
-                with autocast(matcher.amp, matcher.device):
-                    logits = matcher.match_logits(tokens[here], [text])[:, 0]
-                rows = [{"image": all_names[good[i]]} for i in here]
-                found[number] += scored(logits, similarity[number, [good[i] for i in here]], rows)
-    return [{"text": text, "images": best(rows, top)} for text, rows in zip(texts, found, strict=True)] + errors
+    names, feats = collection
+    cosine = similarity(matcher.text_feat(texts), feats.to(matcher.device))
+    found: list[dict[int, tuple[float, Row]]] = [{} for _ in texts]
+    errors: dict[int, Row] = {}
+    while True:
+        nearest = cosine.topk(min(max(k_test, top) + len(errors), len(names)), dim=1).indices.tolist()
+        usable = [[i for i in row if i not in errors][: max(k_test, top)] for row in nearest]
+        missing = sorted({i for row, scores in zip(usable, found, strict=True) for i in row if i not in scores})
+        if not missing:
+            break
+        for batch in image_batches([names[i] for i in missing], matcher.transform, batch_size):
+            errors |= {missing[i]: {"image": names[missing[i]], "error": e} for i, e in batch["errors"].items()}
+            good = [missing[i] for i in batch["index"] if i not in batch["errors"]]
+            if not good:
+                continue
+            tokens, _ = encode(matcher, batch["image"])
+            for number, (text, row) in enumerate(zip(texts, usable, strict=True)):
+                here = [i for i, image in enumerate(good) if image in set(row) - found[number].keys()]
+                if here:
+                    images = [good[i] for i in here]
+                    with autocast(matcher.amp, matcher.device):
+                        logits = matcher.match_logits(tokens[here], [text])[:, 0]
+                    rows = [{"image": names[i]} for i in images]
+                    found[number] |= zip(images, scored(logits, cosine[number, images], rows), strict=True)
+    rows = [{"text": text, "images": best([*scores.values()], top)} for text, scores in zip(texts, found, strict=True)]
+    return [*rows, *errors.values()]
 
 
 def find_texts_by_image(
     matcher: Matcher,
-    images: Sequence[Any],
+    images: Iterable[ImageSource],
     texts: Sequence[str],
     k_test: int = 32,
     top: int = 5,
@@ -174,7 +226,7 @@ def find_texts_by_image(
 
     Args:
         matcher, k_test, top, batch_size: as `find_images_by_text`, with texts re-ranked.
-        images: paths or open images.
+        images: as for `Captioner.captions`.
         texts: all that may be found.
         num_workers: processes that read images.
 
@@ -186,11 +238,11 @@ def find_texts_by_image(
 
     def predict(image: torch.Tensor, names: list[str]) -> list[Row]:
         tokens, feats = encode(matcher, image)
-        similarity = feats @ text_feat.T
+        cosine = similarity(feats, text_feat)
         rows = []
-        for i, near in enumerate(similarity.topk(min(max(k_test, top), len(texts)), dim=1).indices.tolist()):
+        for i, near in enumerate(cosine.topk(min(max(k_test, top), len(texts)), dim=1).indices.tolist()):
             logits = matcher.match_logits(tokens[i : i + 1], [texts[t] for t in near])[0]
-            rows.append({"texts": best(scored(logits, similarity[i, near], [{"text": texts[t]} for t in near]), top)})
+            rows.append({"texts": best(scored(logits, cosine[i, near], [{"text": texts[t]} for t in near]), top)})
         return rows
 
     yield from matcher.rows(images, predict, batch_size, num_workers)

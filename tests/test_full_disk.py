@@ -13,13 +13,13 @@ from PIL import Image
 from scripts import TINY, run_here, settings
 
 import launch.watchdog
-import predict
 import pretrain
 from bootstrap.merging import merge_shards
 from bootstrap.shards import Shards, open_folder, run_shards
 from data.pretrain import build_index
 from files import append, disk_is_full, write_json, write_whole
 from inference.explain import save_image
+from inference.results import save_features
 from launch.config import NLVRConfig, save_config
 from launch.run import Run
 from miniature.writing import write_miniature
@@ -85,7 +85,7 @@ OTHERS = [
     ("0000000.jsonl", one_shard),
     ("bootstrapped.jsonl", merged),
     ("map.png", lambda path: save_image(Image.new("RGB", (8, 8)), path)),
-    ("features.npy", lambda path: predict.save_features(path, ["a"], np.zeros((1, 9)))),
+    ("features.npy", lambda path: save_features(path, ["a"], np.zeros((1, 9)))),
 ]
 
 

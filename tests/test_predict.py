@@ -1,7 +1,9 @@
 """predict.py and `models.load` on the model that ships with the project: what people get for their own images."""
 
 import json
+import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +12,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save as to_safetensors
 
 import predict
 from inference import load
 from inference.explain import explain, sheet
+from inference.inputs import find_images
+from inference.search import Index, encode
 from miniature.scene import draw_scene, render
 from miniature.text import caption_is_exact
 from models.generation import GenerationConfig, draw
@@ -60,7 +67,9 @@ def command(monkeypatch, *words):
 
 
 def lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    """Return the rows of a result file, without its record."""
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [row for row in rows if "made_by" not in row]
 
 
 def image(world, number=0):
@@ -232,11 +241,129 @@ def test_an_index_is_never_taken_for_another(world, tmp_path, monkeypatch, capsy
     words = ("search", world[0], "--text", "a circle", "--checkpoint")
     assert command(monkeypatch, *words, MODEL, "--index", features) == 2
     assert "is no index of images" in capsys.readouterr().err
-    other = tmp_path / "other.safetensors"
-    other.write_bytes(Path(MODEL).read_bytes())
     assert command(monkeypatch, *words, MODEL, "--index", index) == 0
-    assert command(monkeypatch, *words, other, "--index", index) == 2
+
+
+def changed_copy(path):
+    """Write the model with one weight changed."""
+    state = load_torch(MODEL)
+    state["vision_proj.bias"] = state["vision_proj.bias"] + 1
+    with safe_open(MODEL, "pt") as file:
+        path.write_bytes(to_safetensors(state, file.metadata()))
+
+
+def test_d6_content_decides_whose_index_it_is(world, tmp_path, monkeypatch, capsys):
+    """An identical copy of the checkpoint is the same model; other weights at the same path are not."""
+    index, model = tmp_path / "index.safetensors", tmp_path / "model.safetensors"
+    model.write_bytes(Path(MODEL).read_bytes())
+    words = ("search", world[0], "--text", "a circle", "--index", index, "--checkpoint")
+    assert command(monkeypatch, *words, MODEL) == 0
+    first = capsys.readouterr().out
+    assert command(monkeypatch, *words, model) == 0 and capsys.readouterr().out == first
+    changed_copy(model)
+    assert command(monkeypatch, *words, model) == 2
     assert "made with another checkpoint" in capsys.readouterr().err
+
+
+def test_d6_content_decides_which_images_are_encoded(world, tmp_path, matcher, monkeypatch):
+    """A copy, a renamed or a touched image is not encoded again; one that changed within its size and time is."""
+    folder = tmp_path / "images"
+    shutil.copytree(world[0], folder, ignore=shutil.ignore_patterns("broken.png"))
+    encoded = []
+    counted = lambda model, image: encoded.append(len(image)) or encode(model, image)  # noqa: E731
+    monkeypatch.setattr("inference.search.encode", counted)
+    index = Index(tmp_path / "index", "model")
+    index.add(matcher, find_images([folder]))
+    assert sum(encoded) == 10
+    (folder / "0.png").rename(folder / "renamed.png")
+    (folder / "1.png").touch()
+    shutil.copy(folder / "2.png", folder / "copy.png")
+    index = Index(tmp_path / "index", "model")
+    index.add(matcher, find_images([folder]))
+    assert sum(encoded) == 10
+    for number, color in enumerate(("red", "blue")):
+        Image.new("RGB", (8, 8), color).save(tmp_path / f"{number}.bmp")
+    index.add(matcher, [tmp_path / "0.bmp"])
+    before, old = (tmp_path / "0.bmp").stat(), index.known[str(tmp_path / "0.bmp")][2]
+    shutil.copyfile(tmp_path / "1.bmp", tmp_path / "0.bmp")
+    os.utime(tmp_path / "0.bmp", ns=(before.st_atime_ns, before.st_mtime_ns))
+    index.add(matcher, [tmp_path / "0.bmp"])
+    assert sum(encoded) == 12 and not torch.equal(index.known[str(tmp_path / "0.bmp")][2], old)
+
+
+def test_d6_images_that_are_gone_take_no_place(world, tmp_path, monkeypatch, capsys):
+    folder, index = tmp_path / "images", tmp_path / "index.safetensors"
+    shutil.copytree(world[0], folder, ignore=shutil.ignore_patterns("broken.png"))
+    words = ("search", "--text", "a circle", "--checkpoint", MODEL, "--index", index, "--top", 5, "--k_test", 1)
+    assert command(monkeypatch, *words, folder) == 0
+    found = [row["image"] for row in json.loads(capsys.readouterr().out)["images"]]
+    Path(found[0]).unlink()
+    Path(found[1]).write_bytes(b"damaged since")
+    assert command(monkeypatch, *words) == 0
+    captured = capsys.readouterr()
+    assert "1 images of index" in captured.err and "no longer exist" in captured.err
+    rows = [json.loads(line) for line in captured.out.splitlines()]
+    names = [row["image"] for row in rows[0]["images"]]
+    assert len(names) == 5 and not set(found[:2]) & set(names)
+    assert [row["image"] for row in rows[1:]] == [found[1]] and "error" in rows[1]
+
+
+def test_d5_resume_needs_the_same_settings(world, tmp_path, monkeypatch, capsys):
+    output, model = tmp_path / "captions.jsonl", tmp_path / "model.safetensors"
+    model.write_bytes(Path(MODEL).read_bytes())
+    words = ("caption", world[0], "--output", output, "--resume", "--checkpoint")
+    assert command(monkeypatch, *words, MODEL) == 0
+    record = json.loads(output.read_text().splitlines()[0])["made_by"]
+    assert record["command"] == "caption" and record["num_beams"] == 3
+    whole = output.read_text()
+    assert command(monkeypatch, *words, model, "--batch_size", 3) == 0  # a copy of the weights, another batch size
+    for more, told in (
+        (("--num_beams", 1), "num_beams"), (("--prompt", "a photo of "), "prompt"), (("--amp", "bf16"), "amp"),
+    ):  # fmt: skip
+        capsys.readouterr()
+        assert command(monkeypatch, *words, MODEL, *more) == 2
+        assert f"was made with other settings ({told})" in capsys.readouterr().err
+    changed_copy(model)
+    assert command(monkeypatch, *words, model) == 0  # no part of the captioner
+    ask = ("match", world[0], "--text", "a circle", "--output", output, "--resume", "--checkpoint", MODEL)
+    assert command(monkeypatch, *ask) == 2 and "(amp" not in capsys.readouterr().err
+    assert output.read_text() == whole
+
+
+def test_d5_questions_and_their_answers_are_settings(world, tmp_path, monkeypatch, capsys):
+    output, answers = tmp_path / "answers.jsonl", tmp_path / "answers.txt"
+    answers.write_text("1\n2\n")
+    words = ("vqa", image(world), "--answers", answers, "--checkpoint", VQA, "--output", output, "--resume")
+    words = (*words, "--question")
+    assert command(monkeypatch, *words, "how many?") == 0 == command(monkeypatch, *words, "how many?")
+    assert command(monkeypatch, *words, "how much?") == 2 and "(question)" in capsys.readouterr().err
+    answers.write_text("1\n3\n")
+    assert command(monkeypatch, *words, "how many?") == 2 and "(answers)" in capsys.readouterr().err
+
+
+def test_d5_what_failed_is_tried_again_on_request(world, tmp_path, monkeypatch, capsys):
+    folder, output = tmp_path / "images", tmp_path / "captions.jsonl"
+    shutil.copytree(world[0], folder)
+    words = ("caption", folder, "--checkpoint", MODEL, "--output", output)
+    assert command(monkeypatch, *words) == 0
+    good = [row for row in lines(output) if "error" not in row]
+    shutil.copy(folder / "0.png", folder / "broken.png")
+    assert command(monkeypatch, *words, "--resume") == 0 and len([r for r in lines(output) if "error" in r]) == 1
+    assert command(monkeypatch, *words, "--resume", "--retry_failed") == 0
+    rows = lines(output)
+    assert rows[:-1] == good and rows[-1]["image"] == str(folder / "broken.png") and "captions" in rows[-1]
+
+
+def test_d5_files_from_before_the_record_go_on(world, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "captions.jsonl"
+    words = ("caption", world[0], "--checkpoint", MODEL, "--output", output)
+    assert command(monkeypatch, *words) == 0
+    rows = output.read_text().splitlines(keepends=True)[1:]
+    output.write_text("".join(rows[:4]))
+    assert command(monkeypatch, *words, "--resume") == 0
+    assert output.read_text() == "".join(rows) and "has no record of its settings" in capsys.readouterr().err
+    ask = ("match", world[0], "--text", "a", "--checkpoint", MODEL, "--output", output, "--resume")
+    assert command(monkeypatch, *ask) == 2 and "results of another command" in capsys.readouterr().err
 
 
 def test_results_are_not_written_over(world, tmp_path, monkeypatch, capsys):

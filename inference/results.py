@@ -1,0 +1,206 @@
+"""Result rows of a command: written as they come, continued after an interruption, with what failed.
+
+A file of JSON lines begins with a record of what made it: {"made_by": {"command", "weights", settings}}.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from safetensors.numpy import save as to_safetensors
+
+from files import why_not_written, write_whole
+from inference.predictor import Row, note
+from utils import ProgressLine, UserError
+
+SHOWN_ERRORS = 5
+CHOOSE = "choose another --output"
+RESULT_OF = {"caption": "captions", "vqa": "answers", "match": "matches"}  # the key of a command's rows
+
+
+def refuse_existing(output: str, continued: bool, overwrite: bool) -> None:
+    """Refuse to write over an earlier result.
+
+    Raises:
+        UserError: the output has content, and is neither continued nor to be replaced.
+    """
+    if output and not continued and not overwrite and Path(output).is_file() and Path(output).stat().st_size:
+        raise UserError(f"{output} exists; continue it with --resume, replace it with --overwrite, or {CHOOSE}")
+
+
+def begin(output: Path, record: Row, resume: bool = False, retry_failed: bool = False) -> set[str]:
+    """Begin a file of JSON lines, or continue one that the same command with the same settings made.
+
+    Args:
+        output: of JSON lines.
+        record: what makes it: "command", and all that the rows depend on.
+        resume: continue; a last line cut off by a kill is removed.
+        retry_failed: remove the rows of images that failed, so that they are tried again.
+
+    Returns:
+        Names of the images that it has.
+
+    Raises:
+        UserError: it was made by something else, or it cannot be written.
+    """
+    record = json.loads(json.dumps(record))
+    if not resume or not output.is_file() or not output.stat().st_size:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(why_not_written(output, error)) from None
+        with write_whole(output) as file:
+            file.write(json.dumps({"made_by": record}) + "\n")
+        return set()
+    done, end, failed = set(), 0, False
+    with open(output, "rb") as file:
+        for number, line in enumerate(file):
+            if not line.endswith(b"\n"):
+                break
+            end += len(line)
+            row = _parse(output, line)
+            if number == 0:
+                _check_record(output, row, record)
+            if "image" in row and not (retry_failed and "error" in row):
+                done.add(row["image"])
+            failed |= "error" in row
+    os.truncate(output, end)
+    if retry_failed and failed:
+        with open(output, encoding="utf-8") as old, write_whole(output) as new:
+            new.writelines(line for line in old if "error" not in json.loads(line))
+    return done
+
+
+def digest_of(texts: Sequence[str]) -> str:
+    """Return a hash of texts, "" for none: what a record keeps of a long list."""
+    return hashlib.blake2b(json.dumps(texts).encode(), digest_size=8).hexdigest() if texts else ""
+
+
+def _parse(output: Path, line: bytes) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or not row.keys() & {"image", "made_by"}:
+        raise UserError(f"{output} holds no results of this command; {CHOOSE}")
+    return row
+
+
+def _check_record(output: Path, first: Row, record: Row) -> None:
+    """Refuse a file whose first row, its record, differs from the one given; older files have none."""
+    if "made_by" not in first:
+        if "error" not in first and RESULT_OF[record["command"]] not in first:
+            raise UserError(f"{output} holds results of another command; {CHOOSE}")
+        note(f"{output} has no record of its settings; they are taken to be the same")
+        return
+    old = first["made_by"]
+    changed = sorted(key for key in {*old, *record} if old.get(key) != record.get(key))
+    if changed:
+        raise UserError(
+            f"{output} was made with other settings ({', '.join(changed)}); restore them, {CHOOSE}, or replace it "
+            "with --overwrite"
+        )
+
+
+class Rows:
+    """Writes rows, each as it comes, and keeps those with an error.
+
+    Args:
+        output: .jsonl or .csv file, or "" for standard output.
+        append: add to the file.
+        flat: row -> the lines of a .csv.
+    """
+
+    def __init__(self, output: str = "", append: bool = False, flat: Callable[[Row], list[Row]] | None = None):
+        self.output, self.mode, self.flat = output, "a" if append else "w", flat
+        self.failed: list[Row] = []
+        self.total = 0
+
+    def write(self, rows: Iterable[Row]) -> None:
+        """Write rows.
+
+        Raises:
+            UserError: a full disk, for instance.
+        """
+        try:
+            if self.output.endswith(".csv"):
+                with write_whole(Path(self.output)) as file:
+                    self._write_csv(file, rows)
+            elif self.output:
+                Path(self.output).parent.mkdir(parents=True, exist_ok=True)
+                with open(self.output, self.mode, encoding="utf-8") as file:
+                    self._write_lines(file, rows)
+            else:
+                self._write_lines(sys.stdout, rows)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            where = self.output or "standard output"
+            raise UserError(f"{where} could not be written ({error.strerror}); free space or {CHOOSE}") from None
+
+    def _write_lines(self, file: IO[str], rows: Iterable[Row]) -> None:
+        for row in self.count(rows):
+            print(json.dumps(row), file=file, flush=True)
+
+    def _write_csv(self, file: IO[str], rows: Iterable[Row]) -> None:
+        assert self.flat is not None
+        writer: csv.DictWriter | None = None
+        for row in self.count(rows):
+            for line in [] if "error" in row else self.flat(row):
+                if writer is None:
+                    writer = csv.DictWriter(file, list(line), lineterminator="\n")
+                    writer.writeheader()
+                writer.writerow(line)
+
+    def count(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """Pass rows on, counting them and keeping those with an error."""
+        for row in rows:
+            self.total += 1
+            if "error" in row:
+                self.failed.append(row)
+            yield row
+
+    def report(self) -> None:
+        """Print the first errors and their number.
+
+        Raises:
+            UserError: every row has one.
+        """
+        for row in self.failed[:SHOWN_ERRORS]:
+            print(row["error"], file=sys.stderr)
+        if self.failed:
+            print(f"{len(self.failed)} of {self.total} images could not be used", file=sys.stderr)
+        if self.failed and len(self.failed) >= self.total:
+            raise UserError("no image could be used; the reasons are above")
+
+
+def track_rows(rows: Iterable[Row], total: int, title: str) -> Iterator[Row]:
+    """Pass rows on, with a progress line."""
+    line, start = ProgressLine(total, title), time.monotonic()
+    for done, row in enumerate(rows, 1):
+        yield row
+        line.update(done, f"{done / (time.monotonic() - start):.2f} images/s")
+    line.close()
+
+
+def save_features(output: Path, names: list[str], features: np.ndarray) -> None:
+    """Write features and names: .safetensors with "names" in its metadata, or .npy with .names.json beside it.
+
+    Raises:
+        UserError: they could not be written.
+    """
+    os.makedirs(output.parent, exist_ok=True)
+    with write_whole(output, "wb") as file:
+        if output.suffix == ".npy":
+            np.save(file, features)
+            with write_whole(output.with_suffix(".names.json")) as list_of_names:
+                json.dump(names, list_of_names)
+        else:
+            file.write(to_safetensors({"features": features}, {"names": json.dumps(names)}))

@@ -1,0 +1,76 @@
+"""Captions as text files beside their images, as programs that train image generators read them."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.images import is_url
+from files import write_whole
+from inference.predictor import Row
+from utils import UserError
+
+MODES = ("skip", "overwrite", "append")
+
+
+@dataclass(frozen=True)
+class Sidecars:
+    """Which text files are written, and how.
+
+    Args:
+        ending: of the text files, in place of the image's.
+        mode: of those that exist: "skip" leaves their images out, "overwrite", or "append" a line.
+        prefix, suffix: put before and after each caption.
+        best_only: write an image's first caption only, instead of one a line.
+    """
+
+    ending: str = ".txt"
+    mode: str = "skip"
+    prefix: str = ""
+    suffix: str = ""
+    best_only: bool = False
+
+    def path(self, image: str | Path) -> Path:
+        """Return the text file of an image."""
+        return Path(image).with_suffix("." + self.ending.lstrip("."))
+
+    def left(self, images: Sequence[Path | str]) -> list[Path | str]:
+        """Return the images that need a text file.
+
+        Raises:
+            UserError: two images have the same one, or an image is no file.
+        """
+        owners: dict[Path, str | Path] = {}
+        for image in images:
+            if is_url(str(image)):
+                raise UserError(f"{image} has no folder for a text file; leave out --sidecar, or give files")
+            other = owners.setdefault(self.path(image), image)
+            if other != image:
+                raise UserError(
+                    f"{other} and {image} have the same text file {self.path(image)}; rename one of them, or "
+                    "write --output captions.csv"
+                )
+        return [image for image in images if self.mode != "skip" or not self.path(image).is_file()]
+
+    def texts(self, row: Row) -> list[str]:
+        """Return the texts of a row of captions."""
+        captions = row["captions"][:1] if self.best_only else row["captions"]
+        return [f"{self.prefix}{found['caption']}{self.suffix}" for found in captions]
+
+    def lines(self, row: Row) -> list[Row]:
+        """Return the lines of a row in a .csv file."""
+        return [{"image": row["image"], "caption": text} for text in self.texts(row)]
+
+    def write(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """Write the text file of each row, whole or not at all, and pass the row on.
+
+        Raises:
+            UserError: one cannot be written.
+        """
+        for row in rows:
+            if "error" not in row:
+                path, lines = self.path(row["image"]), self.texts(row)
+                if self.mode == "append" and path.is_file():
+                    lines = [path.read_text(encoding="utf-8-sig").rstrip("\n"), *lines]
+                with write_whole(path) as file:
+                    file.write("\n".join(lines) + "\n")
+            yield row

@@ -1,0 +1,316 @@
+"""The four tasks of inference: captions, answers, matches and features, a row for each image."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from data.text import pre_question
+from inference.predictor import MAX_WORDS, Images, Predictor, Row, clean, note_cut
+from models.blip_itm import MAX_TEXT_TOKENS
+from models.blip_vqa import MAX_QUESTION_TOKENS
+from models.generation import GenerationConfig, seeded_uniforms
+from models.losses import similarity, unit_features
+from models.tokenizer import tokenize
+from utils import UserError
+
+SHOWN_ANSWERS = 5
+CAPTION_DEFAULTS = {"max_length": 20, "min_length": 5, "num_beams": 3}
+
+
+class Captioner(Predictor):
+    """Writes captions (paper section 5.2)."""
+
+    def caption(self, images: Images, **settings: Any) -> list[Row]:
+        """Caption images; arguments as for `captions`, which yields them as they come."""
+        return list(self.captions(images, **settings))
+
+    def captions(
+        self,
+        images: Images,
+        num_captions: int = 1,
+        sample: bool = False,
+        num_beams: int | None = None,
+        max_length: int | None = None,
+        min_length: int | None = None,
+        top_p: float = 0.9,
+        top_k: int = 50,
+        temperature: float = 1.0,
+        repetition_penalty: float | None = None,
+        length_penalty: float = 1.0,
+        seed: int = 42,
+        rank_by: "Matcher | None" = None,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        names: Sequence[str] | None = None,
+    ) -> Iterator[Row]:
+        """Yield {"image", "captions": [{"caption", "log_prob"}, ...]}, the best caption first.
+
+        Args:
+            images: one or several, in any form that `data.images.as_rgb` takes, or a generator of them.
+            num_captions: captions of each image; of a search at most `num_beams`.
+            sample: nucleus sampling instead of beam search.
+            num_beams: width of the search; 1 is greedy. None: as the checkpoint was evaluated, or 3.
+            max_length, min_length: in tokens, prompt and [DEC] included. None: as the checkpoint was evaluated,
+                or 20 and 5.
+            top_p, top_k: sampling draws from the likeliest tokens up to this share of probability, and from at most
+                so many; 0 for any number.
+            temperature: of sampling; above 1 makes rare tokens likelier.
+            repetition_penalty: above 1 makes tokens that the text has already less likely; None: 1.1 in sampling,
+                1.0 in search.
+            length_penalty: of beam search; above 1 prefers longer captions.
+            seed: of sampling; an image's captions depend on it and on the image's name only.
+            rank_by: a matching model that takes images of the same size; the captions come in the order of the
+                "probability" that they match the image, which their rows then have.
+            batch_size: images at once.
+            num_workers: processes that read images.
+            names: of the images, for "image" in the rows; None takes their paths.
+
+        Raises:
+            UserError: settings that do not go together, such as more captions than beams.
+        """
+        asked = {"max_length": max_length, "min_length": min_length, "num_beams": num_beams}
+        config = GenerationConfig(
+            **{name: self.setting(name, value) for name, value in asked.items()},
+            sample=sample, top_p=top_p, top_k=top_k, temperature=temperature, repetition_penalty=repetition_penalty,
+            length_penalty=length_penalty, num_return=num_captions,
+        )  # fmt: skip
+        predict = partial(self._write, config=config, seed=seed, rank_by=rank_by)
+        yield from self.rows(images, predict, batch_size, num_workers, names)
+
+    def _write(
+        self, image: torch.Tensor, names: list[str], config: GenerationConfig, seed: int, rank_by: "Matcher | None"
+    ) -> list[Row]:
+        num, uniforms = config.num_return, None
+        if config.sample:
+            uniforms = seeded_uniforms(seed, names, num, config.max_length, self.device)
+        texts, log_probs = self.model.caption(image, config, uniforms)
+        rows = [{"caption": t, "log_prob": round(p, 4)} for t, p in zip(texts, log_probs.tolist(), strict=True)]
+        groups = [rows[i : i + num] for i in range(0, len(rows), num)]
+        if rank_by:
+            groups = rank_by.rank(image, groups)
+        elif config.sample:
+            groups = [sorted(group, key=lambda row: -row["log_prob"]) for group in groups]
+        return [{"captions": group} for group in groups]
+
+    def setting(self, name: str, asked: int | None) -> int:
+        """Return what was asked for, or else what the checkpoint was evaluated with, or the released value."""
+        return asked if asked is not None else self.config.get(name, CAPTION_DEFAULTS[name])
+
+
+class Answerer(Predictor):
+    """Answers questions (paper section 5.3)."""
+
+    def answer(
+        self, images: Images, questions: Sequence[str] | str, **settings: Any
+    ) -> list[Row]:
+        """Answer questions; arguments as for `answers`, which yields them as they come."""
+        return list(self.answers(images, questions, **settings))
+
+    def answers(
+        self,
+        images: Images,
+        questions: Sequence[str] | str,
+        answers: Sequence[str] = (),
+        k_test: int = 128,
+        batch_size: int = 16,
+        num_workers: int = 0,
+    ) -> Iterator[Row]:
+        """Yield {"image", "answers": [{"question", "answer", ...}, ...]}, every question asked of every image.
+
+        Args:
+            images: as for `Captioner.captions`.
+            questions: one or several.
+            answers: to choose among; without them the model writes freely.
+            k_test: answers, by their first token, that are scored whole.
+            batch_size: images at once.
+            num_workers: processes that read images.
+
+        Each answer has "log_prob" when written freely. Chosen ones have "probability", which sums to 1 over the
+        scored answers, and the likeliest "candidates".
+
+        Raises:
+            UserError: no question, or an empty one.
+        """
+        asked = [questions] if isinstance(questions, str) else list(questions)
+        texts = [pre_question(text, MAX_WORDS) for text in asked]
+        if not texts or not all(texts):
+            raise UserError("a question is empty; ask at least one, such as 'what color is the dog?'")
+        note_cut(self.model.tokenizer, asked, MAX_QUESTION_TOKENS, "questions")
+        candidates = tokenize(self.model.tokenizer, answers, "dec", device=self.device) if answers else None
+
+        def predict(image: torch.Tensor, names: list[str]) -> list[Row]:
+            projection = self.model.text_encoder.project(self.model.visual_encoder(image))
+            columns = []
+            for text in texts:  # one at a time, so that no question is padded: written answers read padding
+                tokens = tokenize(self.model.tokenizer, [text] * len(image), "enc", MAX_QUESTION_TOKENS, self.device)
+                states = self.model.text_encoder(*tokens, projection)
+                columns.append(
+                    self._write(states) if candidates is None
+                    else self._choose(states, tokens.attention_mask, candidates.input_ids, list(answers), k_test)
+                )  # fmt: skip
+            return [
+                {"answers": [{"question": q, **column[i]} for q, column in zip(asked, columns, strict=True)]}
+                for i in range(len(image))
+            ]
+
+        yield from self.rows(images, predict, batch_size, num_workers)
+
+    def _write(self, states: torch.Tensor) -> list[Row]:
+        texts, log_probs = self.model.generate_answers(states)
+        return [{"answer": t, "log_prob": round(p, 4)} for t, p in zip(texts, log_probs.tolist(), strict=True)]
+
+    def _choose(
+        self, states: torch.Tensor, atts: torch.Tensor, ids: torch.Tensor, answers: list[str], k: int
+    ) -> list[Row]:
+        losses, candidates = self.model.rank_losses(states, atts, ids, k)
+        probabilities, order = (-losses).softmax(dim=1).sort(dim=1, descending=True, stable=True)
+        rows = []
+        for chosen, probability in zip(candidates.gather(1, order).tolist(), probabilities.tolist(), strict=True):
+            ranked = [
+                {"answer": answers[c], "probability": round(p, 4)} for c, p in zip(chosen, probability, strict=True)
+            ]
+            rows.append({**ranked[0], "candidates": ranked[:SHOWN_ANSWERS]})
+        return rows
+
+
+class Matcher(Predictor):
+    """Judges whether texts describe images, by the matching head and by cosine (paper section 4.1)."""
+
+    def match(
+        self, images: Images, texts: Sequence[str] | str, **settings: Any
+    ) -> list[Row]:
+        """Match images and texts; arguments as for `matches`, which yields them as they come."""
+        return list(self.matches(images, texts, **settings))
+
+    def matches(
+        self,
+        images: Images,
+        texts: Sequence[str] | str,
+        batch_size: int = 16,
+        num_workers: int = 0,
+    ) -> Iterator[Row]:
+        """Yield {"image", "matches": [{"text", "probability", "cosine"}, ...]}, every text with every image.
+
+        Args:
+            images: as for `Captioner.captions`.
+            texts: one or several.
+            batch_size: images at once.
+            num_workers: processes that read images.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        with torch.no_grad():
+            text_feat = self.text_feat(texts)
+
+        def predict(image: torch.Tensor, names: list[str]) -> list[Row]:
+            tokens = self.model.visual_encoder(image)
+            probability = self.match_logits(tokens, texts).softmax(dim=-1)[..., 1]
+            cosine = similarity(self.image_feat(tokens), text_feat)
+            return [
+                {
+                    "matches": [
+                        {"text": t, "probability": round(p, 4), "cosine": round(c, 4)} for t, p, c in zip(texts, *row)
+                    ]
+                }
+                for row in zip(probability.tolist(), cosine.tolist(), strict=True)
+            ]
+
+        yield from self.rows(images, predict, batch_size, num_workers)
+
+    def match_logits(self, tokens: torch.Tensor, texts: Sequence[str]) -> torch.Tensor:
+        """Logits of "no match" and "match" of images' tokens (images, length, width) and texts: (images, texts, 2)."""
+        first = self.model.first_token
+        text = tokenize(self.model.tokenizer, clean(texts), first, MAX_TEXT_TOKENS, self.device)
+        projection = self.model.text_encoder.project(tokens).read_by(len(texts))
+        ids, mask = (x.repeat(len(tokens), 1) for x in text)
+        logits = self.model.itm_head(self.model.text_encoder(ids, mask, projection)[:, 0])
+        return logits.float().view(len(tokens), len(texts), 2)
+
+    def own_probabilities(self, tokens: torch.Tensor, texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Probability that each image's own texts describe it; an image's tokens are projected once for all of them.
+
+        Args:
+            tokens: of images (images, length, width).
+            texts: any number for each image.
+        """
+        owner = torch.tensor([i for i, own in enumerate(texts) for _ in own], device=self.device)
+        if not len(owner):
+            return [[] for _ in texts]
+        flat = clean([text for own in texts for text in own])
+        text = tokenize(self.model.tokenizer, flat, self.model.first_token, MAX_TEXT_TOKENS, self.device)
+        projection = self.model.text_encoder.project(tokens).select(owner)
+        logits = self.model.itm_head(self.model.text_encoder(*text, projection)[:, 0])
+        found = iter(logits.float().softmax(dim=1)[:, 1].tolist())
+        return [[next(found) for _ in own] for own in texts]
+
+    def rank(self, image: torch.Tensor, captions: list[list[Row]]) -> list[list[Row]]:
+        """Return each image's caption rows in the order of their "probability" of a match, which is added to them.
+
+        Args:
+            image: (images, 3, H, W).
+            captions: rows with "caption", some for each image.
+
+        Raises:
+            UserError: the images have another size than this model takes.
+        """
+        if image.shape[-1] != self.image_size:
+            raise UserError(
+                f"the ranking model takes images of {self.image_size} pixels and the captioner of {image.shape[-1]}; "
+                f"load it with image_size={image.shape[-1]}"
+            )
+        found = self.own_probabilities(
+            self.model.visual_encoder(image), [[row["caption"] for row in own] for own in captions]
+        )
+        for own, probabilities in zip(captions, found, strict=True):
+            for row, probability in zip(own, probabilities, strict=True):
+                row["probability"] = round(probability, 4)
+            own.sort(key=lambda row: -row["probability"])
+        return captions
+
+    def text_feat(self, texts: Sequence[str]) -> torch.Tensor:
+        """Unit features (texts, embed_dim).
+
+        Raises:
+            UserError: no text, or an empty one.
+        """
+        if not texts or not all(clean(texts)):
+            raise UserError("a text is empty; give at least one, such as 'a dog on a beach'")
+        note_cut(self.model.tokenizer, texts, MAX_TEXT_TOKENS, "texts")
+        text = tokenize(self.model.tokenizer, clean(texts), "cls", MAX_TEXT_TOKENS, self.device)
+        return unit_features(self.model.text_proj, self.model.text_encoder(*text)[:, 0])
+
+    def image_feat(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Unit features (images, embed_dim) of images' tokens."""
+        return unit_features(self.model.vision_proj, tokens[:, 0])
+
+
+class Extractor(Predictor):
+    """Features of images."""
+
+    def features(self, images: Images, **settings: Any) -> list[Row]:
+        """Return features; arguments as for `each_features`, which yields them as they come."""
+        return list(self.each_features(images, **settings))
+
+    def each_features(
+        self, images: Images, kind: str = "cls", batch_size: int = 16, num_workers: int = 0
+    ) -> Iterator[Row]:
+        """Yield {"image", "features"}, float32.
+
+        Args:
+            images: as for `Captioner.captions`.
+            kind: "cls": the [CLS] token (width,); "tokens": all tokens (1 + patches, width).
+            batch_size: images at once.
+            num_workers: processes that read images.
+
+        Raises:
+            UserError: another kind.
+        """
+        if kind not in ("cls", "tokens"):
+            raise UserError(f"kind is {kind!r}; expected 'cls' or 'tokens'")
+
+        def predict(image: torch.Tensor, names: list[str]) -> list[Row]:
+            tokens = self.model.visual_encoder(image).float().cpu()
+            return [{"features": (row[0] if kind == "cls" else row).numpy()} for row in tokens]
+
+        yield from self.rows(images, predict, batch_size, num_workers)
