@@ -15,13 +15,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
-from benchmarks.memory import CASES, build
+from benchmarks.case import word_texts
 from benchmarks.results import fill
-from benchmarks.rows import pretraining_floor, word_texts
+from benchmarks.training_rows import build_pretraining, pretraining_floor
 from models.blip_pretrain import BLIP_Pretrain
 
 PAGE = Path(__file__).parent.parent / "docs" / "large_runs.md"
 CAPTION = max(word_texts(75), key=lambda text: len(text.split()))  # a batch is padded to its longest text
+CASES = {"none": (False, False), "image": (True, False), "text": (False, True), "image and text": (True, True)}
 BATCHES = (8, 16)  # pairs of two passes; their difference gives the bytes of a pair
 PEAKS = {"A100": 312e3, "H100": 989e3}  # GFLOP/s in bfloat16, dense, by data sheet
 UTILISATION = (0.15, 0.45)
@@ -57,7 +58,7 @@ def kept_bytes(vit: Any, case: str, **settings: Any) -> tuple[float, float]:
     # without dropout of attention: with it a CPU keeps the attention, which a GPU's kernels recompute
     text = {**settings.pop("med_config", {}), "attention_probs_dropout_prob": 0.0}
     with torch.device("meta"):
-        models = [build(*CASES[case], vit=vit, med_config=text, **settings) for _ in BATCHES]
+        models = [build_pretraining(*CASES[case], vit=vit, med_config=text, **settings) for _ in BATCHES]
     few, many = (forward_bytes(model, pairs) for model, pairs in zip(models, BATCHES, strict=True))
     pair = (many - few) / (BATCHES[1] - BATCHES[0])
     return pair, few - BATCHES[0] * pair
@@ -66,7 +67,7 @@ def kept_bytes(vit: Any, case: str, **settings: Any) -> tuple[float, float]:
 def counts(vit: Any, **settings: Any) -> dict[str, float]:
     """Return the counts of one model by name, in the units that the names give."""
     with torch.device("meta"):
-        model = build(False, False, vit=vit, **settings)
+        model = build_pretraining(False, False, vit=vit, **settings)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     momentum = sum(p.numel() for p in model.parameters()) - trained
     queues = model.image_queue.numel() + model.text_queue.numel()

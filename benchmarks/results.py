@@ -1,9 +1,9 @@
-"""RESULTS.md: each benchmark owns one section, which its last run has written."""
+"""Writing of RESULTS.md, in which each benchmark owns a section."""
 
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
-TITLE = "# Measured\n\nEach section is what its command printed last. Ratios hold within a run; seconds do not."
+TITLE = "# Measured\n\nEach section is the last output of its command. Ratios hold within a run; seconds do not."
 
 
 def write_section(title: str, body: str) -> None:

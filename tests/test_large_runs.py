@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import large_runs, results
-from benchmarks.memory import build
+from benchmarks.training_rows import build_pretraining
 
 VOCABULARY = Path(__file__).parent.parent / "configs" / "miniature" / "vocab.txt"
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
@@ -17,7 +17,7 @@ VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
 
 
 def test_counts_are_those_of_the_model():
-    real, found = build(False, False, vit=VIT, **SETTINGS), large_runs.counts(VIT, **SETTINGS)
+    real, found = build_pretraining(False, False, vit=VIT, **SETTINGS), large_runs.counts(VIT, **SETTINGS)
     trained = sum(p.numel() for p in real.parameters() if p.requires_grad)
     momentum = sum(p.numel() for p in real.parameters() if not p.requires_grad)
     assert found["parameters trained, millions"] == trained / 1e6
@@ -35,7 +35,7 @@ def test_kept_bytes_are_those_of_a_real_forward_pass():
     held = []
     for pairs in large_runs.BATCHES:
         text = TEXT | {"attention_probs_dropout_prob": 0.0}
-        model, kept = build(False, False, vit=VIT, **(SETTINGS | {"med_config": text})), {}
+        model, kept = build_pretraining(False, False, vit=VIT, **(SETTINGS | {"med_config": text})), {}
         weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
 
         def pack(tensor, kept=kept, weights=weights):
