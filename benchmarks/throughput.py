@@ -97,13 +97,13 @@ def pretraining_rows(sizes: dict[str, Size], batches: list[int], device: str, pe
                 yield [name, precision, *row]
 
 
-def inference_rows(size: Size, device: str) -> Iterator[str]:
-    """Yield rows of captioning, re-ranking and VQA ranking, in float32 and bfloat16."""
+def inference_rows(size: Size, device: str, count: int) -> Iterator[str]:
+    """Yield rows of captioning, re-ranking and VQA ranking of `count` texts, in float32 and bfloat16."""
     makes = {
         "captioning 8 images, beam 3, 20 tokens": lambda amp: captioning(device, amp, size, images=8),
-        "re-ranking one image against 128 texts": lambda amp: reranking(device, amp, size, count=128),
-        "VQA ranking, released padding": lambda amp: answer_ranking(device, True, amp, size),
-        "VQA ranking, masked padding": lambda amp: answer_ranking(device, False, amp, size),
+        f"re-ranking one image against {count} texts": lambda amp: reranking(device, amp, size, count),
+        "VQA ranking, released padding": lambda amp: answer_ranking(device, True, amp, size, count),
+        "VQA ranking, masked padding": lambda amp: answer_ranking(device, False, amp, size, count),
     }
     for title, make in makes.items():
         for amp in (False, True):
@@ -173,9 +173,15 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def report(
-    device: str, sizes: dict[str, Size], batches: list[int], image_sizes: tuple[int, ...], workers: list[int],
-    batch_size: int, steps: int,
-) -> str:  # fmt: skip
+    device: str,
+    sizes: dict[str, Size],
+    batches: list[int],
+    image_sizes: tuple[int, ...],
+    workers: list[int],
+    batch_size: int,
+    steps: int,
+    count: int,
+) -> str:
     """Measure everything and return the page.
 
     Args:
@@ -185,6 +191,7 @@ def report(
         image_sizes: pixels of the images that are read.
         workers: numbers of loading processes.
         batch_size, steps: of the steps that read images.
+        count: texts that are ranked.
     """
     peak, source = peak_rate(device)
     facts = machine(device)
@@ -197,7 +204,7 @@ def report(
         f"## Pretraining\n\nMFU is the share of {peak / 1e3:.1f} TFLOP/s, the rate of {source}.",
         table(PRETRAINING_COLUMNS, pretraining_rows(pretrained, batches, device, peak)),
         "## Inference\n\nThe peer is the fastest of transformers and the released algorithm in the same precision.",
-        "\n".join((f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *inference_rows(first, device))),
+        "\n".join((f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *inference_rows(first, device, count))),
         f"## Waiting for data\n\nCaptioning steps of {batch_size} JPEGs of 640 x 480 pixels, bfloat16.",
         table(WAITING_COLUMNS, (waiting(size, batch_size, n, device, steps) for size, n in loading)),
     )
@@ -215,7 +222,7 @@ def main() -> int:
         return 2
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     batches = [size for size in (16, 32, 64, 128, 256, 512, 1024) if size <= args.largest]
-    page = report("cuda", {"base": BASE, "large": LARGE}, batches, (224, 384), [8, 12, 16], 64, 50)
+    page = report("cuda", {"base": BASE, "large": LARGE}, batches, (224, 384), [8, 12, 16], 64, 50, 128)
     args.output.write_text(page, encoding="utf-8")
     print(f"wrote {args.output}")
     return 0
