@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import utils
 from launch.config import CapFiltConfig, CaptionConfig
 from launch.run import explain_error, launch
 from launch.watchdog import Watchdog
@@ -90,3 +91,21 @@ def test_17_15_deterministic(monkeypatch, capsys, tmp_path):
         torch.backends.cudnn.deterministic = before
         os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
     assert seen == [(False, False, False), None, (True, True, False), ":4096:8"]
+
+
+def test_17_1_collectives_take_tensors_of_any_device(monkeypatch):
+    """Under NCCL a tensor of the CPU goes to the rank's GPU first; "meta" stands for it here."""
+    sent = []
+    monkeypatch.setattr(utils.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(utils.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(utils.dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    monkeypatch.setattr(utils.dist, "all_reduce", lambda tensor, *_: sent.append(tensor))
+    monkeypatch.setattr(utils.dist, "broadcast", lambda tensor, **_: sent.append(tensor))
+    monkeypatch.setattr(utils.dist, "all_gather", lambda parts, tensor: sent.extend([*parts, tensor]))
+    for function in (utils.all_reduce, utils.all_reduce_mean, utils.all_reduce_max, utils.all_gather):
+        with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):  # on the way back
+            function(torch.tensor([1.5]))
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        utils.broadcast_([torch.tensor([1.5])])
+    assert len(sent) == 7 and all(tensor.device.type == "meta" for tensor in sent)
