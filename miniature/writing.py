@@ -133,23 +133,22 @@ def ground_truth(ids: Sequence[int], captions: Sequence[Sequence[str]], domains:
 def write_questions(folder: Path, split: str, scenes: Sequence[Scene], seed: int) -> None:
     """Write questions with ten answers; every eighth training image has Visual Genome questions with one answer."""
     rng = generator(seed, "vqa", split)
-    rows: dict[str, list[dict[str, Any]]] = {f"vqa_{split}": []}
-    if split == "train":
-        rows["vg_qa"] = []
+    rows: dict[str, list[dict[str, Any]]] = {"vqa": [], "vg": []}
     for i, scene in enumerate(scenes):
+        dataset = "vg" if split == "train" and i % 8 == 0 else "vqa"
         for number, question in enumerate(text.questions(scene, rng, 4)):
-            genome = split == "train" and i % 8 == 0
             row = {
-                "dataset": "vg" if genome else "vqa",
+                "dataset": dataset,
                 "image": image(split, i),
                 "question": question.text,
                 "question_id": image_id(split, i) * 10 + number,
-                "answer": question.answer if genome else text.ten_answers(question, rng),
+                "answer": question.answer if dataset == "vg" else text.ten_answers(question, rng),
                 "answer_type": question.kind,
             }
-            rows["vg_qa" if genome else f"vqa_{split}"].append(row)
-    for name, content in rows.items():
-        write_json(folder / f"{name}.json", content)
+            rows[dataset].append(row)
+    write_json(folder / f"vqa_{split}.json", rows["vqa"])
+    if split == "train":
+        write_json(folder / "vg_qa.json", rows["vg"])
 
 
 def write_statements(folder: Path, split: str, scenes: Sequence[Scene], seed: int) -> None:
