@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from models.export import export, write_checkpoint, write_huggingface
-from utils import UserError, user_message
+from utils import UserError, run_command
 
 EXAMPLES = """examples:
   python convert.py --to-hf model_base_vqa_capfilt_large.pth --output blip-vqa
@@ -21,25 +21,15 @@ length_penalty=0 to both for equal beam searches. Its matching model starts text
 with first_token="cls"."""
 
 
-def main() -> int:
-    """Run the command line; return the exit code."""
+def main() -> None:
+    """Convert as the command line says."""
     args = _parser().parse_args()
     try:
         convert(args)
-        print(f"wrote {args.output}")
-        return 0
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except UserError as error:
-        print(f"error: {user_message(error)}", file=sys.stderr)
-        return 2
     except OSError as error:
-        print(
-            f"error: {args.output} could not be written ({error.strerror}); free space, or choose --output",
-            file=sys.stderr,
-        )
-        return 2
+        reason = f"{args.output} could not be written ({error.strerror}); free space, or choose --output"
+        raise UserError(reason) from None
+    print(f"wrote {args.output}")
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -78,4 +68,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

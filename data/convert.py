@@ -14,7 +14,7 @@ from typing import Any
 
 from data.publishers import convert
 from files import write_json
-from utils import UserError
+from utils import UserError, run_command
 
 
 def read_published(path: Path) -> Any:
@@ -57,7 +57,7 @@ def write_tables(paths: list[Path], output: Path, prefix: str | None = None, ove
     return [write_json(path, content) for path, content in files.items()]
 
 
-def main() -> int:
+def main() -> None:
     """Parse the command line and convert."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, help="file to convert; for VQA v2 questions and annotations")
@@ -65,14 +65,9 @@ def main() -> int:
     parser.add_argument("--image_prefix", help="folder of the images under image_root (default: the publisher's)")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     args = parser.parse_args()
-    try:
-        for path in write_tables(args.files, args.output, args.image_prefix, args.overwrite):
-            print(path)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    for path in write_tables(args.files, args.output, args.image_prefix, args.overwrite):
+        print(path)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))
