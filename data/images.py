@@ -61,15 +61,19 @@ def _find(text: str) -> Path | bytes:
     """Return the path that a text names, or the bytes that it encodes in base64."""
     if is_url(text):
         return cached(text)
-    encoded = text.partition(",")[2] if text.startswith("data:") else text
-    if text.startswith("data:") or not _exists(Path(text)):
-        try:
-            content = base64.b64decode(encoded, validate=True)
-        except ValueError:
-            return Path(text)
-        if text.startswith("data:") or len(content) > MIN_BYTES:
-            return content
-    return Path(text)
+    return from_base64(text) or Path(text)
+
+
+def from_base64(text: str) -> bytes:
+    """Return the bytes of base64 text, or of a data: URL; b"" for any other text, such as a path."""
+    is_data = text.startswith("data:")
+    if not is_data and (is_url(text) or _exists(Path(text))):
+        return b""
+    try:
+        content = base64.b64decode(text.partition(",")[2] if is_data else text, validate=True)
+    except ValueError:
+        return b""
+    return content if is_data or len(content) > MIN_BYTES else b""
 
 
 def _exists(path: Path) -> bool:

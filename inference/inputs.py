@@ -84,6 +84,8 @@ def _expand(path: Path, recursive: bool, among_others: bool, skipped: Counter[st
         raise UserError(f"{str(path)[:200]} does not exist; {EXPECTED}")
     if is_folder:
         return sorted(_walk(path, recursive, skipped))
+    if among_others and _is_system_file(path.name):
+        return []
     if path.suffix.lower() in LISTS:
         if among_others and not _is_list_of_images(path):
             skipped[f"{path.suffix.lower()} files that name no images"] += 1
@@ -103,13 +105,17 @@ def _walk(folder: Path, recursive: bool, skipped: Counter[str]) -> Iterator[Path
             skipped["linked folders, which are searched when named"] += len(links)
         folders[:] = [name for name in folders if name not in SYSTEM_NAMES] if recursive else []
         for name in files:
-            if name in SYSTEM_NAMES or name.startswith("._"):
+            if _is_system_file(name):
                 continue
             path = Path(parent, name)
             if path.suffix.lower() in image_endings():
                 yield path
             else:
                 skipped[f"{path.suffix.lower() or 'files without ending'}{' files' if path.suffix else ''}"] += 1
+
+
+def _is_system_file(name: str) -> bool:
+    return name in SYSTEM_NAMES or name.startswith("._")
 
 
 def _is_list_of_images(path: Path) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.images import FORMS, ImageSource, image_batches
+from data.images import FORMS, ImageSource, from_base64, image_batches
 from data.text import pre_caption
 from data.transforms import test_transform
 from models.precision import autocast
@@ -22,7 +22,6 @@ Row = dict[str, Any]
 Images = ImageSource | Iterable[ImageSource]
 Predict = Callable[[torch.Tensor, list[str]], list[Row]]  # images (batch, 3, H, W), their names -> a row for each
 MAX_WORDS = 50
-LONGEST_PATH = 4096  # characters; a longer text is base64
 BATCHES_HELD = 8  # batches of a generator's images that are held at once
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # of CUDA and MPS, of CPUs
 
@@ -145,7 +144,7 @@ def _chunks(images: Images, size: int) -> Iterator[tuple[int, Sequence[ImageSour
 def image_name(image: ImageSource) -> str:
     """Return an image's path or URL; "" for an encoded image, and for an open one that came from no file."""
     if isinstance(image, str):
-        return "" if image.startswith("data:") or len(image) > LONGEST_PATH else image
+        return "" if from_base64(image) else image
     name = image if isinstance(image, Path) else getattr(image, "filename", "") or getattr(image, "name", "")
     return str(name) if isinstance(name, str | Path) else ""
 
