@@ -33,7 +33,7 @@ def load(
         task: "caption", "vqa", "match" or "features".
         checkpoint: a path, a URL or `hf:owner/name`.
         device: "cuda", "xpu", "mps" or "cpu"; "" for a GPU where there is one.
-        amp: "bf16" or "fp16" for mixed precision.
+        amp: "bf16", "fp16" or "auto" for mixed precision.
         allow_pickle: accept a file that may run code when it is read.
         cpu_products: float32 products on a CPU, as for `models.cpu_products.use_cpu_products`.
         tf32: float32 products on a GPU use TF32, as the released code did.

@@ -69,7 +69,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     add("--batch_size", type=whole(1), default=16, help="images at once; halved where they do not fit (default: 16)")
     add("--num_workers", type=whole(0), default=0, help="processes that read images (default: 0)")
     add("--device", default="", help="cuda, xpu, mps or cpu (default: cuda where there is one)")
-    add("--amp", choices=("", "bf16", "fp16"), default="", help="mixed precision")
+    add("--amp", choices=("", "bf16", "fp16", "auto"), default="", help="mixed precision")
     add("--image_size", type=whole(1), help="side of the model's input (default: the checkpoint's)")
     add("--vit", help="tiny, small, base or large (default: the checkpoint's)")
     add("--med_config", help="JSON file of the text transformer (default: the checkpoint's)")

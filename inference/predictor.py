@@ -32,7 +32,7 @@ class Predictor:
     Args:
         model: in eval mode, on its device.
         image_size: side in pixels of the square that the model takes.
-        amp: "bf16" or "fp16" for mixed precision.
+        amp: "bf16", "fp16" or "auto" for mixed precision.
         config: settings that the checkpoint was trained with, as far as it has them.
     """
 

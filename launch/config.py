@@ -58,7 +58,7 @@ class ModelConfig(Settings):
     image_size: int = setting(384, "side of the square input in pixels")
     exif_orientation: bool = setting(False, "turn images as EXIF says, and scale 16 bits to 8, as predict.py does")
     num_workers: int = setting(4, "processes that load data, per process that trains")
-    amp: str = setting("", "mixed precision: 'bf16', 'fp16' for GPUs without bfloat16, or '' for float32")
+    amp: str = setting("", "mixed precision: 'bf16', 'fp16' (older GPUs), 'auto' (bf16 where fast), '' for float32")
     tf32: bool = setting(True, "float32 products on a GPU use TF32, as the released code did")
     compile: bool = setting(False, "compile the transformer blocks")
     deterministic: bool = setting(False, "PyTorch's deterministic algorithms, to repeat a run on a GPU; slower")
@@ -246,7 +246,7 @@ class CapFiltConfig(Settings):
     shard_size: int = setting(1000, "pairs of one shard, the unit of work; of tar shards, how many are held at once")
     batch_size: int = setting(64, "images at once")
     num_workers: int = setting(0, "processes that read images, per process")
-    amp: str = setting("", "'bf16' for mixed precision in bfloat16; '' for float32")
+    amp: str = setting("", "mixed precision: 'bf16', 'fp16' (older GPUs), 'auto' (bf16 where fast), '' for float32")
 
 
 Config = TypeVar("Config", bound=Settings)

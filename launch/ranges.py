@@ -49,7 +49,7 @@ RANGES = {
     "weight_decay": ">= 0",
 }
 CHOICES = {
-    "amp": ("", "bf16", "fp16"),
+    "amp": ("", "bf16", "fp16", "auto"),
     "cpu_products": ("auto", "onednn", "torch"),
     "dataset": ("coco", "flickr"),
     "grad_ckpt": ("torch", "fairscale"),

@@ -1,18 +1,23 @@
-"""Precision of products: TF32 on GPUs is on unless it is switched off."""
+"""Precision of products: TF32 on GPUs unless it is switched off, and mixed precision by the setting `amp`."""
 
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from launch.config import NLVRConfig
 from launch.run import launch
+from models import precision
+from utils import UserError
 
+CPU = torch.device("cpu")
 CONFIG = "configs/miniature/nlvr.yaml"
 
 
 @pytest.fixture(autouse=True)
 def unchanged():
+    precision.note_slow_bfloat16.cache_clear()
     kept = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = kept
@@ -27,3 +32,27 @@ def test_17_2_scripts_allow_tf32(tmp_path, monkeypatch, setting, expected):
     main = lambda config, run: seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))  # noqa: E731
     assert launch(main, NLVRConfig, CONFIG, "output", "test") == 0
     assert seen == [(expected, expected)]
+
+
+def test_bfloat16_is_noted_once_where_it_is_slow(monkeypatch, capsys):
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device_type: False)
+    for _ in range(2):
+        with precision.autocast("bf16", CPU):
+            assert torch.ones(2, 2).mm(torch.ones(2, 2)).dtype == torch.bfloat16
+    captured = capsys.readouterr()
+    assert captured.err.count("amp: bf16 is slower than float32 here") == 1 and not captured.out
+
+
+def test_auto_chooses_by_the_device(monkeypatch, capsys):
+    for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(precision, "has_bfloat16", lambda device_type, fast=fast: fast)
+        with precision.autocast("auto", CPU):
+            assert torch.ones(2, 2).mm(torch.ones(2, 2)).dtype == dtype
+    assert not capsys.readouterr().err
+
+
+def test_other_settings():
+    assert isinstance(precision.autocast("", CPU), nullcontext)
+    assert isinstance(precision.has_bfloat16("cpu"), bool)
+    with pytest.raises(UserError, match="amp is 'int8'; expected 'bf16', 'fp16', 'auto', or '' for float32"):
+        precision.autocast("int8", CPU)
