@@ -208,7 +208,8 @@ def retrieval_evaluation(device: str, share: int = 100, size: Size = SMALL) -> C
         for image, wanted in zip(own.tolist(), wanted_pairs(to_texts, to_images, own), strict=True):
             logits = match_image(model, states[image : image + 1], [rows[t] for t in wanted], 64)
             scored = torch.full((2500,), -100.0, device=device)
-            found[image] = scored.index_copy(0, wanted.to(device), logits + similarity[image, wanted.to(device)])
+            index = torch.tensor(wanted, device=device)
+            found[image] = scored.index_copy(0, index, logits + similarity[image, index])
         return found
 
     @torch.no_grad()

@@ -63,13 +63,14 @@ def two_stage_scores(
     own = torch.arange(get_rank(), num_images, get_world_size())
     image_feat = image_feat.to(device)
     to_texts, to_images = candidates(image_feat, text_feat, own, k_test)
-    images, asked, found = own.tolist(), wanted_pairs(to_texts, to_images, own), []
+    images = range(get_rank(), num_images, get_world_size())
+    asked, found = wanted_pairs(to_texts, to_images, own), []
     for image, wanted, image_embeds in zip(images, asked, track(embeds, "matching"), strict=True):
         itm = match_image(model, image_embeds.to(device, non_blocking=True), [tokens[t] for t in wanted], batch_size)
-        wanted_feat = text_feat[wanted.to(device, non_blocking=True)]
+        wanted_feat = text_feat[torch.tensor(wanted, dtype=torch.long).to(device, non_blocking=True)]
         found.append(itm + similarity(image_feat[image : image + 1], wanted_feat)[0])
     scores = [row.numpy() for row in torch.cat(found).cpu().split([len(wanted) for wanted in asked])] if found else []
-    pairs = [(image, wanted.numpy(), row) for image, wanted, row in zip(images, asked, scores, strict=True)]
+    pairs = [(image, np.array(wanted, np.int64), row) for image, wanted, row in zip(images, asked, scores, strict=True)]
     return fill_matrices(pairs, to_texts, to_images, own, (num_images, len(texts)))
 
 
@@ -140,7 +141,7 @@ def candidates(
     return to_texts, to_images
 
 
-def wanted_pairs(to_texts: torch.Tensor, to_images: torch.Tensor, own: torch.Tensor) -> list[torch.Tensor]:
+def wanted_pairs(to_texts: torch.Tensor, to_images: torch.Tensor, own: torch.Tensor) -> list[list[int]]:
     """Return for each own image the texts, sorted, that it is to be scored with in either direction."""
     row_of = {int(image): row for row, image in enumerate(own)}
     asked: list[set[int]] = [set(row) for row in to_texts.tolist()]
@@ -148,7 +149,7 @@ def wanted_pairs(to_texts: torch.Tensor, to_images: torch.Tensor, own: torch.Ten
         for image in images:
             if image in row_of:
                 asked[row_of[image]].add(text)
-    return [torch.tensor(sorted(wanted), dtype=torch.long) for wanted in asked]
+    return [sorted(wanted) for wanted in asked]
 
 
 def match_image(
