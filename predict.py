@@ -52,8 +52,11 @@ def load_model(args: argparse.Namespace, task: str, checkpoint: str = "", **sett
 def caption(args: argparse.Namespace) -> None:
     """Write captions."""
     model = load_model(args, "caption", prompt=args.prompt)
-    names = ("num_captions", "sample", "top_p", "top_k", "temperature", "repetition_penalty", "length_penalty", "seed")
-    settings = {name: getattr(args, name) for name in names}
+    names = (
+        "num_captions", "sample", "top_p", "top_k", "temperature", "repetition_penalty", "length_penalty", "seed",
+        "no_repeat_ngram_size",
+    )  # fmt: skip
+    settings = {name: getattr(args, name) for name in names} | {"banned": args.ban}
     settings |= {name: model.setting(name, getattr(args, name)) for name in ("num_beams", "max_length", "min_length")}
     record, ranker = settings | {"prompt": model.model.prompt}, None
     if args.rank_by:

@@ -39,6 +39,8 @@ class Captioner(Predictor):
         temperature: float = 1.0,
         repetition_penalty: float | None = None,
         length_penalty: float = 1.0,
+        no_repeat_ngram_size: int = 0,
+        banned: Sequence[str] = (),
         seed: int = 42,
         rank_by: "Matcher | None" = None,
         batch_size: int = 16,
@@ -60,6 +62,8 @@ class Captioner(Predictor):
             repetition_penalty: above 1 makes tokens that the text has already less likely; None: 1.1 in sampling,
                 1.0 in search.
             length_penalty: of beam search; above 1 prefers longer captions.
+            no_repeat_ngram_size: no caption has so many tokens in a row twice; 0 allows any.
+            banned: words and phrases that no caption has.
             seed: of sampling; an image's captions depend on it and on the image's name only.
             rank_by: a matching model that takes images of the same size; the captions come in the order of the
                 "probability" that they match the image, which their rows then have.
@@ -74,7 +78,8 @@ class Captioner(Predictor):
         config = GenerationConfig(
             **{name: self.setting(name, value) for name, value in asked.items()},
             sample=sample, top_p=top_p, top_k=top_k, temperature=temperature, repetition_penalty=repetition_penalty,
-            length_penalty=length_penalty, num_return=num_captions,
+            length_penalty=length_penalty, num_return=num_captions, no_repeat_ngram_size=no_repeat_ngram_size,
+            banned=self.token_ids(banned),
         )  # fmt: skip
         predict = partial(self._write, config=config, seed=seed, rank_by=rank_by)
         yield from self.rows(images, predict, batch_size, num_workers, names)
@@ -93,6 +98,18 @@ class Captioner(Predictor):
         elif config.sample:
             groups = [sorted(group, key=lambda row: -row["log_prob"]) for group in groups]
         return [{"captions": group} for group in groups]
+
+    def token_ids(self, phrases: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Return the token ids of words and phrases.
+
+        Raises:
+            UserError: one is empty.
+        """
+        phrases = [phrases] if isinstance(phrases, str) else list(phrases)
+        ids = [tokenize(self.model.tokenizer, phrase).input_ids[0, 1:-1].tolist() for phrase in phrases]
+        if not all(ids):
+            raise UserError("a banned phrase is empty; give words, such as 'image'")
+        return tuple(map(tuple, ids))
 
     def setting(self, name: str, asked: int | None) -> int:
         """Return what was asked for, or else what the checkpoint was evaluated with, or the released value."""

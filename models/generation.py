@@ -40,6 +40,8 @@ class GenerationConfig:
         length_penalty: the score of a text is its log-probability over its length to this power.
         temperature: divides the logits before sampling.
         num_return: texts per prompt, best first; at most `num_beams` in a beam search.
+        banned: sequences of token ids that no text continues with.
+        no_repeat_ngram_size: no text has the same tokens in a row of this length twice, prompt included; 0 allows any.
     """
 
     max_length: int = 30
@@ -52,6 +54,8 @@ class GenerationConfig:
     length_penalty: float = 1.0
     temperature: float = 1.0
     num_return: int = 1
+    banned: tuple[tuple[int, ...], ...] = ()
+    no_repeat_ngram_size: int = 0
 
     @property
     def penalty(self) -> float:
@@ -160,7 +164,7 @@ class Stepper:
         return rows
 
     def constrain(self, scores: torch.Tensor, texts: Sequence[Text]) -> torch.Tensor:
-        """Apply repetition penalty and minimum length to scores (rows, vocabulary), logits or log-probabilities."""
+        """Apply the constraints of the settings to scores (rows, vocabulary), logits or log-probabilities."""
         penalty = self.config.penalty
         if penalty != 1.0:
             tokens = self.send([text.tokens for text in texts])
@@ -169,7 +173,22 @@ class Stepper:
         if len(texts[0].tokens) < self.config.min_length:
             scores = scores.clone()
             scores[:, self.eos_token_id] = -torch.inf
+        if self.config.banned or self.config.no_repeat_ngram_size:
+            blocked = [(row, token) for row, text in enumerate(texts) for token in self.blocked(text.tokens)]
+            if blocked:
+                rows, tokens = self.send(blocked).T
+                scores = scores.index_put((rows, tokens), scores.new_full((), -torch.inf))
         return scores
+
+    def blocked(self, tokens: list[int]) -> set[int]:
+        """Return the next tokens that would complete a banned sequence or repeat an n-gram."""
+        found = {ids[-1] for ids in self.config.banned if tuple(tokens[len(tokens) - len(ids) + 1 :]) == ids[:-1]}
+        if size := self.config.no_repeat_ngram_size:
+            begun = tokens[len(tokens) - size + 1 :]
+            found |= {
+                tokens[i + size - 1] for i in range(len(tokens) - size + 1) if tokens[i : i + size - 1] == begun
+            }
+        return found
 
 
 def unfinished_sources(done: Sequence[bool], per_source: int) -> list[int]:

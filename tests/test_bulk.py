@@ -3,8 +3,10 @@
 import csv
 import random
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 from scripts import ROOT
 
@@ -12,6 +14,7 @@ import predict
 from inference import load
 from inference.sidecars import Sidecars
 from miniature.scene import draw_scene, render
+from models.generation import GenerationConfig, Stepper
 from utils import UserError
 
 MODEL = str(ROOT / "configs" / "miniature" / "model.safetensors")
@@ -123,3 +126,53 @@ def test_temperature_and_top_k(folder):
     settings = {"sample": True, "repetition_penalty": 1.0}
     for more in ({"top_k": 1}, {"temperature": 1e-4}):
         assert captioner.caption(folder / "0.png", **settings, **more)[0]["captions"][0]["caption"] == greedy
+
+
+SEARCHES = [{"num_beams": 3}, {"num_beams": 1}, {"sample": True, "repetition_penalty": 1.0}]
+
+
+@pytest.mark.parametrize("settings", SEARCHES, ids=["beams", "greedy", "sampling"])
+def test_banned_words_and_phrases(folder, settings):
+    captioner = load("caption", MODEL)
+    paths = sorted(folder.glob("*.png"))
+    for row in captioner.caption(paths, **settings):
+        words = row["captions"][0]["caption"].split()
+        for banned in (words[-1], " ".join(words[1:3])):
+            (again,) = captioner.caption([row["image"]], banned=[banned, "elephant"], **settings)
+            caption = again["captions"][0]["caption"]
+            assert caption and f" {banned} " not in f" {caption} "
+    with pytest.raises(UserError, match="banned phrase is empty"):
+        captioner.caption(paths, banned=[" "])
+
+
+@pytest.mark.parametrize("settings", SEARCHES, ids=["beams", "greedy", "sampling"])
+def test_no_ngram_is_repeated(folder, settings):
+    captioner = load("caption", MODEL)
+    long = {"min_length": 30, "max_length": 34} | settings
+
+    def repeats(size, **more):
+        found = 0
+        for row in captioner.caption(sorted(folder.glob("*.png")), **long, **more):
+            ids = captioner.model.tokenizer(row["captions"][0]["caption"]).input_ids[1:-1]
+            grams = [tuple(ids[i : i + size]) for i in range(len(ids) - size + 1)]
+            found += len(grams) - len(set(grams))
+        return found
+
+    assert repeats(2) > 0 and repeats(2, no_repeat_ngram_size=2) == 0
+
+
+def test_constraints_are_those_of_transformers(folder):
+    """The same tokens are blocked as by transformers' processors, for any texts."""
+    from transformers import NoBadWordsLogitsProcessor, NoRepeatNGramLogitsProcessor
+
+    rng = random.Random(0)
+    for _ in range(200):
+        tokens = [rng.randrange(6) for _ in range(rng.randrange(1, 12))]
+        banned = tuple(tuple(rng.randrange(6) for _ in range(rng.randrange(1, 4))) for _ in range(3))
+        size = rng.randrange(1, 4)
+        config = GenerationConfig(banned=banned, no_repeat_ngram_size=size)
+        ours = Stepper.blocked(SimpleNamespace(config=config), tokens)
+        scores = torch.zeros(1, 7)
+        for process in (NoBadWordsLogitsProcessor([*map(list, banned)], 6), NoRepeatNGramLogitsProcessor(size)):
+            scores = process(torch.tensor([tokens]), scores)
+        assert ours == {i for i, value in enumerate(scores[0].tolist()) if value == -float("inf")}
