@@ -11,7 +11,7 @@ from bootstrap.stages import by_model, keep_all, make_captions, make_texts
 from bootstrap.tars import TarOutput, list_source, no_output, read_images, tar_source
 from data.images import as_rgb
 from data.pretrain import open_lists
-from data.shards import expand, only_shards
+from data.tars import expand, only_shards
 from inference import load
 from launch.config import CapFiltConfig
 from launch.run import Run, launch

@@ -14,7 +14,7 @@ from typing import Any
 from bootstrap.shards import Row, Shards
 from data.annotations import inside
 from data.pretrain import MAX_WORDS
-from data.shards import Record, read_shard
+from data.tars import Record, read_shard
 from data.text import pre_caption
 from files import write_whole
 from utils import UserError

@@ -12,7 +12,8 @@ from data.coco_flickr import MAX_WORDS, CaptionEval, CaptionTrain, RetrievalEval
 from data.nlvr import NLVR
 from data.pretrain import PairDataset, list_turns
 from data.sampler import EpochSampler, SeededDataset, ShardSampler
-from data.shards import TarPairs, only_shards
+from data.shards import TarPairs
+from data.tars import only_shards
 from data.transforms import Transform, test_transform, train_transform
 from data.video import VideoDataset
 from data.vqa import VQATest, VQATrain, vqa_collate_fn

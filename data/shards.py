@@ -1,240 +1,110 @@
-"""Pairs in tar shards, in webdataset's layout as img2dataset writes it, from disk or through a pipe.
+"""Pairs of tar shards, streamed to every data worker.
 
 Every data worker of every process reads shards of its own, one after the other, through a shuffle buffer. Which pairs
-come in which order depends on the seed, the epoch and the number of readers only; a run that goes on in the middle of
-a shard reads again, without decoding, what it has had.
+come in which order depends on the seed, the epoch and the number of readers only; a run that continues in the middle
+of a shard reads again, without decoding, the pairs it has had.
 """
 
-import glob
 import io
 import json
 import random
-import re
-import subprocess
+import sys
 import tarfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
 from data.pretrain import MAX_WORDS, TRIES
+from data.tars import PIPE, SHARD_ENDINGS, Record, contents, dropped_samples, expand, read_shard
 from data.text import pre_caption
 from data.transforms import BAD_IMAGE, Transform, to_rgb
-from utils import UserError, get_rank, get_world_size, on_main_process, track
+from utils import UserError, get_rank, get_world_size, note, on_main_process, track
 
-PIPE = "pipe:"
-IMAGES = ("jpg", "jpeg", "png", "webp")
-READ = (*IMAGES, "txt", "json")
-LARGEST = 1 << 28  # bytes of a file in a shard
-LONGEST_HEADER = 1 << 20  # bytes
-LONG_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
-
-
-@dataclass
-class Record:
-    """One sample as the shard holds it.
-
-    Attributes:
-        name: where it is from: shard and key, for messages.
-        image: encoded.
-        caption: its text.
-        key: its files' common name.
-        ending: the image's.
-        facts: what its .json says.
-    """
-
-    name: str
-    image: bytes
-    caption: str
-    key: str
-    ending: str
-    facts: dict[str, Any]
-
-
-class _Header(tarfile.TarInfo):
-    """A header of which a damaged one is an error, not the end of the archive, and a long one is not read."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
-        header = super().frombuf(buf, encoding, errors)
-        if header.type in LONG_NAMES + PAX and not 0 <= header.size <= LONGEST_HEADER:
-            raise tarfile.ReadError(f"a header says it has {header.size} bytes; expected at most {LONGEST_HEADER}")
-        return header
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
-        try:
-            return super().fromtarfile(tar)
-        except tarfile.InvalidHeaderError as error:
-            raise tarfile.ReadError(f"{error}, or the file before it lies about its size") from None
-
-
-def is_shard(name: str) -> bool:
-    """Tell whether an entry of `train_file` or `pairs` names shards rather than a list."""
-    return name.startswith(PIPE) or name.split("?")[0].endswith(".tar")
-
-
-def only_shards(names: Sequence[str], setting: str) -> bool:
-    """Tell whether the entries of a setting name shards or, all of them, lists.
-
-    Raises:
-        UserError: both.
-    """
-    found = [is_shard(name) for name in map(str, names)]
-    if any(found) and not all(found):
-        raise UserError(f"{setting} names both shards and lists; give one kind alone")
-    return any(found)
-
-
-def expand(names: Sequence[str], setting: str = "train_file") -> list[str]:
-    """Return the shards that names stand for: `{00000..00131}` counts, `*` matches files; a pipe is a command each.
-
-    Args:
-        names: as a setting gives them.
-        setting: which, for messages.
-
-    Raises:
-        UserError: nothing matches, or a file does not exist.
-    """
-    found: list[str] = []
-    for name in names:
-        counted = re.search(r"\{(\d+)\.\.(\d+)\}", name)
-        if counted:
-            first, last = counted.groups()
-            numbers = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
-            found += expand([name[: counted.start()] + number + name[counted.end() :] for number in numbers], setting)
-        elif name.startswith(PIPE):
-            found.append(name)
-        else:
-            found += sorted(glob.glob(name)) or _missing(name, setting)
-    return found
-
-
-def _missing(name: str, setting: str) -> list[str]:
-    raise UserError(f"shard {name} does not exist; correct {setting}")
-
-
-@contextmanager
-def open_shard(shard: str) -> Iterator[BinaryIO]:
-    """Open a file, or run a command and read what it prints.
-
-    Raises:
-        OSError: the file cannot be read, or the command fails.
-    """
-    if not shard.startswith(PIPE):
-        with open(shard, "rb") as file:
-            yield file
-        return
-    with subprocess.Popen(shard.removeprefix(PIPE), shell=True, stdout=subprocess.PIPE) as process:
-        try:
-            yield process.stdout
-            process.stdout.read()  # the padding after the archive
-        except tarfile.TarError:
-            if process.stdout.read(1):  # there is more, so the archive is damaged; else the command may have failed
-                process.kill()
-                raise
-            if not process.wait():
-                raise
-        except BaseException:  # the reader has had enough
-            process.kill()
-            raise
-    if process.returncode:
-        raise OSError(f"the command ended with {process.returncode}")
-
-
-def read_shard(shard: str) -> Iterator[Record]:
-    """Yield a shard's samples: files that follow each other and share their name up to the first dot.
-
-    Raises:
-        OSError: the shard is not there, or its command fails.
-        tarfile.TarError: it is damaged, or ends early.
-    """
-    key, parts = "", {}
-    with open_shard(shard) as file, tarfile.open(fileobj=file, mode="r|", tarinfo=_Header) as tar:
-        for member in tar:
-            if not member.isfile():
-                continue
-            folder, _, base = member.name.rpartition("/")
-            stem, _, ending = base.partition(".")
-            if (name := f"{folder}/{stem}".strip("/")) != key:
-                yield from _record(shard, key, parts)
-                key, parts = name, {}
-            if (ending := ending.lower()) in READ:
-                parts[ending] = _content(tar, member)
-        yield from _record(shard, key, parts)
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """Return a file's bytes, if they are no more than an image may have."""
-    if not 0 <= member.size <= LARGEST:
-        raise tarfile.ReadError(f"{member.name} says it has {member.size} bytes; expected at most {LARGEST}")
-    return tar.extractfile(member).read()
-
-
-def _record(shard: str, key: str, parts: dict[str, bytes]) -> Iterator[Record]:
-    """Yield the sample that its files make, if they hold an image and a text."""
-    ending = next((ending for ending in IMAGES if ending in parts), "")
-    facts = _facts(parts.get("json", b""))
-    text = parts.get("txt", b"").decode("utf-8", "replace") or facts.get("caption")
-    if ending and text and isinstance(text, str):
-        yield Record(f"{shard}: {key}", parts[ending], text, key, ending, facts)
-
-
-def _facts(text: bytes) -> dict[str, Any]:
-    """Return what a .json says; nothing where it is not what it should be."""
-    try:
-        facts = json.loads(text) if text else {}
-    except (ValueError, RecursionError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
+SHOWN = 3  # shards of a reader whose dropped samples are shown
 
 
 def count_pairs(shards: Sequence[str]) -> int:
-    """Return how many pairs shards hold: by the `_stats.json` that img2dataset writes beside each, else by reading.
+    """Return the number of pairs in shards: from the `_stats.json` that img2dataset writes beside each, or by reading.
 
-    What was read is noted in such files, so that it is read once.
+    A `_stats.json` that is older than its shard is not believed. Each number is kept in `<shard>.count.json` with the
+    shard's size and time, and is counted again when they change.
 
     Raises:
         UserError: a shard is behind a pipe or cannot be read.
     """
-    return on_main_process(lambda: sum(_count(shard) for shard in track(shards, "counting pairs of shards")))
+
+    def count() -> int:
+        dropped: Counter[str] = Counter()
+        total = sum(_count(shard, dropped) for shard in track(shards, "counting pairs of shards"))
+        if dropped:
+            note(f"samples of shards that are left out: {dropped_samples(dropped)}")
+        return total
+
+    return on_main_process(count)
 
 
-def _count(shard: str) -> int:
+def _count(shard: str, dropped: Counter[str]) -> int:
     if shard.startswith(PIPE):
         raise UserError(f"how many pairs {shard!r} gives cannot be known; set shard_pairs to the number in all shards")
-    stats = Path(shard.removesuffix(".tar") + "_stats.json")
+    kept = Path(f"{shard}.count.json")
     try:
-        return int(json.loads(stats.read_text())["successes"])
-    except (OSError, ValueError, KeyError):
-        pass
-    try:
-        number = sum(1 for _ in read_shard(shard))
+        stat = Path(shard).stat()
+        version = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        number = _read_count(kept, "pairs", version)
+        if number is not None:
+            return number
+        # a shard that has changed since it was counted may be older than its statistics
+        number = None if kept.exists() else _read_stats(shard, stat.st_mtime_ns)
+        if number is None:
+            number = sum(1 for _ in read_shard(shard, dropped))
     except (OSError, tarfile.TarError, ValueError) as error:
         raise UserError(f"shard {shard} cannot be read ({error}); replace it or take it out") from None
-    with suppress(OSError):  # where it may not be written the next run counts again
-        stats.write_text(json.dumps({"successes": number}))
+    with suppress(OSError):  # in a folder without write permission the next run counts again
+        kept.write_text(json.dumps({"pairs": number, **version}))
     return number
 
 
+def _read_stats(shard: str, mtime_ns: int) -> int | None:
+    """Return the number that img2dataset wrote beside a shard, if it is not older than the shard."""
+    ending = next(ending for ending in (*SHARD_ENDINGS, "") if shard.endswith(ending))
+    stats = Path(shard.removesuffix(ending) + "_stats.json")
+    try:
+        return _read_count(stats, "successes", {}) if stats.stat().st_mtime_ns >= mtime_ns else None
+    except OSError:
+        return None
+
+
+def _read_count(path: Path, key: str, expected: dict[str, int]) -> int | None:
+    """Return a whole number of a JSON file in which other entries are as expected; None if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or any(found.get(name) != value for name, value in expected.items()):
+        return None
+    number = found.get(key)
+    return number if isinstance(number, int) and not isinstance(number, bool) and number >= 0 else None
+
+
 class Stream:
-    """One reader's pairs of one epoch, in order, begun again when they are not enough.
+    """One reader's pairs of one epoch, in order, repeated when there are not enough.
 
     Args:
-        shards: this reader's, at least one.
-        buffer: pairs among which the next is drawn; 1 keeps the order.
-        rng: of the buffer.
+        shards: shards of this reader, at least one.
+        others: shards of the other readers, read if there is no pair in its own.
+        buffer: number of pairs among which the next is drawn; 1 keeps the order.
+        rng: random numbers of the buffer.
     """
 
-    def __init__(self, shards: Sequence[str], buffer: int, rng: random.Random):
-        self.shards, self.buffer, self.rng = shards, max(buffer, 1), rng
+    def __init__(self, shards: Sequence[str], others: Sequence[str], buffer: int, rng: random.Random):
+        self.shards, self.others, self.buffer, self.rng = shards, others, max(buffer, 1), rng
         self.problems: list[str] = []
+        self.num_shown = 0
         self.position = 0
         self.records = self._shuffled()
 
@@ -242,14 +112,23 @@ class Stream:
         while True:
             found = 0
             for shard in self.shards:
+                dropped: Counter[str] = Counter()
                 try:
-                    for record in read_shard(shard):
+                    for record in read_shard(shard, dropped):
                         found += 1
                         yield record
                 except (OSError, tarfile.TarError, ValueError) as error:
                     self.problems.append(f"shard {shard} cannot be read to its end ({error})")
+                self._show(shard, dropped)
+            if not found and not self.others:
+                raise UserError(f"no pair can be read from {len(self.shards)} shards; {contents(self.shards[0])}")
             if not found:
-                raise UserError(f"no pair can be read from {len(self.shards)} shards, the first being {self.shards[0]}")
+                self.shards, self.others = self.others, ()
+
+    def _show(self, shard: str, dropped: Counter[str]) -> None:
+        if dropped and self.num_shown < SHOWN:
+            self.num_shown += 1
+            print(f"note: left out of shard {shard}: {dropped_samples(dropped)}", file=sys.stderr, flush=True)
 
     def _shuffled(self) -> Iterator[Record]:
         held: list[Record] = []
@@ -270,21 +149,23 @@ class Stream:
 class TarPairs(Dataset):
     """Pairs of shards, as {"image", "caption", "bad"}.
 
-    It is read by `data.sampler.EpochSampler` without shuffling: an index says how far a process is, and the pair
-    comes from the stream of the worker that asks. In place of an unreadable image comes the pair before it.
+    `data.sampler.EpochSampler` reads it without shuffling: an index is the position of a process, and the pair comes
+    from the stream of the worker that asks. An unreadable image is replaced by the pair before it.
 
     Args:
         names: shards, as `expand` takes them.
-        transform: of every image.
-        batch_size: of the loader.
-        num_pairs: of all shards together; 0 counts them.
-        buffer: pairs among which each worker draws the next.
+        transform: RGB image -> tensor.
+        batch_size: batch size of the loader.
+        num_pairs: number of pairs of all shards together; 0 counts them.
+        buffer: number of pairs among which each worker draws the next.
     """
 
     def __init__(self, names: Sequence[str], transform: Transform, batch_size: int, num_pairs: int, buffer: int):
         self.shards, self.transform = on_main_process(lambda: expand(names)), transform
         self.batch_size, self.buffer, self.seed = batch_size, buffer, 0
         self.num_pairs = num_pairs or count_pairs(self.shards)
+        if not self.num_pairs:
+            raise UserError(f"no pair in {len(self.shards)} shards; {contents(self.shards[0])}")
         self.rank, self.world_size = get_rank(), get_world_size()
         self.stream: Stream | None = None
         self.epoch, self.recent = -1, deque[Record](maxlen=TRIES)
@@ -315,7 +196,7 @@ class TarPairs(Dataset):
         raise UserError(f"{len(bad)} images in a row cannot be read, the first being {bad[0]}; look at its shard")
 
     def _seek(self, epoch: int, position: int, worker: int, num_workers: int) -> None:
-        """Stand before a position of an epoch, from the epoch's beginning if need be."""
+        """Move the stream to a position of an epoch, from the beginning of the epoch if necessary."""
         if self.stream is None or epoch != self.epoch or position != self.stream.position:
             self.stream, self.epoch = self._open(epoch, worker, num_workers), epoch
             self.recent.clear()
@@ -332,4 +213,6 @@ class TarPairs(Dataset):
                 f"{len(order)} shards for {readers} readers ({self.world_size} processes with {num_workers} workers "
                 "each); lower num_workers, or write more and smaller shards"
             )
-        return Stream(order[reader::readers], self.buffer, random.Random(f"buffer/{self.seed}/{epoch}/{reader}"))
+        others = [shard for number in range(1, readers) for shard in order[(reader + number) % readers :: readers]]
+        rng = random.Random(f"buffer/{self.seed}/{epoch}/{reader}")
+        return Stream(order[reader::readers], others, self.buffer, rng)

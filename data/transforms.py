@@ -22,6 +22,11 @@ BAD_IMAGE = (
     OSError, ValueError, SyntaxError, EOFError, LookupError, ArithmeticError, TypeError, AttributeError, RuntimeError,
     AssertionError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
+# Files that Pillow reads, itself or through a plugin (HEIC); in a sample of several, the first counts.
+IMAGE_ENDINGS = (
+    ".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe",
+    ".j2k", ".pbm", ".pgm", ".pnm", ".ppm", ".tga", ".tif", ".tiff",
+)  # fmt: skip
 NARROWEST = 3 / 4  # width over height of a crop, or height over width
 
 

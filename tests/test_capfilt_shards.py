@@ -12,7 +12,8 @@ from bootstrap.merging import merge_shards
 from bootstrap.shards import Shards, run_shards
 from bootstrap.tars import TarOutput, tar_source
 from capfilt import make_texts
-from data.shards import TarPairs, count_pairs, read_shard
+from data.shards import TarPairs, count_pairs
+from data.tars import read_shard
 from data.transforms import test_transform as make_transform
 from miniature.writing import write_miniature
 from utils import UserError

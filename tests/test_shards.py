@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import re
 import tarfile
 
 import pytest
@@ -9,7 +11,8 @@ import torch
 from PIL import Image
 
 from data import build_datasets, make_loader
-from data.shards import count_pairs, expand, is_shard, read_shard
+from data.shards import count_pairs
+from data.tars import expand, is_shard, read_shard
 from utils import UserError
 
 COUNTS = (5, 7, 4, 6)
@@ -72,9 +75,7 @@ def test_shards_are_found_and_counted(shards):
     assert expand(["pipe:cat a{1..2}.tar"]) == ["pipe:cat a1.tar", "pipe:cat a2.tar"]
     assert is_shard("pipe:x") and is_shard("a/{0..3}.tar") and not is_shard("a.json")
     assert count_pairs(everything) == sum(COUNTS)
-    assert json.loads((shards / "00001_stats.json").read_text()) == {"successes": 7}
-    (shards / "00001_stats.json").write_text(json.dumps({"count": 9, "successes": 100}))
-    assert count_pairs(everything) == sum(COUNTS) - 7 + 100
+    assert json.loads((shards / "00001.tar.count.json").read_text())["pairs"] == 7
     with pytest.raises(UserError, match="does not exist; correct train_file"):
         expand([str(shards / "absent.tar")])
     with pytest.raises(UserError, match="set shard_pairs"):
@@ -137,7 +138,7 @@ def test_mistakes(shards):
         batches(config(shards, [str(shards / "*.tar")]), num_workers=5)
     with pytest.raises(UserError, match="both shards and lists"):
         build_datasets("pretrain", config(shards, [str(shards / "*.tar"), "list.json"]))
-    with pytest.raises(UserError, match="no pair can be read from 1 shards"):
+    with pytest.raises(UserError, match="no pair can be read from 1 shards; pipe:true cannot be read to its end"):
         batches(config(shards, ["pipe:true"], shard_pairs=4))
 
 
@@ -204,3 +205,135 @@ def test_samples_without_image_or_text_are_left_out(tmp_path):
         (f"{tmp_path}/a.tar: a/3", b"x", "three")
     ]
     assert torch.utils.data.get_worker_info() is None
+
+
+# A4. Shards that were read wrong without a word.
+
+
+def make(path, *files, mode="w"):
+    """Write a shard of (name, content) files."""
+    with tarfile.open(path, mode) as tar:
+        for name, content in files:
+            add(tar, name, content)
+    return str(path)
+
+
+def pairs(count, ending="png"):
+    return [file for n in range(count) for file in ((f"{n}.{ending}", image(n)), (f"{n}.txt", f"text {n}".encode()))]
+
+
+def set_time(path, seconds):
+    os.utime(path, (seconds, seconds))
+
+
+def test_a4_a_count_belongs_to_the_shard_it_was_made_for(tmp_path):
+    shard, stats = make(tmp_path / "0.tar", *pairs(6)), tmp_path / "0_stats.json"
+    set_time(shard, 1000)
+    stats.write_text(json.dumps({"count": 9, "successes": 100}))
+    assert count_pairs([shard]) == 100  # img2dataset's, written after the shard
+    make(shard, *pairs(14))
+    set_time(shard, 500)  # rewritten, with an older time than the statistics
+    assert count_pairs([shard]) == 14
+    stats.unlink()
+    make(shard, *pairs(3))
+    assert count_pairs([shard]) == 3
+    make(shard)
+    assert count_pairs([shard]) == 0
+    make(shard, *pairs(2))
+    assert count_pairs([shard]) == 2  # a mended shard is usable again
+
+
+NO_COUNTS = ["{", "[]", '{"successes": -1}', '{"successes": true}', '{"successes": "9"}', "[" * 10**5]
+
+
+@pytest.mark.parametrize("content", NO_COUNTS)
+def test_a4_statistics_that_are_none_are_not_believed(tmp_path, content):
+    shard = make(tmp_path / "0.tar", *pairs(2))
+    (tmp_path / "0_stats.json").write_text(content)
+    (tmp_path / "0.tar.count.json").write_text(content)
+    assert count_pairs([shard]) == 2
+
+
+def test_a4_statistics_older_than_their_shard_are_not_believed(tmp_path):
+    shard = make(tmp_path / "0.tar", *pairs(2))
+    (tmp_path / "0_stats.json").write_text('{"successes": 6}')
+    set_time(tmp_path / "0_stats.json", 1000)
+    assert count_pairs([shard]) == 2
+
+
+@pytest.mark.parametrize("ending", ["jpg", "JPEG", "gif", "bmp", "tif", "tiff", "avif", "ppm", "jp2", "jfif"])
+def test_a4_every_ending_of_an_image_is_read(tmp_path, ending):
+    shard = make(tmp_path / "0.tar", *pairs(3, ending))
+    assert [record.caption for record in read_shard(shard)] == ["text 0", "text 1", "text 2"]
+
+
+@pytest.mark.parametrize("hidden", ["._{}", ".DS_Store", "__MACOSX/{}"])
+def test_a4_hidden_files_of_other_systems_split_nothing(tmp_path, hidden):
+    files = [file for name, content in pairs(3) for file in ((hidden.format(name), b"\0\5"), (name, content))]
+    assert len(list(read_shard(make(tmp_path / "0.tar", *files)))) == 3
+
+
+def test_a4_samples_left_out_are_counted_by_reason(tmp_path, capsys):
+    wrong = [("a.foo", b""), ("a.txt", b"x"), ("b.txt", b"x"), ("c.jpg", b"x"), ("d.jpg", b"x"), ("d.txt", b" ")]
+    shard = make(tmp_path / "0.tar", *pairs(2), *wrong)
+    said = "2 without text, 1 without image (with .foo), 1 without image"
+    assert count_pairs([shard]) == 2 and f"left out: {said}" in capsys.readouterr().err
+    batches(config(tmp_path, [shard]))
+    assert f"left out of shard {shard}: {said}" in capsys.readouterr().err
+
+
+def test_a4_shards_without_a_pair_say_what_they_hold(tmp_path):
+    shard = make(tmp_path / "0.tar", ("a.foo", b""), ("b.foo", b""), ("a.txt", b"x"), ("README", b""))
+    said = r"no pair in 1 shards; .*0\.tar holds 2 \.foo, 1 \.txt, 1 no ending; expected an image"
+    with pytest.raises(UserError, match=said):
+        build_datasets("pretrain", config(tmp_path, [shard]))
+    with pytest.raises(UserError, match=r"no pair in 1 shards; .*1\.tar holds no file; expected"):
+        build_datasets("pretrain", config(tmp_path, [make(tmp_path / "1.tar")]))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2, 5])
+def test_a4_an_empty_shard_is_skipped(shards, num_workers):
+    make(shards / "00004.tar")
+    found = numbers(batches(config(shards, [str(shards / "*.tar")]), num_workers))
+    assert len(found) >= 20 and set(found) <= set(range(22))
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.tar.bz2", "a.tar.xz"])
+def test_a4_compressed_shards(tmp_path, name):
+    mode = {"gz": "w:gz", "tgz": "w:gz", "bz2": "w:bz2", "xz": "w:xz"}[name.rpartition(".")[2]]
+    shard = make(tmp_path / name, *pairs(4), mode=mode)
+    assert is_shard(shard) and numbers(batches(config(tmp_path, [shard]))) == [0, 1, 2, 3]
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(tarfile.TarError):
+        list(read_shard(shard))
+
+
+def test_a4_folders_lists_and_repetitions(shards, capsys):
+    everything = [str(shards / f"{n:05d}.tar") for n in range(4)]
+    make(shards / "._00000.tar")
+    assert is_shard(str(shards)) and expand([str(shards)]) == everything
+    assert expand([f"{shards}/{{00000,00002}}.tar"]) == everything[::2]
+    assert expand(["::".join(everything[:2])]) == everything[:2]
+    assert expand([f"{shards}/{{00003..00000}}.tar"]) == everything[::-1]
+    assert capsys.readouterr().err == ""
+    assert expand([str(shards / "0*.tar"), everything[1]]) == everything
+    assert "names 1 shards twice" in capsys.readouterr().err
+    (shards / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no shard"):
+        expand([str(shards / "empty")])
+
+
+@pytest.mark.parametrize(
+    "name, pipe",
+    [
+        ("https://x.org/{0..1}.tar", "pipe:curl -sfL https://x.org/0.tar"),
+        ("s3://b/0.tar", "pipe:aws s3 cp s3://b/0.tar -"),
+        ("gs://b/0.tar", "pipe:gsutil cat gs://b/0.tar"),
+        ("0.tar.zst", "pipe:zstd -dc 0.tar.zst"),
+    ],
+)
+def test_a4_what_cannot_be_read_comes_with_its_pipe(name, pipe):
+    assert is_shard(name)
+    with pytest.raises(UserError, match=re.escape(f"with '{pipe}'")):
+        expand([name])
