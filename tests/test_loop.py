@@ -1,6 +1,8 @@
 """The training loop on a toy: accumulation, clipping, bad losses, processes, buffers."""
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +10,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from data import make_loader
-from launch.config import TrainConfig
+from launch.config import TrainConfig, load_config
 from launch.run import Run
 from processes import run_in_processes
 from training import loop
+from training.checkpoint import restore
 from training.loop import Task, fit, take_step
 from training.state import create_state
 from utils import UserError
@@ -245,3 +248,77 @@ def test_the_watchdog_is_told_of_every_phase(tmp_path):
         ("data loading", 0), ("a step", 0), ("data loading", 1), ("a step", 1),
         ("saving", 2), ("evaluation", 2), ("saving", 2), ("the report", 2),
     ]  # fmt: skip
+
+
+def resumed(folder, batch_size, stop=4, **changed):
+    """Train a toy for some steps, 4 an epoch, and continue with other settings; the run, its start, learning rates."""
+    folder.mkdir(exist_ok=True)
+    base = dict(init_lr=0.1, max_epoch=3, num_workers=0, log_every=1, schedule="step", weight_decay=0.05, save_every=1)
+
+    def train(config, size, step, resume=None):
+        run = Run(folder, CPU, resume=resume)
+        state = {}
+
+        def keep(model, batch, progress):
+            state.setdefault("progress", replace(progress))
+            return step(model, batch, progress)
+
+        fit(run, TrainConfig(**config), Toy(), loader(size), Task(keep))
+        return run, state["progress"]
+
+    def stopping(model, batch, progress):
+        if progress.step == stop:
+            raise KeyboardInterrupt
+        return train_step(model, batch, progress)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(base, 4, stopping)
+    (folder / "curve.jsonl").unlink()
+    run, first = train({**base, **changed}, batch_size, train_step, folder / "checkpoint_last.pth")
+    rates = [json.loads(line)["train_lr"] for line in (folder / "curve.jsonl").read_text().splitlines()]
+    return run, first, rates
+
+
+@pytest.mark.parametrize(("batch_size", "stop"), [(4, 4), (2, 4), (8, 4), (2, 6), (8, 6)])
+def test_18_a3_a_schedule_by_step_ends_at_its_end_whatever_the_batch_size(tmp_path, batch_size, stop):
+    _, first, rates = resumed(tmp_path / "a", batch_size, stop)
+    steps = 16 // batch_size
+    assert (first.epoch, first.step_in_epoch) == (stop // 4, stop % 4 * steps // 4)
+    assert first.step == stop * steps // 4
+    assert rates == sorted(rates, reverse=True) and len(rates) == 3 * steps - first.step
+    assert rates[-1] < 0.1 * 0.1 or batch_size == 8
+    assert rates[0] == pytest.approx(0.05 * (1 + math.cos(math.pi * stop / 12)), rel=1e-4)
+
+
+def test_18_a3_settings_of_the_optimizer_come_from_the_config_and_changes_are_told(tmp_path, capsys):
+    seen, step = [], torch.optim.AdamW.step
+
+    def spy(self, *args, **kwargs):
+        seen.append((self.param_groups[0]["weight_decay"], len(self.state)))
+        return step(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", spy)
+        run, *_ = resumed(tmp_path / "a", 4, weight_decay=0.2, max_epoch=2)
+    assert {decay for decay, _ in seen} == {0.05, 0.2} and seen[-1] == (0.2, 2)
+    assert seen[4][1] == 2  # the moments were loaded before the first step
+    assert run.notes == [
+        "changed since the checkpoint: weight_decay from 0.05 to 0.2",
+        "changed since the checkpoint: max_epoch from 3 to 2",
+    ]
+    saved = load_config(TrainConfig, tmp_path / "a" / "config.yaml")
+    assert (saved.weight_decay, saved.max_epoch, saved.schedule) == (0.2, 2, "step")
+
+
+def test_18_a3_other_trained_parts_are_refused(tmp_path):
+    trained(tmp_path / "a", 4)
+    run, model = Run(tmp_path / "a", CPU), Toy()
+    model.linear.bias.requires_grad_(False)
+    state = create_state(run, TrainConfig(num_workers=0), model, 4)
+    with pytest.raises(UserError, match="has trained other parts of the model; continue with its own freeze"):
+        restore(state, run, tmp_path / "a" / "checkpoint_last.pth")
+
+
+def test_18_a3_nothing_is_told_where_nothing_changed(tmp_path):
+    run, *_ = resumed(tmp_path / "a", 4)
+    assert run.notes == []

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from files import write_whole
+from launch.config import save_config
 from launch.run import BEST, LAST, Run
 from models.weights import refuse_compressed
 from training import adapters, parallel
@@ -117,26 +118,47 @@ def restore(state: TrainState, run: Run, path: Path) -> None:
     """Continue from a checkpoint that `save` wrote.
 
     Raises:
-        UserError: as `load_last`, or it holds another model or another length of an epoch.
+        UserError: as `load_last`, or it holds another model, or other parts of it were trained.
     """
     content = load_last(path, run.device)
     saved = Progress(**content["progress"])
-    steps_per_epoch = state.progress.steps_per_epoch
-    if saved.steps_per_epoch != steps_per_epoch and saved.step_in_epoch:
-        raise UserError(
-            f"{path} was saved within an epoch of {saved.steps_per_epoch} steps and this run's have "
-            f"{steps_per_epoch}; continue with the same data and batch size"
-        )
+    note_changes(run, content["config"], asdict(state.config))
     try:
         parallel.load_full_state(state.model, content["model"])
     except RuntimeError as error:
         problem = " ".join(str(error).split())[:200]
         raise UserError(f"{path} holds another model ({problem}); continue with the run's own config") from None
-    parallel.load_full_optimizer_state(state.model, state.optimizer, content["optimizer"])
+    load_optimizer(state, content["optimizer"], path)
     state.scaler.load_state_dict(content.get("scaler") or state.scaler.state_dict())
-    saved.max_epoch, saved.steps_per_epoch = state.progress.max_epoch, steps_per_epoch
-    state.progress, state.best = saved, content["best"]
+    state.progress.continue_from(saved)
+    state.best = content["best"]
     state.log.load_state(content["meters"])
     run.trim_log(lambda row: row["epoch"] < saved.epoch)
     run.trim_log(lambda row: row["step"] <= saved.step, "curve.jsonl")
-    run.print(f"continuing from {path}: epoch {saved.epoch}, step {saved.step}")
+    on_main_process(lambda: save_config(state.config, run.output_dir / "config.yaml"))
+    run.print(f"continuing from {path}: epoch {saved.epoch}, step {state.progress.step}")
+
+
+def note_changes(run: Run, saved: dict[str, Any], config: dict[str, Any]) -> None:
+    """Print every setting that differs from the checkpoint's."""
+    for key, value in config.items():
+        if key in saved and saved[key] != value:
+            run.note(f"changed since the checkpoint: {key} from {saved[key]!r} to {value!r}")
+
+
+def load_optimizer(state: TrainState, saved: dict[str, Any], path: Path) -> None:
+    """Load the optimizer's moments; its settings, such as weight_decay, stay those of the config.
+
+    Raises:
+        UserError: the checkpoint's optimizer has other parameters.
+    """
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
+    try:
+        parallel.load_full_optimizer_state(state.model, state.optimizer, saved)
+    except (LookupError, RuntimeError, ValueError):
+        raise UserError(
+            f"{path} has trained other parts of the model; continue with its own freeze and adapter settings, "
+            f"or begin a new run with --set pretrained={path}"
+        ) from None
+    for group, own in zip(state.optimizer.param_groups, settings, strict=True):
+        group.update(own)

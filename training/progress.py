@@ -34,6 +34,13 @@ class Progress:
         """Return True if no step of the current epoch is left."""
         return self.step_in_epoch >= self.steps_per_epoch
 
+    def continue_from(self, saved: "Progress") -> None:
+        """Continue after the same share of an epoch, also if epochs have another number of steps now."""
+        self.epoch, self.step_in_epoch, self.step = saved.epoch, saved.step_in_epoch, saved.step
+        if saved.steps_per_epoch != self.steps_per_epoch:
+            self.step_in_epoch = saved.step_in_epoch * self.steps_per_epoch // saved.steps_per_epoch
+            self.step = self.epoch * self.steps_per_epoch + self.step_in_epoch
+
     def finish_step(self) -> None:
         """Count a step."""
         self.step, self.step_in_epoch = self.step + 1, self.step_in_epoch + 1
