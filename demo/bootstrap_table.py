@@ -1,7 +1,7 @@
 """Results of `demo.bootstrap`: tables in Markdown and JSON, and a plot."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -13,6 +13,7 @@ from miniature.text import caption_is_exact
 from report.figures import draw_means
 
 Values = dict[str, dict[str, list[float]]]  # set -> column -> one value a seed
+Scenes = dict[str, dict]  # image -> its scene
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,13 @@ COLUMNS = ("right pairs (%)", "CIDEr", "exact captions (%)", "text R@1", "image 
 
 def write_tables(root: Path, seeds: int) -> str:
     """Write bootstrap.md, bootstrap.json and bootstrap.png; returns the Markdown."""
-    values = {name: columns_of([model_scores(root, seed, name) for seed in range(seeds)]) for name in SETS}
-    tools = {name: columns_of([tool_scores(root, seed, name) for seed in range(seeds)]) for name in ("nucleus", "beam")}
+    scenes = read_json(root / "world" / "scenes.json")
+    folders = [root / f"seed{seed}" for seed in range(seeds)]
+    values = {name: columns_of([model_scores(folder / name, scenes) for folder in folders]) for name in SETS}
+    tools = {
+        name: columns_of([tool_scores(folder / f"capfilt_{name}", scenes, root / "world") for folder in folders])
+        for name in ("nucleus", "beam")
+    }
     text = "\n\n".join(
         (
             f"Pretrained on each set of pairs, not fine-tuned; mean and standard deviation of {seeds} seeds, "
@@ -66,16 +72,14 @@ def columns_of(rows: Sequence[dict[str, float]]) -> dict[str, list[float]]:
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def model_scores(root: Path, seed: int, name: str) -> dict[str, float]:
+def model_scores(folder: Path, scenes: Scenes) -> dict[str, float]:
     """Return the scores of the model pretrained on one set, and the share of the set's texts that are right."""
-    here, scenes = root / f"seed{seed}" / name, read_scenes(root)
-    captions = read_json(here / "caption" / "result" / "test.json")
+    captions = read_json(folder / "caption" / "result" / "test.json")
     exact, total = exact_shares(captions, scenes)["all test images"]
-    retrieval = read_rows(here / "retrieval" / "evaluate.txt")[-1]
-    pairs = read_rows(here / "pairs.jsonl")
+    retrieval = read_rows(folder / "retrieval" / "evaluate.txt")[-1]
     found = (
-        100 * mean(is_right(pair, scenes) for pair in pairs),
-        100 * read_rows(here / "caption" / "evaluate.txt")[-1]["test_CIDEr"],
+        share_right(read_rows(folder / "pairs.jsonl"), scenes),
+        100 * read_rows(folder / "caption" / "evaluate.txt")[-1]["test_CIDEr"],
         100 * exact / total,
         retrieval["test_txt_r1"],
         retrieval["test_img_r1"],
@@ -83,37 +87,27 @@ def model_scores(root: Path, seed: int, name: str) -> dict[str, float]:
     return dict(zip(COLUMNS, found, strict=True))
 
 
-def tool_scores(root: Path, seed: int, decoding: str) -> dict[str, float]:
+def tool_scores(folder: Path, scenes: Scenes, world: Path) -> dict[str, float]:
     """Return the quality of captioner and filter, known because the scenes of the world are known."""
-    folder, scenes = root / f"seed{seed}" / f"capfilt_{decoding}", read_scenes(root)
     kept, dropped = (read_rows(folder / f"{name}.jsonl") for name in ("bootstrapped", "dropped"))
-    truth = read_json(root / "world" / "annotations" / "pretrain_web_truth.json")
-    judged = scores(count(folder, {row["image"]: row for row in truth})["all"])
-    written = [row for row in kept + dropped if row["source"] == "synthetic"]
-    passed = [row for row in kept if row["source"] == "synthetic"]
+    truth = read_json(world / "annotations" / "pretrain_web_truth.json")
+    passed, failed = ([row for row in rows if row["source"] == "synthetic"] for rows in (kept, dropped))
+    written = passed + failed
     return {
-        "right captions (%)": share(written, lambda row: is_right(row, scenes)),
+        "right captions (%)": share_right(written, scenes),
         "kept (%)": 100 * len(passed) / max(len(written), 1),
-        "right of those kept (%)": share(passed, lambda row: is_right(row, scenes)),
+        "right of those kept (%)": share_right(passed, scenes),
         "distinct captions": float(len({row["caption"] for row in written})),
-        **judged,
+        **scores(count(folder, {row["image"]: row for row in truth})["all"]),
     }
 
 
-def share(rows: Sequence[dict], holds: Callable[[dict], bool]) -> float:
-    """Return the percentage of rows for which `holds` is true."""
-    return 100 * sum(map(holds, rows)) / max(len(rows), 1)
-
-
-def is_right(pair: dict, scenes: dict[str, dict]) -> bool:
-    """Return True if a text names exactly the shapes and colours of its image."""
-    items = scenes[pair["image"]]["items"]
-    return caption_is_exact(pair["caption"], [(item["color"], item["shape"]) for item in items])
-
-
-def read_scenes(root: Path) -> dict[str, dict]:
-    """Return the scene of every image of the world."""
-    return read_json(root / "world" / "scenes.json")
+def share_right(pairs: Sequence[dict], scenes: Scenes) -> float:
+    """Return the percentage of texts that name exactly the shapes and colours of their images."""
+    items = [scenes[pair["image"]]["items"] for pair in pairs]
+    shown = [[(item["color"], item["shape"]) for item in listed] for listed in items]
+    right = sum(caption_is_exact(pair["caption"], named) for pair, named in zip(pairs, shown, strict=True))
+    return 100 * right / max(len(pairs), 1)
 
 
 def table(rows: dict[str, dict[str, list[float]]], corner: str) -> str:
