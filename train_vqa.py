@@ -11,19 +11,21 @@ from data import make_loaders, prefetch
 from files import read_json, write_json
 from launch.config import VQAConfig
 from launch.run import Run, launch
+from metrics.knowledge import choice_accuracy, direct_accuracy, exact_match
 from metrics.vqa import vqa_accuracy
-from models.blip_vqa import BLIP_VQA, blip_vqa
+from models.blip_vqa import BLIP_VQA, MAX_QUESTION_TOKENS, blip_vqa
 from models.tokenizer import TokenBatch, tokenize
 from training.loop import Losses, Task
 from training.progress import Progress
 from training.results import report_scores, train_or_evaluate
-from utils import gather_results, on_main_process, track
+from utils import UserError, gather_results, on_main_process, track
 
 EXAMPLES = (
     "python train_vqa.py --config configs/miniature/vqa.yaml --output_dir output/vqa",
     "python -m torch.distributed.run --nproc_per_node=16 train_vqa.py --config configs/vqa.yaml",
     "python train_vqa.py --config configs/vqa.yaml --evaluate --set inference=generate",
 )
+SCORES = {"vqa": vqa_accuracy, "aokvqa": direct_accuracy, "exact": exact_match}
 
 
 def train_step(model: nn.Module, batch: dict[str, Any], progress: Progress) -> Losses:
@@ -41,19 +43,46 @@ def answer(model: BLIP_VQA, loader: DataLoader, config: VQAConfig, device: torch
     candidates: TokenBatch | None = None
     if config.inference == "rank":
         candidates = tokenize(model.tokenizer, names, "dec", device=device)
+    choices = {row["question_id"]: row.get("choices") for row in loader.dataset.annotation}
     rows = []
     for batch in prefetch(track(loader, "answering"), device):
         image, questions = batch["image"], batch["question"]
-        if candidates is None:
+        ids = batch["question_id"]
+        ids = ids if isinstance(ids, list) else ids.tolist()
+        if config.inference == "choices":
+            answers = choose(model, image, questions, [choices[i] for i in ids])
+        elif candidates is None:
             answers = model(image, questions, train=False, inference="generate")
         else:
             k_test = min(config.k_test, len(names))
             chosen = model(image, questions, candidates, train=False, inference="rank", k_test=k_test)
             answers = [names[i] for i in chosen]
-        ids = batch["question_id"]
-        ids = ids if isinstance(ids, list) else ids.tolist()
         rows += [{"question_id": i, "answer": text} for i, text in zip(ids, answers, strict=True)]
     return gather_results(rows)
+
+
+def choose(
+    model: BLIP_VQA, image: torch.Tensor, questions: list[str], choices: list[list[str] | None]
+) -> list[str]:
+    """Choose among the choices that each question has of its own."""
+    text = tokenize(model.tokenizer, questions, "enc", MAX_QUESTION_TOKENS, image.device)
+    states, chosen = model.question_states(image, text), []
+    for i, names in enumerate(choices):
+        if not names:
+            raise UserError("inference: choices needs 'choices' in every row of the test file; set inference: rank")
+        candidates = tokenize(model.tokenizer, names, "dec", device=image.device)
+        best = model.rank_answer(states[i : i + 1], text.attention_mask[i : i + 1], *candidates, len(names))
+        chosen.append(names[best.item()])
+    return chosen
+
+
+def score(rows: list[dict[str, Any]], annotation: list[dict[str, Any]], config: VQAConfig) -> dict[str, float]:
+    """Score answers where the test file tells the right ones; {} where it does not."""
+    if config.inference == "choices":
+        truth = [row for row in annotation if row.get("correct_choice_idx") is not None]
+        return choice_accuracy(rows, truth) if truth else {}
+    truth = [row for row in annotation if "answer" in row]
+    return SCORES[config.scoring](rows, truth) if truth else {}
 
 
 def evaluate(model: BLIP_VQA, loader: DataLoader, config: VQAConfig, run: Run) -> dict[str, float]:
@@ -62,8 +91,10 @@ def evaluate(model: BLIP_VQA, loader: DataLoader, config: VQAConfig, run: Run) -
 
     def measure() -> dict[str, float]:
         write_json(run.result("vqa_result"), rows)
-        truth = [entry for entry in loader.dataset.annotation if "answer" in entry]
-        return vqa_accuracy(rows, truth) if truth else {}
+        if config.scoring == "aokvqa":  # the file for its leaderboard
+            key = "multiple_choice" if config.inference == "choices" else "direct_answer"
+            write_json(run.result("aokvqa"), {row["question_id"]: {key: row["answer"]} for row in rows})
+        return score(rows, loader.dataset.annotation, config)
 
     scores = on_main_process(measure)
     if not scores:

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.annotations import find_annotation
+from data.classification import Classified, read_folder, read_pairs
 from data.coco_flickr import MAX_WORDS, CaptionEval, CaptionTrain, RetrievalEval, RetrievalTrain
 from data.nlvr import NLVR
 from data.pretrain import PairDataset, list_turns
@@ -133,6 +135,14 @@ def _nlvr(config: Any, split: str, transform: Transform) -> Dataset:
     return NLVR(file, config["image_root"], transform, swap)
 
 
+def _classification(config: Any, split: str, transform: Transform) -> Dataset:
+    own, classes = config.get(f"{split}_file") or "", config["classes"]
+    if own and Path(own).is_dir():
+        return Classified(read_folder(own, classes, config.get("text", "")), transform)
+    file = _file(config, split, f"ve_{'dev' if split == 'val' else split}.json")
+    return Classified(read_pairs(file, config["image_root"], classes), transform)
+
+
 def _nocaps(config: Any, split: str, transform: Transform) -> Dataset:
     return CaptionEval(_file(config, split, f"nocaps_{split}.json"), config["image_root"], transform)
 
@@ -162,6 +172,7 @@ DATASETS = {  # how a split is built, and the splits there are
     "retrieval_flickr": (partial(_retrieval, "flickr30k"), ALL_SPLITS),
     "vqa": (_vqa, ("train", "test")),
     "nlvr": (_nlvr, ALL_SPLITS),
+    "classification": (_classification, ALL_SPLITS),
     "retrieval_msrvtt": (_msrvtt, ("test",)),
 }
 MIN_SCALE = {"pretrain": 0.2}  # least share of an image's area in a training crop; 0.5 elsewhere

@@ -61,10 +61,14 @@ class Questions(Dataset):
 
 
 def with_answer(row: Row) -> Row:
-    """Return a row whose "answers", as VQA v2 publishes them, stand under "answer" as a list of texts."""
-    if "answer" in row or "answers" not in row:
+    """Return a row whose answers stand under "answer" as a list of texts.
+
+    VQA v2 publishes them as "answers", A-OKVQA as "direct_answers".
+    """
+    key = next((key for key in ("answers", "direct_answers") if key in row), None)
+    if "answer" in row or key is None:
         return row
-    answers = as_list(row["answers"])
+    answers = as_list(row[key])
     return {**row, "answer": [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]}
 
 

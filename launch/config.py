@@ -77,6 +77,8 @@ class TrainConfig(ModelConfig):
     init_lr: float = setting(1e-5, "learning rate at the start")
     min_lr: float = setting(0.0, "learning rate at the end")
     weight_decay: float = setting(0.05, "of AdamW, on every parameter")
+    decay_norms: bool = setting(True, "weight decay on biases and norms too, as released")
+    lr_layer_decay: float = setting(1.0, "factor on the learning rate of each ViT block, from last to first")
     max_epoch: int = setting(5, "passes over the training data")
     schedule: str = setting("epoch", "the learning rate changes every 'epoch', as released, or every 'step'")
     warmup: int = setting(0, "steps of linear warm-up, with schedule: step")
@@ -152,7 +154,8 @@ class VQAConfig(TrainConfig):
     batch_size_train: int = setting(16, "questions per process and step")
     batch_size_test: int = setting(32, "questions at once in evaluation")
     k_test: int = setting(128, "candidates ranked in full")
-    inference: str = setting("rank", "'rank' a list of answers, or 'generate' freely")
+    inference: str = setting("rank", "'rank' a list of answers, 'generate' freely, or rank the question's 'choices'")
+    scoring: str = setting("vqa", "accuracy as in VQA v2 and OK-VQA: 'vqa', in A-OKVQA: 'aokvqa', in GQA: 'exact'")
     drop_path_rate: float = setting(0.1, "stochastic depth of the image encoder")
     smooth_padding: bool = setting(True, "label smoothing counts padding, as the released training did")
 
@@ -170,6 +173,26 @@ class NLVRConfig(TrainConfig):
     drop_path_rate: float = setting(0.1, "stochastic depth of the image encoder")
     adapter_also: list = setting(["cls_head", "merge_layer"], "as for every task; by default what is new in NLVR2")
     released_eval_swap: bool = setting(False, "swap images at random in evaluation too, as the released code did")
+
+
+@dataclass
+class ClassificationConfig(TrainConfig):
+    """Classification of images, with or without a text (not in the paper; after LAVIS)."""
+
+    classes: list = setting([], "names of the classes, in the order of their numbers; [] takes those of the folders")
+    train_file: str = setting("", "own annotations, or a folder with a folder for each class; '' for ve_train.json")
+    val_file: str = setting("", "the same for validation; '' for ve_dev.json")
+    test_file: str = setting("", "the same for the test; '' for ve_test.json")
+    splits: list = setting(["val", "test"], "splits that --evaluate reads: val, test or both")
+    text: str = setting("", "text that goes with every image of a folder")
+    batch_size_train: int = setting(32, "examples per process and step")
+    batch_size_test: int = setting(64, "examples at once in evaluation")
+    drop_path_rate: float = setting(0.0, "stochastic depth of the image encoder")
+    adapter_also: list = setting(["cls_head"], "as for every task; by default what is new in classification")
+    zero_shot: bool = setting(False, "compare images with the names of the classes by contrast, without training")
+    templates: list = setting(["a photo of a {}"], "texts that name a class in zero-shot classification")
+    temperature: float = setting(0.01, "of the softmax over classes in zero-shot classification")
+    embed_dim: int = setting(256, "width of the contrastive features, in zero-shot classification")
 
 
 @dataclass

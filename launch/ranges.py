@@ -25,6 +25,7 @@ RANGES = {
     "k_test": ">= 1",
     "log_every": ">= 1",
     "lr_decay_rate": "> 0 and <= 1",
+    "lr_layer_decay": "> 0 and <= 1",
     "max_bad_images": ">= 0",
     "max_epoch": ">= 1",
     "max_length": ">= 1",
@@ -40,6 +41,7 @@ RANGES = {
     "shard_pairs": ">= 0",
     "shard_size": ">= 1",
     "shuffle_buffer": ">= 1",
+    "temperature": "> 0",
     "threshold": ">= 0 and <= 1",
     "top_p": "> 0 and <= 1",
     "vit_ckpt_layer": ">= 0",
@@ -53,10 +55,11 @@ CHOICES = {
     "cpu_products": ("auto", "onednn", "torch"),
     "dataset": ("coco", "flickr"),
     "grad_ckpt": ("torch", "fairscale"),
-    "inference": ("rank", "generate"),
+    "inference": ("rank", "generate", "choices"),
     "init": ("released", "random"),
     "parallel": ("ddp", "fsdp"),
     "schedule": ("epoch", "step"),
+    "scoring": ("vqa", "aokvqa", "exact"),
     "stage": ("both", "caption", "filter"),
 }
 MAX_NUMBER = 1e15

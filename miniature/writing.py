@@ -55,6 +55,7 @@ def write_miniature(
         write_captions(annotations, split, splits[split], seed)
         write_questions(annotations, split, splits[split], seed)
         write_statements(annotations, split, splits[split], seed)
+        write_entailment(annotations, split, splits[split], seed)
     write_json(annotations / "answer_list.json", text.answer_list())
     write_nocaps(annotations, splits["test"], seed)
     write_web(annotations, splits["web"], seed)
@@ -171,6 +172,25 @@ def write_statements(folder: Path, split: str, scenes: Sequence[Scene], seed: in
             images = [image(split, left), image(split, right)]
             rows.append({"images": images, "sentence": made.text, "label": str(truth)})
     write_json(folder / f"nlvr_{'dev' if split == 'val' else split}.json", rows)
+
+
+def write_entailment(folder: Path, split: str, scenes: Sequence[Scene], seed: int) -> None:
+    """Write sentences that an image makes true, makes false or leaves open, in SNLI-VE's format.
+
+    A still image leaves open whether an object moves; a moving object that is not there is as false as a still one.
+    """
+    rng, rows = generator(seed, "entailment", split), []
+    for i, scene in enumerate(scenes):
+        present, absent = " ".join(rng.choice(scene.items).pair), " ".join(text.absent_pair(scene, rng))
+        motion = f" moving {rng.choice(('up', 'down', 'left', 'right'))}"
+        sentences = {
+            "entailment": present,
+            "neutral": present + motion,
+            "contradiction": absent + rng.choice(("", motion)),
+        }
+        name = image(split, i).removesuffix(".jpg")
+        rows += [{"image": name, "sentence": text.with_article(s), "label": label} for label, s in sentences.items()]
+    write_json(folder / f"ve_{'dev' if split == 'val' else split}.json", rows)
 
 
 def write_nocaps(folder: Path, scenes: Sequence[Scene], seed: int) -> None:

@@ -22,7 +22,7 @@ class BLIP_Classification(nn.Module):
         med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer: as `models.blip.BLIP_Base`.
         num_classes: number of classes.
         drop_path_rate: stochastic depth of the ViT.
-        first_token: "cls", as in LAVIS, or "enc".
+        first_token: "enc", as in pretraining's matching, or "cls", as in LAVIS.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class BLIP_Classification(nn.Module):
         vit_ckpt_layer: int = 0,
         num_classes: int = 3,
         drop_path_rate: float = 0.0,
-        first_token: str = "cls",
+        first_token: str = "enc",
     ):
         super().__init__()
         self.visual_encoder, vision_width = create_vit(vit, image_size, vit_grad_ckpt, vit_ckpt_layer, drop_path_rate)

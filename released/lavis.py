@@ -226,7 +226,7 @@ MODELS = {  # class, task of its checkpoints, further settings, side of its imag
     "blip_image_text_matching": (BlipITM, "itm", {"first_token": "enc"}, 384, "blip_caption"),
     "blip_retrieval": (BlipRetrieval, "retrieval", {}, 384, "blip_caption"),
     "blip_nlvr": (BlipNLVR, "nlvr", {}, 384, "blip_caption"),
-    "blip_classification": (BlipClassification, "classification", {}, 384, "blip_caption"),
+    "blip_classification": (BlipClassification, "classification", {"first_token": "cls"}, 384, "blip_caption"),
     "blip_pretrain": (BlipPretrain, "pretrain", UNPADDED, 224, "blip_caption"),
 }
 ZOO = {

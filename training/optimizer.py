@@ -38,13 +38,44 @@ def cosine_schedule(config: TrainConfig, progress: Progress) -> float:
     return cosine_lr(progress.step - config.warmup, num_steps, config.init_lr, config.min_lr)
 
 
-def create_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """Return a fused AdamW over all trainable parameters, all with the same decay, as released."""
-    params = [{"params": group} for group in split_params([p for p in model.parameters() if p.requires_grad])]
+def create_optimizer(
+    model: nn.Module, lr: float, weight_decay: float, decay_norms: bool = True, lr_layer_decay: float = 1.0
+) -> torch.optim.AdamW:
+    """Return a fused AdamW over all trainable parameters.
+
+    Args:
+        model: the model.
+        lr: learning rate.
+        weight_decay: of all parameters, as released.
+        decay_norms: False exempts biases and norms, parameters of one dimension.
+        lr_layer_decay: factor on the learning rate of the ViT, to the power of a block's distance from its output.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = weight_decay if decay_norms or parameter.dim() > 1 else 0.0
+            scale = lr_layer_decay ** distance_from_output(name, model) if lr_layer_decay != 1.0 else 1.0
+            groups.setdefault((decay, scale), []).append(parameter)
+    params = [
+        {"params": part, "weight_decay": decay, "lr": lr * scale, "lr_scale": scale}
+        for (decay, scale), group in groups.items()
+        for part in split_params(group)
+    ]
     return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, fused=True)
 
 
+def distance_from_output(name: str, model: nn.Module) -> int:
+    """Return the number of ViT blocks from a parameter to the output of the ViT, 0 for parameters of other parts."""
+    encoder, *rest = name.split(".")
+    if not encoder.startswith("visual_encoder"):
+        return 0
+    depth = len(getattr(model, encoder).blocks)
+    if rest[0] == "blocks":
+        return depth - int(rest[1])
+    return 0 if rest[0] == "norm" else depth + 1
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of all parameter groups."""
+    """Set the learning rate of all parameter groups, each times its own factor."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -95,7 +95,9 @@ def create_state(run: Run, config: TrainConfig, model: nn.Module, num_batches: i
         config,
         model,
         wrapped,
-        create_optimizer(model, config.init_lr, config.weight_decay),
+        create_optimizer(
+            model, config.init_lr, config.weight_decay, config.decay_norms, config.lr_layer_decay
+        ),
         torch.amp.GradScaler(run.device.type, enabled=use_scaler),
         StepCheck(run.device, overflow_is_normal=use_scaler),
         TrainLog(run, config.tensorboard),

@@ -1,0 +1,105 @@
+"""Fine-tune and evaluate classification of images, with or without a text, such as visual entailment (SNLI-VE)."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from data import make_loaders, prefetch
+from data.classification import class_names
+from files import read_json, write_json
+from inference.zero_shot import class_features, class_probabilities
+from launch.config import ClassificationConfig
+from launch.run import Run, launch
+from metrics.classification import accuracy
+from models.blip_classification import blip_classification
+from models.blip_itm import blip_itm
+from training.loop import Losses, Task
+from training.progress import Progress
+from training.results import report_scores, shown_split, splits_of, train_or_evaluate
+from utils import UserError, gather_results, on_main_process, track
+
+EXAMPLES = (
+    "python train_classification.py --config configs/miniature/classification.yaml --output_dir output/entailment",
+    "python -m torch.distributed.run --nproc_per_node=8 train_classification.py --config configs/snli_ve.yaml",
+    "python train_classification.py --evaluate --set zero_shot=true --set test_file=folder --set pretrained=model.pth",
+)
+Predict = Callable[[dict[str, Any]], torch.Tensor]
+
+
+def train_step(model: nn.Module, batch: dict[str, Any], progress: Progress) -> Losses:
+    """Classification loss."""
+    return {"loss_cls": model(batch["image"], batch["text"], targets=batch["label"], train=True)}
+
+
+def make_predict(model: nn.Module, config: ClassificationConfig) -> Predict:
+    """Return a function from a batch to probabilities (batch, classes)."""
+    if config.zero_shot:
+        feats = class_features(model, config.classes, config.templates)
+        return lambda batch: class_probabilities(model, batch["image"], feats, config.temperature)
+    return lambda batch: model(batch["image"], batch["text"], train=False).float().softmax(dim=-1)
+
+
+def classify(predict: Predict, loader: DataLoader, classes: list[str], device: torch.device) -> list[dict[str, Any]]:
+    """Classify every example of a split; the same list on every process."""
+    rows = []
+    for batch in prefetch(track(loader, "classifying"), device):
+        found = predict(batch).cpu()
+        for text, label, probabilities in zip(batch["text"], batch["label"].tolist(), found, strict=True):
+            best = int(probabilities.argmax())
+            rows.append({"text": text, "label": classes[label], "prediction": classes[best],
+                         "probability": round(probabilities[best].item(), 4)})  # fmt: skip
+    return gather_results(rows)
+
+
+def evaluate(
+    model: nn.Module, loaders: dict[str, DataLoader], config: ClassificationConfig, run: Run
+) -> dict[str, float]:
+    """Return the accuracy of each split."""
+    predict, scores = make_predict(model, config), {}
+    for split, loader in loaders.items():
+        rows = classify(predict, loader, config.classes, run.device)
+        on_main_process(lambda rows=rows, split=split: write_json(run.result(split), rows))
+        numbers = [[config.classes.index(row[key]) for row in rows] for key in ("prediction", "label")]
+        scores[f"{split}_acc"] = accuracy(*numbers)
+    return scores
+
+
+def examples(dataset: Any, split: str, run: Run, count: int = 24) -> list[dict[str, Any]]:
+    """Return images with their classes, for the report."""
+    return [
+        {
+            "image": dataset.path(i),
+            "lines": [("text", row["text"], ""), (row["prediction"], f"{row['probability']:.2f}", tone)],
+        }
+        for i, row in enumerate(read_json(run.result(split))[:count])
+        for tone in ["good" if row["prediction"] == row["label"] else "bad"]
+    ]
+
+
+def main(config: ClassificationConfig, run: Run) -> None:
+    """Train unless asked to evaluate only, then report."""
+    config.classes = config.classes or class_names(config.test_file)
+    if config.zero_shot and not run.evaluate:
+        raise UserError("zero_shot classification does not train; add --evaluate")
+    splits = ("test",) if config.zero_shot else splits_of(run, config)
+    loaders = make_loaders("classification", config, splits, run.seed)
+    if config.zero_shot:
+        model = blip_itm(**config.model_settings(), embed_dim=config.embed_dim)
+    else:
+        options = dict(num_classes=len(config.classes), drop_path_rate=config.drop_path_rate)
+        model = blip_classification(**config.model_settings(), **options)
+    tested = {split: loader for split, loader in loaders.items() if split != "train"}
+    task = Task(train_step, lambda model: evaluate(model, tested, config, run), lambda scores: scores["val_acc"])
+    scores = train_or_evaluate(run, config, model, loaders, task)
+    shown = shown_split(tested)
+    report_scores(run, "Classification", scores, lambda: examples(loaders[shown].dataset, shown, run))
+
+
+if __name__ == "__main__":
+    sys.exit(
+        launch(main, ClassificationConfig, "configs/snli_ve.yaml", "output/snli_ve", __doc__ or "", EXAMPLES)
+    )
