@@ -1,5 +1,10 @@
 """Caption, question, match, search and encode your own images with any BLIP checkpoint."""
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends the program without a stack trace
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import sys
 import time
@@ -177,4 +182,5 @@ def write_rows(
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -1,7 +1,7 @@
-"""What a model looks at: maps over the image for every word, from cross-attention or Grad-CAM.
+"""Maps of an image's relevance for each word of a text, from cross-attention or Grad-CAM.
 
-Grad-CAM weighs a layer's attention by how much more of it would raise the score that is explained: the matching
-logit, a caption word's log-probability, or an answer's (after section 3.1 of Selvaraju et al., Grad-CAM, ICCV 2017,
+Grad-CAM multiplies the attention of a layer by the gradient of the explained score: the matching logit, or the
+log-probability of a caption word or of an answer (after section 3.1 of Selvaraju et al., Grad-CAM, ICCV 2017,
 with attention in place of activations).
 """
 
@@ -28,7 +28,7 @@ from utils import UserError, on_main_process
 
 WHOLE = "(all)"  # names the map of the text as a whole
 COLORS = ((0, (30, 30, 160)), (0.35, (0, 180, 220)), (0.65, (250, 230, 60)), (1, (220, 30, 20)))
-TILE = 224  # longest side of an image in a sheet, in pixels
+TILE = 224  # pixels of the longer side of an image in a sheet
 Maps = list[tuple[str, np.ndarray]]
 
 
@@ -126,7 +126,7 @@ def recorded(text: TextTransformer, layer: int | None) -> Iterator[list[torch.Te
 
 
 def weigh(attention: torch.Tensor, score: torch.Tensor, method: str) -> torch.Tensor:
-    """Return each patch's relevance for each token (length, patches): attention, times its effect if positive."""
+    """Return each patch's relevance for each token (length, patches): attention, times its positive gradient."""
     if method == "gradcam":
         (grad,) = torch.autograd.grad(score, attention, retain_graph=True)
         attention = attention * grad.clamp_min(0)
@@ -134,13 +134,13 @@ def weigh(attention: torch.Tensor, score: torch.Tensor, method: str) -> torch.Te
 
 
 def to_grid(relevance: torch.Tensor) -> np.ndarray:
-    """Average tokens' relevances (tokens, patches) and lay them out as the square they come from."""
+    """Return the mean relevance (tokens, patches) of tokens as a square grid of patches."""
     side = round(relevance.shape[1] ** 0.5)
     return relevance.mean(dim=0).view(side, side).numpy()
 
 
 def with_whole(maps: Maps) -> Maps:
-    """Put the mean of the words' maps in front.
+    """Return the maps with their mean in front.
 
     Raises:
         UserError: there is no word.
@@ -169,7 +169,7 @@ def words_of(tokenizer: Any, text: TokenBatch, start: int = 1) -> list[tuple[str
 
 
 def overlay(image: Image.Image, grid: np.ndarray) -> Image.Image:
-    """Lay a map over an image of any size; the more relevant a place, the warmer and the less transparent."""
+    """Blend a map over an image of any size; relevant places get warm and opaque colors."""
     heat = Image.fromarray((grid / max(grid.max(), 1e-12)).astype(np.float32))
     heat = np.asarray(heat.resize(image.size, Image.Resampling.BICUBIC)).clip(0, 1)
     stops, colors = zip(*COLORS, strict=True)
@@ -189,15 +189,15 @@ def sheet(image: Image.Image, title: str, maps: Maps, columns: int = 5) -> Image
     rows = -(-len(tiles) // columns)
     canvas = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap + 28), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=16)
-    draw.text((gap, gap - 2), shorten(title, canvas.width, font), "black", font)
+    draw.text((gap, gap - 2), cut_to_width(title, canvas.width, font), "black", font)
     for number, (word, tile) in enumerate(tiles):
         left, top = gap + number % columns * (width + gap), gap + 28 + number // columns * (height + gap)
         canvas.paste(tile, (left, top))
-        draw.text((left, top + image.height + 2), shorten(word, width, font), "black", font)
+        draw.text((left, top + image.height + 2), cut_to_width(word, width, font), "black", font)
     return canvas
 
 
-def shorten(text: str, width: int, font: Any) -> str:
+def cut_to_width(text: str, width: int, font: Any) -> str:
     """Cut a text to a width in pixels."""
     while font.getlength(text) > width - 8 and len(text) > 1:
         text = text[:-2] + "…"
@@ -223,7 +223,7 @@ def explain_rows(model: Predictor, rows: Iterable[Row], folder: Path, method: st
 
 
 def short_hash(name: str) -> str:
-    """Return 8 letters that tell images of one file name in several folders apart."""
+    """Return 8 letters that differ for images of one file name in different folders."""
     return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
 
 
@@ -247,7 +247,7 @@ def _make(folder: Path) -> None:
 
 
 def _explained(row: Row) -> Iterator[tuple[str, str, str]]:
-    """Yield text, answer and title of what a row says."""
+    """Yield text, answer and title for each text of a row."""
     if "captions" in row:
         yield row["captions"][0]["caption"], "", row["captions"][0]["caption"]
     for found in row.get("answers", ()):

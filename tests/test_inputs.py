@@ -4,7 +4,10 @@ import base64
 import io
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -159,6 +162,16 @@ def test_d9_texts_that_are_cut_are_counted(folder, capsys):
     assert "1 of 2 texts are longer than 35 tokens" in capsys.readouterr().err
     load("vqa", VQA).answer(folder / "a.jpg", [long + "?"])
     assert "1 of 1 questions are longer than 35 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.8, 2.0, 4.0])
+def test_e_an_interrupt_during_the_start_has_no_stack_trace(folder, seconds):
+    words = [sys.executable, "predict.py", "caption", str(folder), "--checkpoint", MODEL]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    assert "Traceback" not in told
 
 
 # From Python.
