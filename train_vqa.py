@@ -120,7 +120,10 @@ def main(config: VQAConfig, run: Run) -> None:
     """Train unless asked to evaluate only, then report."""
     loaders = make_loaders("vqa", config, ("test",) if run.evaluate else ("train", "test"), run.seed)
     model = blip_vqa(
-        **config.model_settings(), drop_path_rate=config.drop_path_rate, smooth_padding=config.smooth_padding
+        **config.model_settings(),
+        drop_path_rate=config.drop_path_rate,
+        smooth_padding=config.smooth_padding,
+        mask_padding=config.mask_padding,
     )
     task = Task(train_step, lambda model: evaluate(model, loaders["test"], config, run))
     scores = train_or_evaluate(run, config, model, loaders, task)

@@ -157,6 +157,7 @@ class VQAConfig(TrainConfig):
     inference: str = setting("rank", "'rank' a list of answers, 'generate' freely, or rank the question's 'choices'")
     scoring: str = setting("vqa", "accuracy as in VQA v2 and OK-VQA: 'vqa', in A-OKVQA: 'aokvqa', in GQA: 'exact'")
     drop_path_rate: float = setting(0.1, "stochastic depth of the image encoder")
+    mask_padding: bool = setting(True, "generated answers ignore padded questions; false: as the released code")
     smooth_padding: bool = setting(True, "label smoothing counts padding, as the released training did")
 
 

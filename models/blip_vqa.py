@@ -29,6 +29,8 @@ class BLIP_VQA(nn.Module):
         med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer: as `models.blip.BLIP_Base`.
         smooth_padding: label smoothing includes padding, as in the released training and ranking.
         drop_path_rate: stochastic depth of the ViT.
+        mask_padding: generated answers do not attend to padding of the question, so that they do not depend on the
+            other questions of a batch; the released code attends to it.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class BLIP_VQA(nn.Module):
         vit_ckpt_layer: int = 0,
         smooth_padding: bool = True,
         drop_path_rate: float = 0.1,
+        mask_padding: bool = False,
     ):
         super().__init__()
         self.visual_encoder, vision_width = create_vit(
@@ -48,7 +51,7 @@ class BLIP_VQA(nn.Module):
         self.tokenizer, config = create_text_config(med_config, vision_width)
         self.text_encoder = TextTransformer(config)
         self.text_decoder = TextDecoder(replace(config, encoder_width=config.hidden_size))
-        self.smooth_padding = smooth_padding
+        self.smooth_padding, self.mask_padding = smooth_padding, mask_padding
         self.trie: tuple[torch.Tensor, Trie] | None = None  # of the candidates ranked last
 
     def forward(
@@ -83,7 +86,7 @@ class BLIP_VQA(nn.Module):
         if train:
             return self.answer_loss(states, text.attention_mask, answer, n, weights)
         if inference == "generate":
-            return self.generate_answers(states)[0]
+            return self.generate_answers(states, text.attention_mask)[0]
         if inference == "rank":
             return self.rank_answer(states, text.attention_mask, answer.input_ids, answer.attention_mask, k_test)
         raise UserError(f"inference is {inference!r}; expected 'rank' or 'generate'")
@@ -113,14 +116,17 @@ class BLIP_VQA(nn.Module):
         return (weights.to(device, non_blocking=True) * losses).sum() / len(question_states)
 
     @torch.no_grad()
-    def generate_answers(self, question_states: torch.Tensor) -> tuple[list[str], torch.Tensor]:
+    def generate_answers(
+        self, question_states: torch.Tensor, question_atts: torch.Tensor | None = None
+    ) -> tuple[list[str], torch.Tensor]:
         """Decode answers of 1 to 10 tokens by beam search; also return their log-probabilities (batch,).
 
-        Padding of the question is not masked, as in the released code.
+        Padding of the question (`question_atts` 0) is masked with `mask_padding` only, unlike in the released code.
         """
         start = question_states.new_full((len(question_states), 1), self.tokenizer.bos_token_id, dtype=torch.long)
         config = GenerationConfig(max_length=10, min_length=1, num_beams=3)
-        projection = self.text_decoder.bert.project(question_states)
+        mask = question_atts if self.mask_padding else None
+        projection = self.text_decoder.bert.project(question_states, mask=mask)
         found = generate(self.text_decoder, projection, start, self.tokenizer.sep_token_id, config)
         return decode(self.tokenizer, found.ids), found.log_probs
 

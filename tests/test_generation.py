@@ -140,3 +140,20 @@ def test_beams_keep_the_best_and_stop_when_no_running_text_can_win():
     origins = beams.advance([[-3.0, 19, -1.0], [-3.5, 13, -1.5], [-4.0, 2, -3.5], [-5.0, 9, -4.5]], 10, 9)
     assert origins == [1, 0] and beams.done  # the end token among the last candidates does not count
     assert [score for score, _ in beams.best(2)] == [-0.5, -1.0]
+
+
+@pytest.mark.parametrize("mask_padding", [True, False])
+def test_d8_an_answer_does_not_depend_on_the_batch_where_padding_is_masked(mask_padding):
+    model = load_trained(build("vqa", mask_padding=mask_padding), "vqa")
+    short, long = "is it ?", "how many rings are left of the large green star and above the small red heart ?"
+    image = arr("a:padded", (8, 3, 48, 48))
+
+    def states_of(texts):
+        text = tokenize(model.tokenizer, texts, "enc")
+        return model.question_states(image[: len(texts)], text), text.attention_mask
+
+    alone, _ = states_of([short] * 7)
+    together, mask = states_of([short] * 7 + [long])
+    torch.testing.assert_close(together[:7, : alone.shape[1]], alone, rtol=1e-4, atol=1e-4)
+    found, expected_log_probs = model.generate_answers(together, mask)[1][:7], model.generate_answers(alone)[1]
+    assert torch.allclose(found, expected_log_probs, rtol=0, atol=5e-5) == mask_padding
