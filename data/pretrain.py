@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from data.annotations import inside
-from data.text import pre_caption
+from data.annotations import as_list, inside
+from data.text import is_blank, pre_caption
 from data.transforms import Transform
 from download import cache_folder
-from utils import ProgressLine, UserError, barrier
+from utils import ProgressLine, UserError, barrier, note
 
 CHUNK = 1 << 22  # bytes of a list that are read at once
 MAX_WORDS = 30
@@ -61,11 +62,21 @@ def index_folder(path: Path) -> Path:
         stat = path.stat()
     except OSError:
         raise UserError(f"list of pairs {path} does not exist; correct train_file or laion_path") from None
-    name = f"{path.name}-{stat.st_size:x}-{stat.st_mtime_ns:x}.index"
+    name = f"{path.name}-{stat.st_size:x}-{stat.st_mtime_ns:x}-{_fingerprint(path):x}.pairs"
     beside = path.parent / name
     if beside.is_dir() or os.access(path.parent, os.W_OK):
         return beside
     return cache_folder() / "index" / name
+
+
+def _fingerprint(path: Path, size: int = 1 << 16) -> int:
+    """Return a checksum of a file's beginning, middle and end: copies and mounts may all have one time."""
+    total, value = path.stat().st_size, 0
+    with open(path, "rb") as file:
+        for start in (0, total // 2, max(total - size, 0)):
+            file.seek(start)
+            value = zlib.crc32(file.read(size), value)
+    return value
 
 
 def open_lists(paths: Sequence[str | Path]) -> list[PairList]:
@@ -112,25 +123,31 @@ def _publish(temporary: Path, folder: Path) -> None:
 
 
 def _encoded_batches(path: Path, size: int = 10_000) -> Iterator[list[bytes]]:
-    batch = []
+    batch, num_empty = [], 0
     for number, row in enumerate(read_rows(path)):
-        batch.append("\0".join(_pair_of(row, f"{path}, entry {number}")).encode("utf-8", "replace"))
-        if len(batch) == size:
+        image, captions = _pairs_of(row, f"{path}, entry {number}")
+        texts = [caption for caption in captions if not is_blank(caption)]
+        num_empty += len(captions) - len(texts)
+        batch += ["\0".join((image, text)).encode("utf-8", "replace") for text in texts]
+        if len(batch) >= size:
             yield batch
             batch = []
     if batch:
         yield batch
+    if num_empty:
+        note(f"{path}: {num_empty} empty captions are left out")
 
 
-def _pair_of(row: Any, place: str) -> tuple[str, str]:
-    """Return an entry's image path and caption."""
+def _pairs_of(row: Any, place: str) -> tuple[str, list[str | None]]:
+    """Return the image path and the captions of an entry."""
     if not isinstance(row, dict) or "caption" not in row or not {"image", "url"} & row.keys():
         keys = sorted(row) if isinstance(row, dict) else type(row).__name__
         raise UserError(f"{place}: has {keys}; expected the keys 'image' (or 'url') and 'caption'")
     key = "image" if "image" in row else "url"
-    if not isinstance(row[key], str) or not isinstance(row["caption"], str) or "\0" in row[key]:
+    captions = as_list(row["caption"]) or [None]
+    if not isinstance(row[key], str) or "\0" in row[key] or not all(isinstance(text, str | None) for text in captions):
         raise UserError(f"{place}: {key} {row[key]!r:.40}, caption {row['caption']!r:.40}; expected texts")
-    return row["image"] if key == "image" else image_of_url(row["url"]), row["caption"]
+    return row["image"] if key == "image" else image_of_url(row["url"]), captions
 
 
 def image_of_url(url: str) -> str:
@@ -152,7 +169,7 @@ def read_rows(path: Path) -> Iterator[Any]:
 def _rows(path: Path) -> Iterator[Any]:
     line = ProgressLine(path.stat().st_size, f"indexing {path.name} (once), bytes")
     decoder, text, number = json.JSONDecoder(), "", 0
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         while chunk := file.read(CHUNK):
             text, position = text + chunk, 0
             while True:

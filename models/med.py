@@ -67,6 +67,7 @@ def create_text_config(med_config: str | Path | Mapping | None, encoder_width: i
     """
     config = load_med_config(med_config)
     tokenizer = init_tokenizer(config.vocab_file or None)
+    tokenizer.model_max_length = config.max_position_embeddings  # longer texts are cut
     vocab_size = len(tokenizer) if config.vocab_file else max(config.vocab_size, len(tokenizer))
     return tokenizer, replace(config, encoder_width=encoder_width, vocab_size=vocab_size)
 

@@ -10,6 +10,7 @@ from transformers import BertTokenizer
 
 from utils import UserError
 
+MAX_POSITIONS = 512  # positions of BERT's embedding table
 VOCAB_FILE = Path(__file__).resolve().parent.parent / "configs" / "bert-base-uncased-vocab.txt"
 
 
@@ -95,7 +96,7 @@ def tokenize(
         texts: one or several strings.
         first: "cls" for ITC and text features; "enc" for ITM, VQA questions, NLVR2 and multimodal features;
             "dec" for decoding.
-        max_length: longer texts are cut to this many tokens, [SEP] kept; None never cuts.
+        max_length: longer texts are cut to this many tokens, [SEP] kept; None cuts at the end of the position table.
         device: where the result goes.
 
     Returns:
@@ -103,8 +104,9 @@ def tokenize(
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     texts = [text.encode("utf-8", "replace").decode() for text in texts]  # JSON may hold lone surrogates
+    longest = min(tokenizer.model_max_length, MAX_POSITIONS)
     encoded = tokenizer(
-        texts, padding="longest", truncation=max_length is not None, max_length=max_length, return_tensors="pt"
+        texts, padding="longest", truncation=True, max_length=max_length or longest, return_tensors="pt"
     )
     batch = TokenBatch(encoded.input_ids, encoded.attention_mask)
     if first != "cls":

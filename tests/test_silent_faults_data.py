@@ -1,14 +1,18 @@
 """Data that used to give wrong numbers without a word: each kind is read right, or refused before the work begins."""
 
 import json
+import os
 
 import pytest
 from PIL import Image
 
 from data.coco_flickr import CaptionEval, CaptionTrain, RetrievalEval, RetrievalTrain
 from data.ids import image_id
+from data.pretrain import PairDataset, index_folder
+from data.publishers import convert
 from data.transforms import test_transform as square
 from data.vqa import VQATest, VQATrain, read_answers
+from models.tokenizer import init_tokenizer, tokenize
 from utils import UserError, id_text
 
 SQUARE = square(8)
@@ -156,3 +160,74 @@ def test_a6_answers_as_the_publishers_write_them(root):
     assert VQATest(write(root, [row]), roots, SQUARE).annotation[0]["answer"] == ["dog", "cat"]
     with pytest.raises(UserError, match=r"'answer' is \[None\]"):
         VQATrain([write(root, [{**row, "answers": [{"text": "dog"}]}])], roots, SQUARE)
+
+
+# A8. Pairs for pretraining, and long texts.
+
+
+def test_a8_several_captions_empty_ones_and_a_byte_order_mark(root, capsys):
+    rows = [{"image": "a.jpg", "caption": ["one", None, " "]}, {"image": "b.jpg", "caption": ["two", "three"]},
+            {"image": "b.jpg", "caption": None}, {"image": "b.jpg", "caption": []}]  # fmt: skip
+    for name, text in (("a.json", json.dumps(rows)), ("a.jsonl", "\n".join(map(json.dumps, rows)))):
+        (root / name).write_text(text, encoding="utf-8-sig")
+        pairs = PairDataset([root / name], str(root), SQUARE)
+        assert [pairs[i]["caption"] for i in range(len(pairs))] == ["one", "two", "three"]
+        assert "4 empty captions are left out" in capsys.readouterr().err
+    with pytest.raises(UserError, match="entry 0: .*expected texts"):
+        PairDataset([write(root, [{"image": "a.jpg", "caption": ["x", 3]}])], str(root), SQUARE)
+
+
+def test_an_index_belongs_to_its_list_even_if_size_and_time_are_equal(root):
+    found = []
+    for text in ("one", "two"):
+        path = write(root, [{"image": "a.jpg", "caption": text}])
+        os.utime(path, (0, 0))  # as on a mount that keeps no times
+        found.append((PairDataset([path], str(root), SQUARE)[0]["caption"], index_folder(root / "rows.json").name))
+    assert [caption for caption, _ in found] == ["one", "two"] and found[0][1] != found[1][1]
+
+
+@pytest.mark.parametrize("first", ["cls", "enc", "dec"])
+def test_a8_texts_longer_than_the_position_table_are_cut(first):
+    batch = tokenize(init_tokenizer(), ["yes", "x" * 90 + "ab " * 900], first)
+    assert batch.input_ids.shape == (2, 512)
+
+
+# E. Publishers' files.
+
+COCO = {
+    "images": [{"id": 7, "file_name": "a.jpg", "coco_url": "http://x.org/val2014/a.jpg"}],
+    "annotations": [{"image_id": 7, "id": n, "caption": text} for n, text in enumerate(["One.", "two "])],
+}
+KARPATHY = {"dataset": "coco", "images": [
+    {"filepath": "val2014", "filename": f"{split}.jpg", "split": split, "cocoid": n, "sentences": [{"raw": split}]}
+    for n, split in enumerate(["train", "restval", "val", "test"])]}  # fmt: skip
+ASKED = {"data_subtype": "val2014", "questions": [{"image_id": 7, "question": "what?", "question_id": 70}]}
+ANSWERED = {"annotations": [{"question_id": 70, "image_id": 7, "answer_type": "other", "question_type": "what",
+                             "answers": [{"answer": "dog", "answer_id": n} for n in range(10)]}]}  # fmt: skip
+STATEMENT = {"identifier": "train-1-0-2", "sentence": "x", "label": "True", "directory": 26}
+
+
+def test_e_publishers_files_are_converted():
+    assert convert([COCO])[1][""] == [{"image": "val2014/a.jpg", "image_id": 7, "caption": ["One.", "two"]}]
+    tables = convert([KARPATHY])[1]
+    assert [row["image"] for row in tables["coco_karpathy_train"]] == ["val2014/train.jpg", "val2014/restval.jpg"]
+    assert tables["coco_karpathy_val_gt"]["annotations"] == [{"id": 0, "image_id": 2, "caption": "val"}]
+    for contents in ([ASKED, ANSWERED], [ANSWERED, ASKED]):
+        (row,) = convert(contents)[1][""]
+        assert row["image"] == "val2014/COCO_val2014_000000000007.jpg" and row["answer"] == ["dog"] * 10
+    assert "answer" not in convert([ASKED])[1][""][0]
+    (row,) = convert([[STATEMENT]])[1][""]
+    assert row["images"] == [f"images/train/26/train-1-0-img{side}.png" for side in (0, 1)]
+    tokens = "1.jpg#0\tA dog .\n1.jpg#1\tOne dog .\n2.jpg#0\tA cat ."
+    rows = convert([tokens], prefix="")[1][""]
+    assert rows == [{"image": "1.jpg", "caption": ["A dog .", "One dog ."]}, {"image": "2.jpg", "caption": ["A cat ."]}]
+    with pytest.raises(UserError, match="cannot convert VQA v2's annotation file; expected one of"):
+        convert([ANSWERED])
+    with pytest.raises(UserError, match="not as published"):
+        convert([{**COCO, "annotations": [{"caption": "x"}]}])
+
+
+@pytest.mark.parametrize("content", [COCO, KARPATHY, ASKED, ANSWERED, [STATEMENT]])
+def test_e_publishers_files_are_named_with_their_remedy(root, content):
+    with pytest.raises(UserError, match=r"rows\.json is .*; convert it with python -m data\.convert"):
+        CaptionTrain(write(root, content), root, SQUARE)
