@@ -198,10 +198,10 @@ def test_pretraining_counts_them_in_its_log(folder, tmp_path):
 
 def test_the_count_goes_on_with_the_run(tmp_path):
     run = Run(tmp_path, "cpu")
-    BadImages(9, run).add(["a.jpg: bad", "", "b.jpg: bad\nc.jpg: bad"])
+    BadImages(9, run).inspect({"bad": ["a.jpg: bad", "", "b.jpg: bad\nc.jpg: bad"]})
     run.resume = tmp_path / "checkpoint_last.pth"
     again = BadImages(9, run)
-    again.add(["b.jpg: bad", "d.jpg: bad"])
+    again.inspect({"bad": ["b.jpg: bad", "d.jpg: bad"]})
     assert again.count(None) == {"bad_images": 4} and len(again.path.read_text().splitlines()) == 4
     run.resume = None
     assert BadImages(9, run).count(None) == {"bad_images": 0} and not again.path.exists()
