@@ -186,7 +186,8 @@ def _rows(path: Path) -> Iterator[Any]:
             line.update(file.buffer.tell())
     line.close()
     if text[_skip_separators(text, 0) :]:
-        raise UserError(f"{path} is not a JSON list of pairs: what follows entry {number - 1} cannot be read")
+        place = f"what follows entry {number - 1}" if number else "its beginning"
+        raise UserError(f"{path} is not a JSON list of pairs: {place} cannot be read")
 
 
 def _skip_separators(text: str, position: int) -> int:

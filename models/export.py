@@ -16,7 +16,7 @@ from models.blip_itm import blip_itm
 from models.blip_vqa import blip_vqa
 from models.huggingface import to_huggingface
 from models.med import load_med_config
-from models.pretrained import checkpoint_kind
+from models.pretrained import checkpoint_kind, describe_kind
 from models.tokenizer import init_tokenizer, tokenize
 from models.vit import vit_sizes
 from models.weights import read_source
@@ -38,7 +38,7 @@ def build(source: str, task: str = "", allow_pickle: bool = False) -> tuple[nn.M
     kind = checkpoint_kind(read_source(source, allow_pickle))
     task = task or TASK_OF.get(kind, "")
     if task not in FACTORIES:
-        raise UserError(f"{source} is a {kind} checkpoint; choose the model with --task: caption, vqa or match")
+        raise UserError(f"{source} is {describe_kind(kind)}; choose the model with --task: caption, vqa or match")
     arguments = {key: value for key, value in settings.items() if key != "embed_dim" or task == "match"}
     model = FACTORIES[task](pretrained=source, allow_pickle=allow_pickle, **arguments)
     return model.eval(), settings, task

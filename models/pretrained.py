@@ -130,6 +130,11 @@ def checkpoint_kind(state: State) -> str:
     return "unknown"
 
 
+def describe_kind(kind: str) -> str:
+    """Return a kind of checkpoint as messages name it."""
+    return "a checkpoint of unknown kind" if kind == "unknown" else f"a {kind} checkpoint"
+
+
 def fit_to(model: nn.Module, state: State, report: LoadReport) -> State:
     """Adapt entries to the model: position embeddings, vocabulary, the two cross-attentions of NLVR2."""
     own = model.state_dict()
@@ -176,7 +181,7 @@ def _refuse_other_shapes(own: State, state: State, report: LoadReport, task: str
     for key in wrong:
         if not re.search(MAY_BE_FRESH[task], key):
             raise UserError(
-                f"{report.source} is a {kind} checkpoint of another architecture: {key} is "
+                f"{report.source} is {describe_kind(kind)} of another architecture: {key} is "
                 f"{tuple(state[key].shape)} there and {tuple(own[key].shape)} here; set vit, med_config and embed_dim "
                 "as in its training"
             )
@@ -189,7 +194,7 @@ def _refuse_missing(own: State, state: State, report: LoadReport, task: str, kin
     needed = [key for key in missing if not re.search(MAY_BE_FRESH[task], key)]
     if needed:
         raise UserError(
-            f"{report.source} is a {kind} checkpoint and lacks what the task ({task}) needs: {grouped(needed)}, "
+            f"{report.source} is {describe_kind(kind)} and lacks what the task ({task}) needs: {grouped(needed)}, "
             f"for instance {needed[0]}; give a checkpoint of the task or of pretraining"
         )
     report.fresh = missing

@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
 from scripts import ROOT
 
 import predict
 from data.images import as_rgb
+from data.pretrain import open_lists
 from inference import load
 from inference.inputs import find_images, image_endings, read_texts
 from inference.options import parse
@@ -172,6 +175,21 @@ def test_e_an_interrupt_during_the_start_has_no_stack_trace(folder, seconds):
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=60)
     assert "Traceback" not in told
+
+
+def settings_text():
+    with safe_open(MODEL, "pt") as file:
+        return file.metadata()["config"]
+
+
+def test_e_messages_name_what_there_is(folder, tmp_path, monkeypatch, capsys):
+    state = {key: value for key, value in load_file(MODEL).items() if key.startswith("visual")}
+    torch.save({"model": state, "config": json.loads(settings_text())}, tmp_path / "odd.pth")
+    assert command(monkeypatch, "match", folder / "a.jpg", "--text", "a", "--checkpoint", tmp_path / "odd.pth") == 2
+    assert "odd.pth is a checkpoint of unknown kind and lacks" in capsys.readouterr().err
+    (tmp_path / "pairs.json").write_text("no list")
+    with pytest.raises(UserError, match="its beginning cannot be read"):
+        open_lists([tmp_path / "pairs.json"])
 
 
 # From Python.
