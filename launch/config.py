@@ -95,7 +95,7 @@ class TrainConfig(ModelConfig):
     freeze: list = setting([], "parts of the model that stay as they are: visual_encoder, text_encoder, text_decoder")
     adapter_rank: int = setting(0, "train only low-rank adapters of this rank, with the package peft; 0 for none")
     adapter_alpha: float = setting(16.0, "what adapters add is scaled by this over their rank")
-    adapter_targets: list = setting([*ATTENTION_MAPS], "linear maps that get adapters, by the end of their names")
+    adapter_targets: list = setting([*ATTENTION_MAPS], "linear layers that get adapters, by the end of their names")
     adapter_also: list = setting([], "parts trained whole beside adapters, by a piece of their names")
     adapter_weights: str = setting("", "adapters to start from, or to evaluate with: adapters.pth of a run")
     augment: bool = setting(True, "random crop, flip and RandAugment in training; off: resize only")

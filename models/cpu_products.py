@@ -5,6 +5,7 @@ unit unused, and is slow for few rows. oneDNN, which PyTorch includes for convol
 an AMD Zen 5, forward and backward. `torch.compile` uses it too.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -60,7 +61,7 @@ def has_onednn() -> bool:
 def note_absence() -> None:
     """Print once that oneDNN is missing."""
     if is_main_process():
-        print("note: cpu_products: onednn has no effect, this PyTorch is built without oneDNN", flush=True)
+        print("note: cpu_products: onednn has no effect, this PyTorch is built without oneDNN", file=sys.stderr)
 
 
 def linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:

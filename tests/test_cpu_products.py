@@ -107,7 +107,7 @@ def test_choices(monkeypatch, capsys):
     cpu_products.note_absence.cache_clear()
     for _ in range(2):
         assert "forward" not in use_cpu_products(nn.Linear(2, 3), "onednn").__dict__
-    assert capsys.readouterr().out.count("onednn has no effect") == 1
+    assert capsys.readouterr().err.count("onednn has no effect") == 1
 
 
 def test_pytorch_products_ends_after_an_error():

@@ -134,7 +134,22 @@ def trained(case, how, rank, folder):
         save(made, run)
     step_once(made, task, rank)
     files = saved_adapters(made) if made.config.adapter_rank else {}
-    return {**seen, "state": state_of(made.model) | files, **evaluated(case, made)}
+    found = {**seen, "state": state_of(made.model) | files, **evaluated(case, made)}
+    return {**found, "skipped": is_skipped(made, task, rank)}
+
+
+def is_skipped(made, task, rank):
+    """Whether a step after a bad one leaves the parameters as they are, on the device, sharded or not."""
+    before = state_of(made.model)
+    made.check.bad_step.fill_(0.0)
+    step_once(made, task, rank)
+    made.check.bad_step.fill_(-1.0)
+    names = [name for name, p in made.model.named_parameters() if p.requires_grad and "_m." not in name]
+    after = state_of(made.model)
+    same = all(torch.equal(after[name], before[name]) for name in names if name in before and name != "temp")
+    step_once(made, task, rank)
+    moved = any(not torch.equal(state_of(made.model)[name], before[name]) for name in names if name in before)
+    return same and moved
 
 
 def saved_adapters(made):
@@ -246,6 +261,11 @@ def assert_same_gradients(grads, expected, tolerance, rounding):
 def clear_of_rounding(name, steps, rounding):
     """Where no step's gradient is rounding alone, out of which AdamW makes a step as large as any."""
     return torch.stack([(grads[name] == 0) | (grads[name].abs() > rounding * largest(grads)) for grads in steps]).all(0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_17_16_fused_adamw_skips_a_bad_step_of_shards(found, case):
+    assert all(rank[case][how]["skipped"] for rank in found for how in ("ddp", "fsdp"))
 
 
 @pytest.mark.parametrize("case", CASES)
