@@ -9,7 +9,7 @@ from PIL import Image
 
 from formula import MED_CONFIG, MODELS
 from inference.explain import explain
-from inference.predictor import Matcher
+from inference.tasks import Matcher
 from models.tokenizer import tokenize
 from released.lavis import ZOO, compute_gradcam, load_model, load_model_and_preprocess, load_processor
 from utils import UserError
