@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from benchmarks import floor
-from models.med import MedConfig
+from models.med_config import MedConfig
 from models.vit import vit_sizes
 
 TOLERANCE, TOLERANCE_BF16 = 1e-4, 1e-2  # of scores; in bfloat16, which has 8 bits, relative to scores above 1

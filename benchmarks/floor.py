@@ -6,7 +6,7 @@ pass that uses them.
 
 from dataclasses import dataclass
 
-from models.med import MedConfig
+from models.med_config import MedConfig
 
 TRAINING = 3  # forward, and backward by inputs and by weights
 TRAINING_PASSES = 10  # reads in forward, backward and AdamW (with two moments), the gradient, and what AdamW writes

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from models.generation import GenerationConfig, generate
-from models.med import MED_CONFIG, TextDecoder, TextTransformer, create_text_config
+from models.med import TextDecoder, TextTransformer
+from models.med_config import MED_CONFIG, create_text_config
 from models.pretrained import load_checkpoint, load_pretrained
 from models.tokenizer import decode, init_tokenizer, tokenize
 from models.vit import create_vit

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.med import MED_CONFIG, TextTransformer, create_text_config
+from models.med import TextTransformer
+from models.med_config import MED_CONFIG, create_text_config
 from models.pretrained import load_pretrained
 from models.tokenizer import tokenize
 from models.vit import create_vit

@@ -7,7 +7,8 @@ import torch
 
 from models.attention import Projection
 from models.losses import draw_negatives
-from models.med import BERT_CONFIG, TextDecoder
+from models.med import TextDecoder
+from models.med_config import BERT_CONFIG
 from models.momentum import Candidates, MomentumModel, enqueue
 from models.pretrained import load_pretrained
 from models.tokenizer import TokenBatch

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from models.losses import draw_negatives, similarity
-from models.med import MED_CONFIG
+from models.med_config import MED_CONFIG
 from models.momentum import Candidates, MomentumModel, enqueue
 from models.pretrained import load_pretrained
 from models.tokenizer import TokenBatch

@@ -11,7 +11,8 @@ from torch import nn
 from models.attention import Projection
 from models.generation import GenerationConfig, generate
 from models.losses import IGNORED, lm_sequence_losses, lm_token_losses
-from models.med import MED_CONFIG, TextDecoder, TextTransformer, create_text_config
+from models.med import TextDecoder, TextTransformer
+from models.med_config import MED_CONFIG, create_text_config
 from models.prefix_tree import PrefixTree, Trie
 from models.pretrained import load_pretrained
 from models.tokenizer import TokenBatch, decode, tokenize

@@ -15,7 +15,7 @@ from models.blip import blip_decoder
 from models.blip_itm import blip_itm
 from models.blip_vqa import blip_vqa
 from models.huggingface import to_huggingface
-from models.med import load_med_config
+from models.med_config import load_med_config
 from models.pretrained import checkpoint_kind, describe_kind
 from models.tokenizer import init_tokenizer, tokenize
 from models.vit import vit_sizes

@@ -4,10 +4,6 @@ Arguments of a call choose the mode: without a projection the transformer encode
 an image (or a question), with `causal` it decodes. Architecture: BERT, post-norm, no token types.
 """
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,93 +21,11 @@ from models.attention import (
     TwoImageCrossAttention,
 )
 from models.losses import IGNORED, labelled_positions, lm_loss
-from models.tokenizer import TokenBatch, init_tokenizer
+from models.med_config import MedConfig
+from models.tokenizer import TokenBatch
 from released import door, find
-from utils import UserError
 
-CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
-MED_CONFIG = CONFIG_FOLDER / "med_config.json"
-BERT_CONFIG = CONFIG_FOLDER / "bert_config.json"
 FIRST_MERGE_LAYER = 6  # NLVR2: from this layer on the two images are merged by a learned layer
-
-
-@dataclass(frozen=True)
-class MedConfig:
-    """Sizes of a text transformer; the defaults are those of bert-base-uncased.
-
-    `vocab_file` is the path of the vocabulary, '' for that of bert-base-uncased. `vocab_size` 0 is the length of the
-    tokenizer. Other keys of transformers' BERT configuration are accepted and ignored.
-    """
-
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    vocab_size: int = 30524
-    max_position_embeddings: int = 512
-    encoder_width: int = 768
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02
-    pad_token_id: int = 0
-    vocab_file: str = ""
-
-
-def create_text_config(med_config: str | Path | Mapping | None, encoder_width: int) -> tuple[Any, MedConfig]:
-    """Return the tokenizer and the configuration of a text transformer whose vocabulary includes [DEC] and [ENC].
-
-    Args:
-        med_config: as `load_med_config`.
-        encoder_width: width of the states that cross-attention reads.
-    """
-    config = load_med_config(med_config)
-    tokenizer = init_tokenizer(config.vocab_file or None)
-    tokenizer.model_max_length = config.max_position_embeddings  # longer texts are cut
-    vocab_size = len(tokenizer) if config.vocab_file else max(config.vocab_size, len(tokenizer))
-    return tokenizer, replace(config, encoder_width=encoder_width, vocab_size=vocab_size)
-
-
-def load_med_config(med_config: str | Path | Mapping | None) -> MedConfig:
-    """Read a configuration from a JSON file or a mapping; '' and None select configs/med_config.json.
-
-    A relative path such as 'configs/med_config.json' that does not exist in the working directory is looked up beside
-    the code.
-
-    Raises:
-        UserError: the file is missing or not JSON, or num_attention_heads does not divide hidden_size.
-    """
-    folder = CONFIG_FOLDER
-    if isinstance(med_config, Mapping):
-        values = dict(med_config)
-    else:
-        path = _find_config(Path(med_config or MED_CONFIG))
-        folder, values = path.parent, _read_json(path)
-    known = {f.name for f in fields(MedConfig)}
-    config = MedConfig(**{key: value for key, value in values.items() if key in known})
-    if config.hidden_size % config.num_attention_heads:
-        raise UserError(
-            f"med_config: hidden_size {config.hidden_size} is not a multiple of "
-            f"num_attention_heads {config.num_attention_heads}; change one of them"
-        )
-    if config.vocab_file and not Path(config.vocab_file).is_absolute():
-        config = replace(config, vocab_file=str(folder / config.vocab_file))
-    return config
-
-
-def _find_config(path: Path) -> Path:
-    beside_code = CONFIG_FOLDER.parent / path
-    for candidate in (path, beside_code):
-        if candidate.is_file():
-            return candidate
-    raise UserError(f"med_config {path} exists neither in the working directory nor as {beside_code}; correct the path")
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"med_config {path} is not JSON: line {error.lineno}: {error.msg}") from None
 
 
 class Embeddings(nn.Module):

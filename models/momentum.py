@@ -11,7 +11,8 @@ from torch import nn
 
 from models.attention import Projection
 from models.losses import itc_loss, itm_loss, similarity, soft_targets, unit_features
-from models.med import TextTransformer, create_text_config
+from models.med import TextTransformer
+from models.med_config import create_text_config
 from models.tokenizer import TokenBatch, tokenize
 from models.vit import create_vit, vit_sizes
 from utils import all_gather, get_rank

@@ -25,9 +25,9 @@ from models.med import (
     LMHead,
     TextDecoder,
     TextTransformer,
-    load_med_config,
     share_all_but_self_attention,
 )
+from models.med_config import load_med_config
 from models.pretrained import load_checkpoint
 from utils import UserError, all_gather, get_world_size
 from utils import all_gather_with_grad as gather_with_grad

@@ -15,7 +15,8 @@ from benchmarks.rows import ROWS
 from benchmarks.training_rows import pretraining_floor
 from models.blip_pretrain import BLIP_Pretrain
 from models.cpu_products import pytorch_products
-from models.med import MedConfig, TextDecoder, TextTransformer
+from models.med import TextDecoder, TextTransformer
+from models.med_config import MedConfig
 from models.vit import create_vit
 from tests import plain
 
