@@ -141,7 +141,7 @@ def test_18_c_a_share_of_probability(tmp_path, value):
         c.load_config(c.CapFiltConfig, tmp_path / "a.yaml")
 
 
-@pytest.mark.parametrize("config_class", [*{*TASKS.values()}, c.CapFiltConfig])
+@pytest.mark.parametrize("config_class", [*dict.fromkeys(TASKS.values()), c.CapFiltConfig])
 def test_18_c_every_number_has_a_range_and_its_default_is_in_it(config_class):
     config = config_class()
     check_ranges(config, {})

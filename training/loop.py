@@ -128,13 +128,16 @@ def take_step(state: TrainState, task: Task, batches: list[Batch]) -> Losses:
 
 
 def read_batches(state: TrainState, run: Run, loader: DataLoader, task: Task) -> Iterator[Batch]:
-    """Yield the batches of the epoch that are left, on the device."""
+    """Return the batches of the epoch that are left, on the device, and start the epoch's log."""
     progress, batch_size, accum = state.progress, loader.batch_size or 1, state.config.grad_accum
     loader.sampler.set_position(progress.epoch, progress.step_in_epoch * accum * batch_size)
     state.log.begin_epoch(progress, batch_size * accum * get_world_size())
-    for batch in state.log.time_data(loader):
+
+    def inspect(batch: Batch) -> Batch:
         state.check.problem = state.check.problem or task.inspect_batch(batch)
-        yield to_device(batch, run.device)
+        return to_device(batch, run.device)
+
+    return map(inspect, state.log.time_data(loader))
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
