@@ -11,7 +11,7 @@ from files import append
 from launch.config import PretrainConfig
 from launch.run import Run, launch
 from models.blip_pretrain import BLIP_Pretrain, blip_pretrain
-from models.momentum import Candidates, copy_params
+from models.momentum import TEMPERATURE_RANGE, Candidates, copy_params
 from models.pretrained import load_bert, load_deit, load_vit_in21k
 from training.contrast import compute_candidates
 from training.loop import Losses, Task, fit
@@ -27,7 +27,6 @@ EXAMPLES = (
 ALPHA_EPOCHS = 2  # the momentum model's share of the targets grows over this many epochs
 CHANCE_ITM = 0.6365  # matching loss of a model that ignores the image: entropy of one match among three pairs
 STUCK_STEPS = 1000
-CLAMPS = (0.001, 0.5)
 
 
 def schedule(config: PretrainConfig, progress: Progress) -> float:
@@ -109,10 +108,11 @@ class Watch:
                 "image. Start from pretrained encoders (init: released), use a larger global batch, or warm up longer"
             )
         temperature = self.model.temp.item()
-        if temperature <= CLAMPS[0] or temperature >= CLAMPS[1]:
+        low, high = TEMPERATURE_RANGE
+        if not low < temperature < high:
             return self.once(
-                f"the temperature {temperature:.3g} is at its clamp {CLAMPS}: contrast has collapsed or saturated. "
-                "Lower init_lr, or look for captions that are all alike"
+                f"the temperature {temperature:.3g} is at its clamp {TEMPERATURE_RANGE}: contrast has collapsed or "
+                "saturated. Lower init_lr, or look for captions that are all alike"
             )
         return ""
 

@@ -13,6 +13,7 @@ from models.blip import blip_decoder, blip_feature_extractor
 from models.blip_itm import blip_itm
 from models.blip_vqa import blip_vqa
 from models.cpu_products import use_cpu_products
+from models.pretrained import refuse_fresh_parts
 from utils import UserError, allow_tf32, choose_device
 
 TASKS: dict[str, tuple[type[Predictor], Callable[..., nn.Module]]] = {
@@ -59,5 +60,6 @@ def load(
         arguments.pop("embed_dim", None)
     allow_tf32(tf32)
     model = factory(pretrained=source, allow_pickle=allow_pickle, **arguments)
+    refuse_fresh_parts(model)
     model = use_cpu_products(model.to(on).eval(), cpu_products)
     return predictor(model, arguments["image_size"], amp, config)

@@ -69,16 +69,16 @@ class BLIP_Pretrain(MomentumModel):
         image_embeds = self.visual_encoder(image)
         feats = self.image_feat(image_embeds), self.text_feat(text)
         candidates = candidates or self._candidates([(image, text, None)])[0]
-        own = torch.arange(candidates.first, candidates.first + len(image), device=image.device)
+        own = torch.arange(candidates.first_row, candidates.first_row + len(image), device=image.device)
         columns = torch.arange(len(candidates.image) + self.queue_size, device=image.device)
         hard_targets = (own[:, None] == columns).float()
         loss_ita, sim_i2t, sim_t2i = self.contrast(feats, candidates, hard_targets, alpha)
-        if candidates.last:
+        if candidates.is_last_batch:
             rows = (self.image_queue, candidates.image), (self.text_queue, candidates.text)
             enqueue(self.queue_ptr, *rows, gathered=self.itc_all_ranks)
 
         projection = self.text_encoder.project(image_embeds)
-        batch = slice(candidates.first, candidates.first + len(image))
+        batch = slice(candidates.first_row, candidates.first_row + len(image))
         loss_itm = self.matching_loss(text, projection, sim_i2t[:, batch], sim_t2i[:, batch])
         return loss_ita, loss_itm, self.language_loss(tokens, projection)
 

@@ -71,7 +71,7 @@ class BLIP_Retrieval(MomentumModel):
         feats = self.image_feat(image_embeds), self.text_feat(text)
         candidates = candidates or self._candidates([(image, text, idx)])[0]
         loss_ita, _, _ = self.contrast(feats, candidates, self.hard_targets(idx, candidates.idx), alpha)
-        if candidates.last:
+        if candidates.is_last_batch:
             rows = (self.image_queue, candidates.image), (self.text_queue, candidates.text)
             enqueue(self.ptr_queue, *rows, (self.idx_queue, candidates.idx[:, None]), gathered=self.itc_all_ranks)
         return loss_ita, self.matching_loss(image_embeds, text, feats, idx)

@@ -29,15 +29,15 @@ class Candidates:
     Attributes:
         image, text: unit features (pairs, embed_dim), without gradient.
         idx: int64 (pairs,), equal for pairs of the same image; None if unknown.
-        first: row of the first pair of the batch.
-        last: True for the last batch of a step, after which the features enter the queues.
+        first_row: row of the first pair of the batch.
+        is_last_batch: True for the last batch of a step, after which the features enter the queues.
     """
 
     image: torch.Tensor
     text: torch.Tensor
     idx: torch.Tensor | None
-    first: int
-    last: bool
+    first_row: int
+    is_last_batch: bool
 
 
 class MomentumModel(nn.Module):
@@ -158,7 +158,7 @@ class MomentumModel(nn.Module):
             and text to image.
         """
         image_feat, text_feat = feats
-        own = slice(candidates.first, candidates.first + len(image_feat))
+        own = slice(candidates.first_row, candidates.first_row + len(image_feat))
         image_feat_m, text_feat_m = candidates.image[own], candidates.text[own]
         image_all = torch.cat((candidates.image, self.image_queue.T))  # copies, so that the queues may change
         text_all = torch.cat((candidates.text, self.text_queue.T))

@@ -27,7 +27,7 @@ MAY_BE_FRESH = {
 }
 KINDS = (  # of checkpoint: name, prefixes that are present, prefixes that are absent
     ("pretraining", ("itm_head", "text_decoder"), ()),
-    ("NLVR2", ("cls_head",), ()),
+    ("NLVR2", ("cls_head",), ()),  # or classification, which reads one image
     ("retrieval", ("itm_head",), ("text_decoder",)),
     ("VQA", ("text_encoder", "text_decoder"), ("itm_head",)),
     ("captioning", ("text_decoder",), ("text_encoder",)),
@@ -87,10 +87,25 @@ def load_pretrained(model: nn.Module, source: str, task: str, allow_pickle: bool
         UserError: the file is missing, damaged or refused, of another architecture, or lacks what the task needs.
     """
     if source:
-        report = load_state(model, read_source(source, allow_pickle), source, task)
+        report = model.load_report = load_state(model, read_source(source, allow_pickle), source, task)
         if is_main_process():
             print("\n".join(report.lines()), flush=True)
     return model
+
+
+def refuse_fresh_parts(model: nn.Module) -> None:
+    """Refuse a model to evaluate or predict with, parts of which its checkpoint lacks.
+
+    Raises:
+        UserError: parts other than those of momentum and queues have fresh random weights.
+    """
+    report = getattr(model, "load_report", None)
+    fresh = [key for key in report.fresh if not re.search(MOMENTUM, key)] if report else []
+    if fresh:
+        raise UserError(
+            f"{report.source} lacks {grouped(fresh)}, which would keep random weights (for instance {fresh[0]}); "
+            "fine-tune it first, or give a checkpoint of the task"
+        )
 
 
 def load_checkpoint(model: nn.Module, url_or_filename: str) -> tuple[nn.Module, Any]:
@@ -126,7 +141,8 @@ def checkpoint_kind(state: State) -> str:
     prefixes = {key.split(".")[0] for key in state}
     for kind, has, lacks in KINDS:
         if prefixes.issuperset(has) and prefixes.isdisjoint(lacks):
-            return kind
+            one_image = kind == "NLVR2" and not any(".crossattention.self0." in key for key in state)
+            return "classification" if one_image else kind
     return "unknown"
 
 

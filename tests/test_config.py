@@ -21,7 +21,9 @@ TASKS = {
     "retrieval_flickr_large": c.RetrievalConfig,
     "retrieval_msrvtt": c.VideoConfig,
     "vqa": c.VQAConfig,
+    "okvqa": c.VQAConfig,
     "nlvr": c.NLVRConfig,
+    "snli_ve": c.ClassificationConfig,
     "pretrain": c.PretrainConfig,
     "pretrain_large": c.PretrainConfig,
 }
@@ -36,6 +38,7 @@ MINIATURE = {
     "easy_vqa": c.VQAConfig,
     "nlvr": c.NLVRConfig,
     "nocaps": c.NoCapsConfig,
+    "classification": c.ClassificationConfig,
     "pretrain": c.PretrainConfig,
 }
 
@@ -123,7 +126,7 @@ def test_every_key_is_described():
         ("max_epoch=0", "max_epoch is 0; expected a number >= 1"),
         ("min_length=30", "min_length is 30 and max_length 20; raise max_length"),
         ("max_length=3", "min_length is 5 and max_length 3; raise max_length"),
-        ("amp=bf32", "amp is 'bf32'; expected one of '', 'bf16', 'fp16'"),
+        ("amp=bf32", "amp is 'bf32'; expected one of '', 'bf16', 'fp16', 'auto'"),
         ("schedule=cosine", "schedule is 'cosine'; expected one of 'epoch', 'step'"),
     ],
 )

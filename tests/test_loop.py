@@ -132,7 +132,7 @@ def run_with_fault(folder, fault, late, rank=0, world_size=1, **values):
     folder.mkdir(exist_ok=True)
     config = TrainConfig(init_lr=0.01, max_epoch=30, num_workers=0, log_every=50, **values)
     model = Toy()
-    kept, loop.FREE_TO_READ = loop.FREE_TO_READ, () if late else ("cpu",)
+    kept, loop.READ_EVERY_STEP = loop.READ_EVERY_STEP, () if late else ("cpu",)
     before = {}
 
     def step(wrapped, batch, progress):
@@ -144,7 +144,7 @@ def run_with_fault(folder, fault, late, rank=0, world_size=1, **values):
         with pytest.raises(UserError) as error:
             fit(Run(folder, CPU), config, model, loader(2, rank, world_size), Task(step))
     finally:
-        loop.FREE_TO_READ = kept
+        loop.READ_EVERY_STEP = kept
     same = all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     last = folder / "checkpoint_last.pth"
     return str(error.value), same, torch.load(last)["progress"]["step"] if last.exists() else 0

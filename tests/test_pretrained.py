@@ -18,7 +18,7 @@ from models.blip_pretrain import blip_pretrain
 from models.blip_retrieval import blip_retrieval
 from models.blip_vqa import blip_vqa
 from models.huggingface import to_huggingface
-from models.pretrained import checkpoint_kind, load_bert, load_deit
+from models.pretrained import checkpoint_kind, load_bert, load_deit, refuse_fresh_parts
 from utils import UserError
 
 SIZES = dict(med_config=json.loads(MED_CONFIG.read_text()), image_size=48, vit=golden()["spec"]["vit"])
@@ -217,3 +217,29 @@ def test_starting_weights(tmp_path, capsys):
     load_deit(model.visual_encoder, str(tmp_path / "deit.pth"))
     assert torch.equal(model.visual_encoder.norm.weight, deit["norm.weight"])
     assert "left over" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", ["without a head", "another number of classes"])
+def test_18_a7_parts_left_fresh_are_refused_in_evaluation(tmp_path, change):
+    state = build("nlvr").state_dict()
+    if change == "without a head":
+        state = {key: value for key, value in state.items() if "cls_head" not in key}
+    else:
+        width = state["cls_head.2.weight"].shape[1]
+        state["cls_head.2.weight"], state["cls_head.2.bias"] = torch.zeros(3, width), torch.zeros(3)
+    torch.save({"model": state}, tmp_path / "a.pth")
+    model = blip_nlvr(pretrained=str(tmp_path / "a.pth"), **SIZES)  # a start for fine-tuning
+    with pytest.raises(UserError, match="a.pth lacks cls_head .*, which would keep random weights"):
+        refuse_fresh_parts(model)
+    whole = save(build("nlvr"), tmp_path / "whole.pth")
+    refuse_fresh_parts(blip_nlvr(pretrained=whole, **SIZES))
+
+
+def test_18_a7_momentum_encoders_may_be_fresh(pretraining):
+    refuse_fresh_parts(blip_retrieval(pretrained=pretraining, **SIZES, **CONTRAST))
+
+
+def test_18_a7_a_classification_checkpoint_is_not_nlvr2():
+    state = dict.fromkeys(["text_encoder.encoder.layer.0.crossattention.self.key.weight", "cls_head.0.weight"])
+    assert checkpoint_kind(state) == "classification"
+    assert checkpoint_kind(build("nlvr").state_dict()) == "NLVR2"

@@ -22,7 +22,7 @@ from utils import UserError, get_world_size
 Batch = dict[str, Any]
 Losses = dict[str, torch.Tensor]
 Scores = dict[str, float]
-FREE_TO_READ = ("cpu",)  # devices whose values are read after every step; others are read when the log is due
+READ_EVERY_STEP = ("cpu",)  # devices where reading is free; values of others are read when the log is due
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Task:
 
     Attributes:
         train_step: (model, batch on the device, progress) -> named losses, scalars; their sum is minimised. With
-            `candidates`, its fourth argument is the batch's element of what that returns.
+            `candidates`, the fourth argument is this batch's element of the list that `candidates` returns.
         evaluate: (model) -> named scores, equal on all ranks, such as "val_..." and "test_..."; None: none.
         best_metric: (scores) -> what the best checkpoint maximises; None: the latest is the best.
         schedule: (config, progress) -> learning rate of a step.
@@ -51,7 +51,7 @@ class Task:
 
 
 def fit(run: Run, config: TrainConfig, model: nn.Module, loader: DataLoader, task: Task) -> Scores:
-    """Train a model; save, log and evaluate after every epoch; keep the best and the last weights.
+    """Train a model: log and save every epoch, evaluate every `eval_every` epochs, keep the best and last weights.
 
     Args:
         run: the run's device, folder and log.
@@ -61,7 +61,7 @@ def fit(run: Run, config: TrainConfig, model: nn.Module, loader: DataLoader, tas
         task: what the script adds.
 
     Returns:
-        The best epoch's scores, with "epoch".
+        The best epoch's scores, with "epoch" and "quality", the value of `best_metric`.
 
     Raises:
         UserError: a loss or a gradient is not finite, the data do not fill a step, or saving failed.
@@ -84,7 +84,7 @@ def fit(run: Run, config: TrainConfig, model: nn.Module, loader: DataLoader, tas
                 values = take_step(state, task, step_batches)
                 log.update({**values, "lr": lr})
                 progress.finish_step()
-                finish_step(state, run, task)
+                log_and_save(state, run, task)
             save(state, run)  # first, so that a kill during evaluation loses nothing
             scores = evaluate_epoch(state, run, task)
             keep_best(state, run, task, scores)
@@ -145,11 +145,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
-def finish_step(state: TrainState, run: Run, task: Task) -> None:
+def log_and_save(state: TrainState, run: Run, task: Task) -> None:
     """Log, check and save, where each is due."""
     progress, config = state.progress, state.config
     log_is_due = progress.step % config.log_every == 0 or progress.epoch_is_done
-    stop = (log_is_due or run.device.type in FREE_TO_READ) and state.check.read()
+    stop = (log_is_due or run.device.type in READ_EVERY_STEP) and state.check.read()
     if log_is_due:
         warning = task.inspect_losses(state.log.write_step(), progress)
         if warning:

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from launch.run import Run
 from metrics.units import format_score, put_test_first
 from models.precision import autocast
+from models.pretrained import refuse_fresh_parts
 from report.page import write_report
 from training.adapters import apply_adapters
 from training.loop import Scores, Task, fit
@@ -52,7 +53,9 @@ def evaluate_only(run: Run, config: Any, model: nn.Module, evaluate: Callable[[n
     if not config.pretrained:
         run.note("these are scores of random weights: give --set pretrained=... to evaluate a checkpoint")
     if config.get("adapter_weights"):
-        apply_adapters(model, config.adapter_weights)
+        apply_adapters(model, config.adapter_weights)  # and the parts trained beside the adapters
+    else:
+        refuse_fresh_parts(model)
     model = prepare_model(model, config, run.device).eval()
     if config.compile:
         compile_blocks(model)
