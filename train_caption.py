@@ -22,7 +22,8 @@ from utils import gather_results, id_text, on_main_process, track
 EXAMPLES = (
     "python train_caption.py --config configs/miniature/caption.yaml --output_dir output/caption",
     "python -m torch.distributed.run --nproc_per_node=8 train_caption.py --config configs/caption_coco.yaml",
-    "python train_caption.py --evaluate --set pretrained=output/caption/checkpoint_best.pth",
+    "python train_caption.py --config configs/miniature/caption.yaml --evaluate "
+    "--set pretrained=output/caption/checkpoint_best.pth",
 )
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A training under SLURM that ends itself before its time is up and goes on in the next turn, as often as it takes.
+# Training under SLURM that ends before its time limit and continues in a requeued job, until it is done.
 # Command:  sbatch examples/slurm.sh pretrain.py --config configs/pretrain.yaml --output_dir output/pretrain
 #SBATCH --job-name=blip
 #SBATCH --nodes=4
@@ -11,9 +11,9 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
-# Five minutes before the end SLURM sends SIGTERM to every process of every node: the run saves itself after the step,
-# and ends with code 143. An evaluation does not hear it; it is ended a minute before the time is up, where SLURM tells
-# when that is, and begun again. A job that loses a node SLURM itself requeues.
+# Five minutes before the end SLURM sends SIGTERM to every process of every node: the run saves a checkpoint after the
+# step, and ends with code 143. An evaluation does not react; where SLURM gives the end time, it is ended a minute before,
+# and the next job starts it again. SLURM requeues a job that loses a node.
 set -u
 arguments=("$@")
 output=""

@@ -182,7 +182,7 @@ def draw_one_by_one(weights):
 
 
 def pretraining_losses(model, image, captions, alpha, draw=draw_one_by_one):
-    """ITC, ITM and LM of pairs, moving the momentum twin and the queues on."""
+    """Return the ITC, ITM and LM losses of pairs; update the momentum encoders and the queues."""
     with torch.no_grad():
         model.temp.clamp_(0.001, 0.5)
     tokenizer, batch = model.tokenizer, len(image)

@@ -20,7 +20,7 @@ MODEL = str(ROOT / "configs" / "miniature" / "model.safetensors")
 
 @pytest.fixture(scope="module")
 def web(tmp_path_factory):
-    """60 web pairs, the fifth image of which is broken."""
+    """60 web pairs; the image of the fifth is broken."""
     folder = tmp_path_factory.mktemp("world")
     write_miniature(folder, level=1, num_train=4, num_val=2, num_test=2, num_web=60)
     rows = json.loads((folder / "annotations" / "pretrain_web.json").read_text())
