@@ -134,7 +134,8 @@ def trained(case, how, rank, folder):
         save(made, run)
     step_once(made, task, rank)
     files = saved_adapters(made) if made.config.adapter_rank else {}
-    found = {**seen, "state": state_of(made.model) | files, **evaluated(case, made)}
+    found = {name: list(values) for name, values in seen.items()}  # before the steps that follow
+    found |= {"state": state_of(made.model) | files, **evaluated(case, made)}
     return {**found, "skipped": is_skipped(made, task, rank)}
 
 
