@@ -120,7 +120,11 @@ def image_batches(
 ) -> Iterator[dict[str, Any]]:
     """Yield batches in order: {"index": all numbers, "image": (good, 3, H, W) or None, "errors": {number: text}}."""
     loader = DataLoader(
-        ImageDataset(images, transform), batch_size=batch_size, num_workers=num_workers, collate_fn=_collate
+        ImageDataset(images, transform),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        pin_memory=torch.cuda.is_available(),
     )
     yield from loader
 

@@ -82,7 +82,7 @@ class Predictor:
             part = slice(len(rows), len(rows) + size)
             try:
                 with autocast(self.amp, self.device):
-                    rows += predict(image[part].to(self.device), names[part])
+                    rows += predict(image[part].to(self.device, non_blocking=True), names[part])
                 continue
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
