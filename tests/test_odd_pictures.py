@@ -208,8 +208,11 @@ def test_the_count_goes_on_with_the_run(tmp_path):
 
 
 def test_other_trainings_stop_at_one(folder, tmp_path):
-    (tmp_path / "rows.json").write_text(json.dumps([{"image": "truncated.jpg", "caption": "x"}] * 8))
+    rows = [{"image": "truncated.jpg", "image_id": 1, "caption": "x"}] * 8
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "gt.json").write_text(json.dumps({"images": [{"id": 1}], "annotations": rows[:1]}))
     own = dict.fromkeys(("train_file", "val_file", "test_file"), tmp_path / "rows.json")
+    own |= dict.fromkeys(("val_gt", "test_gt"), tmp_path / "gt.json")
     values = dict(image_root=folder, batch_size=4, max_epoch=1, java="false", **own)
     tiny = [part for value in TINY for part in ("--set", value)]
     config = ["--config", "configs/miniature/caption.yaml", "--output_dir", tmp_path / "out"]

@@ -112,7 +112,7 @@ def by_id(browser, name):
 def test_upload_click_read(browser, address, images, tmp_path):
     browser.get(address)
     wait_for(browser, lambda b: b.find_elements("id", "caption-button"))
-    assert "that comes with the project" in browser.page_source and "device: cpu" in browser.page_source
+    assert "Tasks without a checkpoint use the project" in browser.page_source and "device: cpu" in browser.page_source
     browser.find_element("css selector", "#caption-image input[type=file]").send_keys(str(images[0] / "0.png"))
     wait_for(browser, lambda b: b.find_elements("css selector", "#caption-image img"))
     by_id(browser, "caption-button").click()
