@@ -46,7 +46,7 @@ def full_disk(size=5):
 def bad_images(path):
     found = pretrain.BadImages(10, Run(path.parent, torch.device("cpu")))
     found.path = path
-    found.add(["a.jpg: cannot be read"])
+    found.inspect({"bad": ["a.jpg: cannot be read"]})
 
 
 def report(path):

@@ -152,7 +152,8 @@ def load_optimizer(state: TrainState, saved: dict[str, Any], path: Path) -> None
     Raises:
         UserError: the checkpoint's optimizer has other parameters.
     """
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
+    scheduled = ("params", "lr")  # the schedule sets the learning rate at each step
+    settings = [{k: v for k, v in group.items() if k not in scheduled} for group in state.optimizer.param_groups]
     try:
         parallel.load_full_optimizer_state(state.model, state.optimizer, saved)
     except (LookupError, RuntimeError, ValueError):
