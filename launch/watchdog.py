@@ -59,6 +59,7 @@ class Watchdog:
 
     def __init__(self, minutes: float = 0.0, rank: int = 0, world_size: int = 1, store: Any = None):
         self.limit, self.rank = 60 * minutes, rank
+        self.interval = min(1.0, self.limit / 10) if minutes else 1.0  # seconds between two looks
         self.store = store.clone() if hasattr(store, "clone") else store  # the clone has its own connection
         self.keys = [f"watchdog/{other}" for other in range(world_size)]
         self.state, self.phases, self.strict = State(moved=time.time()), {""}, False
@@ -88,8 +89,8 @@ class Watchdog:
         return self.store is None or self._ask(lambda: self.store.add(f"printed/{message}", 1)) in (1, None)
 
     def _watch(self) -> None:
-        last, interval = time.time(), min(1.0, self.limit / 10)
-        while not self.closed.wait(interval):
+        last = time.time()
+        while not self.closed.wait(self.interval):
             now = time.time()
             suspended = now - last > 0.5 * self.limit  # this process was, and perhaps the whole run
             last = now
@@ -155,6 +156,8 @@ class Watchdog:
             print(f"error: {message}; continue with --resume", file=sys.stderr, flush=True)
         for child in multiprocessing.active_children():
             child.kill()
+        if self.rank == 0 and self.store is not None:
+            time.sleep(3 * self.interval)  # this process may hold the store, which the others ask whether to print
         os._exit(2)
 
 

@@ -57,7 +57,7 @@ def arguments(world, name, folder):
 
 
 def test_every_config_is_here():
-    found = {path.stem for path in (ROOT / "configs").glob("*.yaml")} - {"capfilt"}
+    found = {path.stem for path in (ROOT / "configs").glob("*.yaml")} - {"capfilt", "okvqa", "snli_ve"}  # not released
     assert found == set(TRAINED) | set(EVALUATED)
 
 
