@@ -157,8 +157,14 @@ class Watchdog:
         for child in multiprocessing.active_children():
             child.kill()
         if self.rank == 0 and self.store is not None:
-            time.sleep(3 * self.interval)  # this process may hold the store, which the others ask whether to print
+            self._wait_for_the_others(message)
         os._exit(2)
+
+    def _wait_for_the_others(self, message: str) -> None:
+        """Wait, STORE_SECONDS at most, until all ranks have asked whether to print; this rank may hold the store."""
+        deadline = time.time() + STORE_SECONDS
+        while time.time() < deadline and self.store.add(f"printed/{message}", 0) < len(self.keys):
+            time.sleep(0.1)
 
 
 def inspect_stack(frame: FrameType | None) -> tuple[int, str, bool]:
