@@ -141,6 +141,7 @@ def launch(
     except Interrupted as stop:
         return _end(watchdog, str(stop), 143)
     except Exception as error:
+        watchdog.wait_if_ending()
         message = user_message(error) or explain_error(error, watchdog, config, Path(args.output_dir))
         if message:
             return _end(watchdog, f"error: {message}", 2)

@@ -23,6 +23,7 @@ CODE_FOLDER = str(Path(__file__).resolve().parent.parent) + os.sep
 STRICT = ("data loading", "a step")  # phases with the limit `hang_minutes`, from the second time on
 BUSY_MINUTES = 30.0  # least limit of other phases, and of the first step, which compiles and starts NCCL
 STORE_SECONDS = 10.0  # for an answer
+END_SECONDS = 5.0  # that a rank waits for the others to end with it
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Watchdog:
         self.keys = [f"watchdog/{other}" for other in range(world_size)]
         self.state, self.phases, self.strict = State(moved=time.time()), {""}, False
         self.progress: Any = None
-        self.main, self.closed = threading.get_ident(), threading.Event()
+        self.main, self.closed, self.ending = threading.get_ident(), threading.Event(), threading.Event()
 
     def enter(self, phase: str, step: int) -> None:
         """Record that the main thread begins a phase, after so many optimizer steps."""
@@ -86,7 +87,11 @@ class Watchdog:
 
     def is_first(self, message: str) -> bool:
         """Return True if no other rank has printed this message, so that an error that all ranks have is one line."""
-        return self.store is None or self._ask(lambda: self.store.add(f"printed/{message}", 1)) in (1, None)
+        return self._count(message, 1) in (1, None)
+
+    def _count(self, message: str, more: int) -> int | None:
+        """Return the number of ranks that have had a message, None without an answer from the store."""
+        return 1 if self.store is None else self._ask(lambda: self.store.add(f"printed/{message}", more))
 
     def _watch(self) -> None:
         last = time.time()
@@ -152,19 +157,22 @@ class Watchdog:
 
     def end(self, message: str) -> None:
         """Print why, and end this process and its data workers with exit code 2."""
-        if self.is_first(message):
+        self.ending.set()
+        number, deadline = self._count(message, 1), time.time() + END_SECONDS
+        if number in (1, None):
             print(f"error: {message}; continue with --resume", file=sys.stderr, flush=True)
+        # the end of one rank fails the collectives of the others, and rank 0 may hold the store: they end together
+        while number is not None and number < len(self.keys) and time.time() < deadline:
+            time.sleep(0.1)
+            number = self._count(message, 0)
         for child in multiprocessing.active_children():
             child.kill()
-        if self.rank == 0 and self.store is not None:
-            self._wait_for_the_others(message)
         os._exit(2)
 
-    def _wait_for_the_others(self, message: str) -> None:
-        """Wait, STORE_SECONDS at most, until all ranks have asked whether to print; this rank may hold the store."""
-        deadline = time.time() + STORE_SECONDS
-        while time.time() < deadline and self.store.add(f"printed/{message}", 0) < len(self.keys):
-            time.sleep(0.1)
+    def wait_if_ending(self) -> None:
+        """Wait if the watchdog is ending this process; an error of the main thread then follows from that end."""
+        if self.ending.is_set():
+            time.sleep(2 * END_SECONDS)
 
 
 def inspect_stack(frame: FrameType | None) -> tuple[int, str, bool]:
