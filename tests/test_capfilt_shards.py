@@ -60,7 +60,8 @@ def arguments(output, *names, **more):
 
 
 def results(folder):
-    names = ["dropped.jsonl", "unreadable.jsonl", *(p.relative_to(folder) for p in folder.glob("bootstrapped/*"))]
+    shards = [p.relative_to(folder) for p in folder.glob("bootstrapped/*") if not p.name.endswith(".count.json")]
+    names = ["dropped.jsonl", "unreadable.jsonl", *shards]  # counts are written by whoever reads the shards
     return {str(name): (folder / name).read_bytes() for name in names}
 
 
