@@ -155,7 +155,7 @@ def fit_to(model: nn.Module, state: State, report: LoadReport) -> State:
     """Adapt entries to the model: position embeddings, vocabulary, the two cross-attentions of NLVR2."""
     own = model.state_dict()
     state = {key: value for key, value in state.items() if not key.endswith("position_ids")}
-    if "ptr_queue" in own and "queue_ptr" in state:  # the name in LAVIS
+    if "ptr_queue" in own and {"queue_ptr", "idx_queue"} <= state.keys():  # retrieval in LAVIS; not pretraining
         state.setdefault("ptr_queue", state.pop("queue_ptr"))
     for name in ("visual_encoder", "visual_encoder_m"):
         key = f"{name}.pos_embed"
