@@ -14,17 +14,19 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def write_whole(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+def write_whole(path: Path, mode: str = "w", shared: bool = False) -> Iterator[IO[Any]]:
     """Open a file under a temporary name; it replaces `path` when it is complete and on the disk.
 
     Args:
         path: in a folder that exists.
         mode: "w", then in UTF-8, or "wb".
+        shared: other processes may write the same file; the temporary name then has the process id, and the caller
+            deletes what killed processes left. Otherwise the next write replaces it.
 
     Raises:
         UserError: it could not be written, for instance because the disk is full; an earlier file is unchanged.
     """
-    temporary = path.with_name(f"{path.name}.part{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.part{os.getpid() if shared else ''}")
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file

@@ -123,7 +123,7 @@ def run_shards(shards: Shards, work: Callable[[int], list[Row]], title: str) -> 
         rows = work(shard)
         if not shards.tars:
             refuse_unreadable(shard, rows)
-        with write_whole(shards.path(shard)) as file:
+        with write_whole(shards.path(shard), shared=True) as file:
             write_rows(file, rows)
         finished += len(shards.pairs(shard)) * get_world_size()
         line.update(min(first + finished, shards.total), f"{len(shards)} shards", first)

@@ -134,7 +134,7 @@ class TarOutput:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.folder} cannot be made ({error.strerror}); choose another --output_dir") from None
-        with write_whole(self.path(shard), "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
+        with write_whole(self.path(shard), "wb", shared=True) as file, tarfile.open(fileobj=file, mode="w") as tar:
 
             def write(samples: Sequence[Sample], rows: Sequence[Row]) -> None:
                 nonlocal number

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all."""
 
+import os
 import random
 import resource
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from files import write_whole
 from processes import run_in_processes
 from training.checkpoint import load_last, rng_state, save_atomic, save_last, set_rng_state
 from utils import UserError
@@ -66,3 +68,19 @@ def test_refusals(tmp_path):
     torch.save({"rng": [1, 2]}, tmp_path / "two.pth")
     with pytest.raises(UserError, match="written by 2 processes and this run has 1"):
         load_last(tmp_path / "two.pth", CPU)
+
+
+def killed_while_writing(rank, world_size, folder):
+    pid = os.fork()
+    if pid == 0:
+        with write_whole(folder / "a.pth", "wb") as file:
+            file.write(b"half")
+            os._exit(0)  # as SIGKILL: nothing is cleaned up
+    os.waitpid(pid, 0)
+
+
+def test_what_a_killed_process_left_half_written_is_replaced(tmp_path):
+    """Or each kill would leave a file as large as a checkpoint behind."""
+    run_in_processes(killed_while_writing, 1, tmp_path)
+    save_atomic({"epoch": 1}, tmp_path / "a.pth")
+    assert [path.name for path in tmp_path.glob("a.pth*")] == ["a.pth"]
