@@ -10,11 +10,12 @@ from PIL import Image, ImageEnhance, ImageOps
 
 Fill = tuple[int, int, int]
 FILL: Fill = (128, 128, 128)
+BLACK: Fill = (0, 0, 0)
 MAX_LEVEL = 10
 
 
 def affine(
-    image: Image.Image, a: float, b: float, c: float, d: float, e: float, f: float, fill: Fill = FILL
+    image: Image.Image, a: float, b: float, c: float, d: float, e: float, f: float, fill: Fill = BLACK
 ) -> Image.Image:
     """Take output pixel (x, y) from input (a x + b y + c, d x + e y + f), bilinearly, `fill` outside."""
     # Pillow places a pixel's centre at + 0.5, the released operations at its index. At the frame they mix the outer
@@ -24,29 +25,29 @@ def affine(
     return framed.transform(image.size, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR, fillcolor=fill)
 
 
-def shear_x(image: Image.Image, factor: float, fill: Fill = FILL) -> Image.Image:
+def shear_x(image: Image.Image, factor: float, fill: Fill = BLACK) -> Image.Image:
     """Move each row by `factor` times its number."""
     return affine(image, 1, -factor, 0, 0, 1, 0, fill)
 
 
-def shear_y(image: Image.Image, factor: float, fill: Fill = FILL) -> Image.Image:
+def shear_y(image: Image.Image, factor: float, fill: Fill = BLACK) -> Image.Image:
     """Move each column by `factor` times its number."""
     return affine(image, 1, 0, 0, -factor, 1, 0, fill)
 
 
-def translate_x(image: Image.Image, offset: float, fill: Fill = FILL) -> Image.Image:
+def translate_x(image: Image.Image, offset: float, fill: Fill = BLACK) -> Image.Image:
     """Move to the left by `offset` pixels."""
     return affine(image, 1, 0, offset, 0, 1, 0, fill)
 
 
-def translate_y(image: Image.Image, offset: float, fill: Fill = FILL) -> Image.Image:
+def translate_y(image: Image.Image, offset: float, fill: Fill = BLACK) -> Image.Image:
     """Move up by `offset` pixels."""
     return affine(image, 1, 0, 0, 0, 1, offset, fill)
 
 
-def rotate(image: Image.Image, degrees: float, fill: Fill = FILL) -> Image.Image:
+def rotate(image: Image.Image, degree: float, fill: Fill = BLACK) -> Image.Image:
     """Rotate counter-clockwise."""
-    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    cos, sin = math.cos(math.radians(degree)), math.sin(math.radians(degree))
     x, y = image.width / 2, image.height / 2
     return affine(image, cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y, fill)
 
@@ -88,7 +89,7 @@ def apply_operation(image: Image.Image, name: str, level: float, sign: int) -> I
         return operation(image)
     if strength == "enhance":
         return operation(image, level / MAX_LEVEL * 1.8 + 0.1)
-    return operation(image, sign * strength * level / MAX_LEVEL)
+    return operation(image, sign * strength * level / MAX_LEVEL, FILL)
 
 
 class RandomAugment:

@@ -21,6 +21,7 @@ from released import door
 from utils import UserError
 
 MAX_QUESTION_TOKENS = 35
+ANSWERS = GenerationConfig(max_length=10, min_length=1, num_beams=3)
 
 
 class BLIP_VQA(nn.Module):
@@ -118,14 +119,14 @@ class BLIP_VQA(nn.Module):
 
     @torch.no_grad()
     def generate_answers(
-        self, question_states: torch.Tensor, question_atts: torch.Tensor | None = None
-    ) -> tuple[list[str], torch.Tensor]:
-        """Decode answers of 1 to 10 tokens by beam search; also return their log-probabilities (batch,).
+        self, question_states: torch.Tensor, question_atts: torch.Tensor | None = None,
+        config: GenerationConfig = ANSWERS,
+    ) -> tuple[list[str], torch.Tensor]:  # fmt: skip
+        """Decode answers, by default of 1 to 10 tokens by beam search; also return their log-probabilities (batch,).
 
         Padding of the question (`question_atts` 0) is masked with `mask_padding` only, unlike in the released code.
         """
         start = question_states.new_full((len(question_states), 1), self.tokenizer.bos_token_id, dtype=torch.long)
-        config = GenerationConfig(max_length=10, min_length=1, num_beams=3)
         mask = question_atts if self.mask_padding else None
         projection = self.text_decoder.bert.project(question_states, mask=mask)
         found = generate(self.text_decoder, projection, start, self.tokenizer.sep_token_id, config)

@@ -1,6 +1,7 @@
 """The released models/nlvr_encoder.py."""
 
-from released.networks import PARTS, BertPooler, TwoImageOutput
+from models.attention import TwoImageOutput
+from released.networks import PARTS, BertPooler
 from released.networks import TwoImageBertModel as BertModel
 
 __all__ = ["BertModel", "BertPooler", *PARTS]

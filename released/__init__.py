@@ -9,17 +9,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-HOMES = {  # where the names that only the released module has are defined
-    "utils": "released.utils",
-    "data": "released.datasets",
-    "models.blip": "released.networks",
-    "models.blip_nlvr": "released.networks",
-    "models.blip_pretrain": "released.networks",
-    "models.blip_retrieval": "released.networks",
-    "models.blip_vqa": "released.networks",
-    "models.med": "released.networks",
-    "models.vit": "released.networks",
-}
+HOMES = {"utils": "released.utils", "data": "released.datasets"}  # of names that only the released module has
 
 
 def find(module: str, name: str) -> Any:
@@ -29,8 +19,8 @@ def find(module: str, name: str) -> Any:
         AttributeError: the released module has no such name either.
     """
     if not name.startswith("_"):
-        home = import_module(HOMES[module])
-        if name in home.NAMES[module]:
+        home = import_module(HOMES.get(module, "released.networks"))
+        if name in home.__all__:
             return getattr(home, name)
     raise AttributeError(f"module {module!r} has no attribute {name!r}")
 

@@ -2,71 +2,32 @@
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from data import randaugment
+from data.randaugment import BLACK, FILL, MAX_LEVEL
 
 Levels = Callable[[float], tuple]
-GREY = (0.299, 0.587, 0.114)  # weights of the three channels in brightness
-TRANSLATE, MAX_LEVEL, FILL = 10, 10, (128, 128, 128)
+BLUE_FIRST = np.array((0.114, 0.587, 0.299))  # brightness of the channels; the first counts as blue, as released
+
+# Operations on arrays, uint8 (H, W, 3).
 
 
-def on_array(operation: Callable, img: np.ndarray, *args: Any, **kwargs: Any) -> np.ndarray:
-    """Apply an operation of images to an array, uint8 (H, W, 3)."""
-    return np.asarray(operation(Image.fromarray(img), *args, **kwargs))
+def on_arrays(operation: Callable) -> Callable[..., np.ndarray]:
+    """Return an operation of images as one of arrays."""
+    return lambda img, *args, **kwargs: np.asarray(operation(Image.fromarray(img), *args, **kwargs))
 
 
-def by_table(img: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Replace every value by that of a table of 256, cut to 0 to 255."""
-    return values.clip(0, 255).astype(np.uint8)[img]
-
-
-def identity_func(img: np.ndarray) -> np.ndarray:
-    """Change nothing."""
-    return img
-
-
-def autocontrast_func(img: np.ndarray, cutoff: float = 0) -> np.ndarray:
-    """Stretch each channel to 0 to 255, without `cutoff` per cent at both ends."""
-    return on_array(ImageOps.autocontrast, img, cutoff)
-
-
-def equalize_func(img: np.ndarray) -> np.ndarray:
-    """Equalise each channel's histogram."""
-    return on_array(ImageOps.equalize, img)
-
-
-def rotate_func(img: np.ndarray, degree: float, fill: Sequence[int] = (0, 0, 0)) -> np.ndarray:
-    """Rotate counter-clockwise."""
-    return on_array(randaugment.rotate, img, degree, fill=tuple(fill))
-
-
-def shear_x_func(img: np.ndarray, factor: float, fill: Sequence[int] = (0, 0, 0)) -> np.ndarray:
-    """Move each row by `factor` times its number."""
-    return on_array(randaugment.shear_x, img, factor, fill=tuple(fill))
-
-
-def shear_y_func(img: np.ndarray, factor: float, fill: Sequence[int] = (0, 0, 0)) -> np.ndarray:
-    """Move each column by `factor` times its number."""
-    return on_array(randaugment.shear_y, img, factor, fill=tuple(fill))
-
-
-def translate_x_func(img: np.ndarray, offset: float, fill: Sequence[int] = (0, 0, 0)) -> np.ndarray:
-    """Move to the left by `offset` pixels."""
-    return on_array(randaugment.translate_x, img, offset, fill=tuple(fill))
-
-
-def translate_y_func(img: np.ndarray, offset: float, fill: Sequence[int] = (0, 0, 0)) -> np.ndarray:
-    """Move up by `offset` pixels."""
-    return on_array(randaugment.translate_y, img, offset, fill=tuple(fill))
-
-
-def solarize_func(img: np.ndarray, thresh: int = 128) -> np.ndarray:
-    """Invert values from `thresh` on."""
-    return on_array(ImageOps.solarize, img, thresh)
+identity_func, autocontrast_func = on_arrays(randaugment.identity), on_arrays(ImageOps.autocontrast)
+equalize_func, solarize_func = on_arrays(ImageOps.equalize), on_arrays(ImageOps.solarize)
+brightness_func, sharpness_func = on_arrays(randaugment.brightness), on_arrays(randaugment.sharpness)
+shear_x_func, shear_y_func = on_arrays(randaugment.shear_x), on_arrays(randaugment.shear_y)
+translate_x_func, translate_y_func = on_arrays(randaugment.translate_x), on_arrays(randaugment.translate_y)
+rotate_func = on_arrays(randaugment.rotate)
 
 
 def posterize_func(img: np.ndarray, bits: int) -> np.ndarray:
@@ -74,29 +35,22 @@ def posterize_func(img: np.ndarray, bits: int) -> np.ndarray:
     return img & np.uint8(255 << bits & 255)
 
 
+def blend(img: np.ndarray, other: np.ndarray, factor: float) -> np.ndarray:
+    """Return `other` for factor 0, `img` for 1."""
+    return (other + factor * (img - other)).clip(0, 255).astype(np.uint8)
+
+
 def color_func(img: np.ndarray, factor: float) -> np.ndarray:
-    """Blend with the grey image: 0 is grey, 1 the image itself; the first channel counts as blue, as released."""
-    grey = img @ np.array(GREY[::-1])
-    return (grey[..., None] + factor * (img - grey[..., None])).clip(0, 255).astype(np.uint8)
+    """Blend with the grey image."""
+    return blend(img, (img @ BLUE_FIRST)[..., None], factor)
 
 
 def contrast_func(img: np.ndarray, factor: float) -> np.ndarray:
-    """Blend with the mean brightness; the first channel counts as blue, as released."""
-    mean = (img.mean(axis=(0, 1)) * GREY[::-1]).sum()
-    return by_table(img, (np.arange(256) - mean) * factor + mean)
+    """Blend with the mean brightness."""
+    return blend(img, img.mean(axis=(0, 1)) @ BLUE_FIRST, factor)
 
 
-def brightness_func(img: np.ndarray, factor: float) -> np.ndarray:
-    """Multiply by `factor`."""
-    return by_table(img, np.arange(256) * factor)
-
-
-def sharpness_func(img: np.ndarray, factor: float) -> np.ndarray:
-    """Blend with a smoothed copy: 0 is smooth, 1 the image itself."""
-    return on_array(randaugment.sharpness, img, factor)
-
-
-def cutout_func(img: np.ndarray, pad_size: int, replace: Sequence[int] = (0, 0, 0)) -> np.ndarray:
+def cutout_func(img: np.ndarray, pad_size: int, replace: Sequence[int] = BLACK) -> np.ndarray:
     """Fill a square of `pad_size` pixels about a random place."""
     (height, width), half = img.shape[:2], pad_size // 2
     y, x = int(random.random() * height), int(random.random() * width)
@@ -105,44 +59,7 @@ def cutout_func(img: np.ndarray, pad_size: int, replace: Sequence[int] = (0, 0, 
     return out
 
 
-def signed(value: float) -> float:
-    """Return a value with a random sign."""
-    return random.choice((value, -value))
-
-
-def enhance_level_to_args(MAX_LEVEL: float) -> Levels:
-    """Return the factor of an enhancement, 0.1 to 1.9."""
-    return lambda level: (level / MAX_LEVEL * 1.8 + 0.1,)
-
-
-def shear_level_to_args(MAX_LEVEL: float, replace_value: Any) -> Levels:
-    """Return the factor of a shear, up to 0.3 either way, and the fill."""
-    return lambda level: (signed(level / MAX_LEVEL * 0.3), replace_value)
-
-
-def translate_level_to_args(translate_const: float, MAX_LEVEL: float, replace_value: Any) -> Levels:
-    """Return the pixels of a translation, up to `translate_const` either way, and the fill."""
-    return lambda level: (signed(level / MAX_LEVEL * float(translate_const)), replace_value)
-
-
-def rotate_level_to_args(MAX_LEVEL: float, replace_value: Any) -> Levels:
-    """Return the degrees of a rotation, up to 30 either way, and the fill."""
-    return lambda level: (signed(level / MAX_LEVEL * 30), replace_value)
-
-
-def cutout_level_to_args(cutout_const: float, MAX_LEVEL: float, replace_value: Any) -> Levels:
-    """Return the side of a square, up to `cutout_const` pixels, and the fill."""
-    return lambda level: (int(level / MAX_LEVEL * cutout_const), replace_value)
-
-
-def solarize_level_to_args(MAX_LEVEL: float) -> Levels:
-    """Return the threshold of a solarization, up to 256."""
-    return lambda level: (int(level / MAX_LEVEL * 256),)
-
-
-def posterize_level_to_args(MAX_LEVEL: float) -> Levels:
-    """Return the number of bits to clear, up to 4."""
-    return lambda level: (int(level / MAX_LEVEL * 4),)
+# Arguments of the operations from a level, 0 to MAX_LEVEL.
 
 
 def none_level_to_args(level: float) -> tuple:
@@ -150,8 +67,31 @@ def none_level_to_args(level: float) -> tuple:
     return ()
 
 
+def enhance_level_to_args(MAX_LEVEL: float) -> Levels:
+    """Return a factor, 0.1 to 1.9."""
+    return lambda level: (level / MAX_LEVEL * 1.8 + 0.1,)
+
+
+def translate_level_to_args(translate_const: float, MAX_LEVEL: float, replace_value: Any) -> Levels:
+    """Return an amount up to `translate_const`, of either sign, and the fill."""
+    return lambda level: (random.choice((1, -1)) * level / MAX_LEVEL * translate_const, replace_value)
+
+
+def cutout_level_to_args(cutout_const: float, MAX_LEVEL: float, replace_value: Any) -> Levels:
+    """Return a whole number up to `cutout_const`, and the fill."""
+    return lambda level: (int(level / MAX_LEVEL * cutout_const), replace_value)
+
+
+def solarize_level_to_args(MAX_LEVEL: float, most: int = 256) -> Levels:
+    """Return a whole number up to `most`."""
+    return lambda level: (int(level / MAX_LEVEL * most),)
+
+
+posterize_level_to_args = partial(solarize_level_to_args, most=4)
+shear_level_to_args, rotate_level_to_args = partial(translate_level_to_args, 0.3), partial(translate_level_to_args, 30)
+
 enhance, shear = enhance_level_to_args(MAX_LEVEL), shear_level_to_args(MAX_LEVEL, FILL)
-translate = translate_level_to_args(TRANSLATE, MAX_LEVEL, FILL)
+translate = translate_level_to_args(10, MAX_LEVEL, FILL)
 OPERATIONS: dict[str, tuple[Callable, Levels]] = {
     "Identity": (identity_func, none_level_to_args),
     "AutoContrast": (autocontrast_func, none_level_to_args),
@@ -175,10 +115,7 @@ arg_dict = {name: levels for name, (_, levels) in OPERATIONS.items()}
 class RandomAugment:
     """Apply `N` operations drawn with replacement, each with probability 0.5, at level `M` of 10.
 
-    Args:
-        N, M: number and level.
-        isPIL: images are PIL's; otherwise arrays. Arrays are returned.
-        augs: names of operations; all by default.
+    Images are PIL's with `isPIL`, otherwise arrays; arrays are returned. `augs` names operations, all by default.
     """
 
     def __init__(self, N: int = 2, M: float = 10, isPIL: bool = False, augs: Sequence[str] = ()):
@@ -193,6 +130,5 @@ class RandomAugment:
         img = np.asarray(img)
         for name, probability, level in self.get_random_ops():
             if random.random() < probability:
-                function, levels = OPERATIONS[name]
-                img = function(img, *levels(level))
+                img = func_dict[name](img, *arg_dict[name](level))
         return img

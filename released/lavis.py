@@ -22,10 +22,10 @@ from models.blip_nlvr import BLIP_NLVR
 from models.blip_pretrain import BLIP_Pretrain
 from models.blip_retrieval import BLIP_Retrieval
 from models.blip_vqa import BLIP_VQA, MAX_QUESTION_TOKENS
-from models.generation import GenerationConfig, generate
+from models.generation import GenerationConfig
 from models.momentum import INITIAL_TEMPERATURE
 from models.pretrained import load_pretrained
-from models.tokenizer import decode, tokenize
+from models.tokenizer import tokenize
 from utils import UserError
 
 Samples = dict[str, Any]
@@ -56,7 +56,7 @@ class BlipCaption(Lavis, BLIP_Decoder):
     """The captioner."""
 
     def forward(self, samples: Samples) -> Output:
-        """Return the loss of the texts, which begin with the prompt."""
+        """Return the loss of texts that begin with the prompt."""
         loss = super().forward(samples["image"], samples["text_input"])
         return Output(loss=loss, loss_lm=loss)
 
@@ -83,9 +83,8 @@ class BlipVQA(Lavis, BLIP_VQA):
 
     def forward(self, samples: Samples) -> Output:
         """Return the loss of the weighted answers."""
-        args = samples["image"], samples["text_input"], samples["answer"], samples["n_answers"], samples["weight"]
-        loss = super().forward(*args, train=True)
-        return Output(loss=loss)
+        names = ("image", "text_input", "answer", "n_answers", "weight")
+        return Output(loss=super().forward(*(samples[name] for name in names)))
 
     @torch.no_grad()
     def predict_answers(
@@ -107,16 +106,12 @@ class BlipVQA(Lavis, BLIP_VQA):
         text = tokenize(self.tokenizer, questions, "enc", MAX_QUESTION_TOKENS, image.device)
         states = self.question_states(image, text)
         if inference_method == "generate":
-            start = torch.full((len(states), 1), self.tokenizer.bos_token_id, device=states.device)
-            config = GenerationConfig(max_len, min_len, num_beams)
-            projection = self.text_decoder.bert.project(states)
-            found = generate(self.text_decoder, projection, start, self.tokenizer.sep_token_id, config)
-            return decode(self.tokenizer, found.ids)
+            return self.generate_answers(states, config=GenerationConfig(max_len, min_len, num_beams))[0]
         if inference_method != "rank" or not answer_list:
             raise UserError(f"inference_method is {inference_method!r}; expected 'generate', or 'rank' and answer_list")
         answers = tokenize(self.tokenizer, answer_list, "dec", device=image.device)
-        k = min(num_ans_candidates, len(answer_list))
-        return [answer_list[i] for i in self.rank_answer(states, text.attention_mask, *answers, k).tolist()]
+        best = self.rank_answer(states, text.attention_mask, *answers, num_ans_candidates)
+        return [answer_list[i] for i in best.tolist()]
 
 
 class BlipITM(Lavis, BLIP_ITM):
@@ -158,9 +153,9 @@ class BlipFeatureExtractor(Lavis, BLIP_Base):
 class Classifier(Lavis):
     """Loss and predictions of a classifier."""
 
-    def outputs(self, logits: torch.Tensor, samples: Samples, is_train: bool) -> Output:
+    def forward(self, samples: Samples, is_train: bool = True) -> Output:
         """Return the loss and the logits, or predictions and targets."""
-        targets = samples["label"]
+        targets, logits = samples["label"], self.logits(samples)
         if not is_train:
             return Output(predictions=logits, targets=targets)
         return Output(loss=F.cross_entropy(logits, targets), logits=logits)
@@ -169,20 +164,18 @@ class Classifier(Lavis):
 class BlipNLVR(Classifier, BLIP_NLVR):
     """The NLVR2 model."""
 
-    def forward(self, samples: Samples, is_train: bool = True) -> Output:
+    def logits(self, samples: Samples) -> torch.Tensor:
         """Judge statements about "image0" and "image1"."""
         images = torch.cat((samples["image0"], samples["image1"]))
-        logits = BLIP_NLVR.forward(self, images, samples["text_input"], samples["label"], train=False)
-        return self.outputs(logits, samples, is_train)
+        return BLIP_NLVR.forward(self, images, samples["text_input"], samples["label"], train=False)
 
 
 class BlipClassification(Classifier, BLIP_Classification):
     """The classifier of an image and a text; without momentum distillation."""
 
-    def forward(self, samples: Samples, is_train: bool = True) -> Output:
+    def logits(self, samples: Samples) -> torch.Tensor:
         """Classify pairs."""
-        logits = BLIP_Classification.forward(self, samples["image"], samples["text_input"], train=False)
-        return self.outputs(logits, samples, is_train)
+        return BLIP_Classification.forward(self, samples["image"], samples["text_input"], train=False)
 
 
 class Contrastive(Lavis):
@@ -190,29 +183,21 @@ class Contrastive(Lavis):
 
     max_alpha = 0.4
 
-    def alpha(self, samples: Samples) -> float:
-        """Return the share of the momentum targets at "epoch", "iters" and "num_iters_per_epoch"."""
+    def forward(self, samples: Samples) -> Output:
+        """Return the losses; "image_id", which retrieval reads, is equal for pairs of one image."""
         done = samples["epoch"] + samples["iters"] / samples["num_iters_per_epoch"]
-        return self.max_alpha * min(1.0, done / RAMP_EPOCHS)
+        alpha = self.max_alpha * min(1.0, done / RAMP_EPOCHS)
+        own = (samples["image_id"],) if isinstance(self, BLIP_Retrieval) else ()
+        losses = super().forward(samples["image"], samples["text_input"], alpha, *own)
+        return Output(loss=sum(losses), **dict(zip(("loss_itc", "loss_itm", "loss_lm"), losses, strict=False)))
 
 
 class BlipRetrieval(Contrastive, BLIP_Retrieval):
     """The retrieval model in training."""
 
-    def forward(self, samples: Samples) -> Output:
-        """Return the losses; "image_id" is equal for pairs of one image."""
-        args = samples["image"], samples["text_input"], self.alpha(samples), samples["image_id"]
-        loss_itc, loss_itm = super().forward(*args)
-        return Output(loss=loss_itc + loss_itm, loss_itc=loss_itc, loss_itm=loss_itm)
-
 
 class BlipPretrain(Contrastive, BLIP_Pretrain):
     """The pretraining model."""
-
-    def forward(self, samples: Samples) -> Output:
-        """Return the losses."""
-        losses = super().forward(samples["image"], samples["text_input"], self.alpha(samples))
-        return Output(loss=sum(losses), **dict(zip(("loss_itc", "loss_itm", "loss_lm"), losses, strict=True)))
 
 
 # Loading.
@@ -254,12 +239,9 @@ def load_model(
     checkpoint: str | None = None,
     **settings: Any,
 ) -> nn.Module:
-    """Load a model by its name in LAVIS.
+    """Load a model by its name and type in LAVIS, in eval mode with `is_eval`.
 
     Args:
-        name, model_type: as in `ZOO`.
-        is_eval: put it into eval mode.
-        device: where it goes.
         checkpoint: weights instead of those of the zoo: a path, URL or `hf:owner/name`; the file decides the sizes.
         settings: further arguments of the model, such as `num_classes`.
 
@@ -294,20 +276,10 @@ def load_model_and_preprocess(
     return model, images, {"train": load_processor(text, **prompt), "eval": load_processor(text)}
 
 
-def caption_processor(prompt: str = "", max_words: int = 50) -> Callable[[str], str]:
-    """Return a function that cleans a caption and puts the prompt in front."""
-    return lambda text: prompt + pre_caption(text, max_words)
-
-
-def image_train_processor(image_size: int = 384, min_scale: float = 0.5) -> Callable:
-    """Return the training transform of images."""
-    return train_transform(image_size, min_scale)
-
-
 PROCESSORS: dict[str, Callable[..., Callable]] = {
-    "blip_image_train": image_train_processor,
+    "blip_image_train": lambda image_size=384, min_scale=0.5: train_transform(image_size, min_scale),
     "blip_image_eval": lambda image_size=384: test_transform(image_size),
-    "blip_caption": caption_processor,
+    "blip_caption": lambda prompt="", max_words=50: lambda text: prompt + pre_caption(text, max_words),
     "blip_question": lambda max_words=50: partial(pre_question, max_ques_words=max_words),
 }
 
@@ -325,9 +297,7 @@ def compute_gradcam(
     """Explain matches by attention times its positive gradient, averaged over heads.
 
     Args:
-        model: matching model.
-        visual_input: images (batch, 3, H, W).
-        text_input: one per image.
+        visual_input, text_input: images (batch, 3, H, W), and a text for each.
         tokenized_text: the texts' tokens, whose `attention_mask` (batch, length) is read.
         block_num: layer of the text transformer.
 

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithCrossAttentions,
 )
 
-from models.attention import Heads, Output, Projection, SelfAttention, TwoImageOutput
+from models.attention import Heads, Output, Projection, SelfAttention
 from models.generation import GenerationConfig, generate
 from models.losses import lm_loss, lm_sequence_losses
 from models.med import (
@@ -29,8 +29,7 @@ from models.med import (
 )
 from models.med_config import load_med_config
 from models.pretrained import load_checkpoint
-from utils import UserError, all_gather, get_world_size
-from utils import all_gather_with_grad as gather_with_grad
+from utils import UserError, all_gather, all_gather_with_grad, get_world_size
 
 SEP_TOKEN_ID = 102
 PARTS = {  # released names of the transformer's parts; the parts have their own constructors and calls
@@ -48,19 +47,11 @@ PARTS = {  # released names of the transformer's parts; the parts have their own
     "BertSelfOutput": Output,
 }
 globals().update(PARTS)
-__all__ = ["Attention", "BertConfig", "Block", "Mlp", "TwoImageOutput", "load_checkpoint"]
-NAMES = {
-    "models.blip": {"is_url"},
-    "models.blip_nlvr": {"load_checkpoint"},
-    "models.blip_pretrain": {"concat_all_gather", "tie_encoder_decoder_weights"},
-    "models.blip_retrieval": {"GatherLayer", "all_gather_with_grad", "concat_all_gather"},
-    "models.blip_vqa": {"tile"},
-    "models.med": {
-        *PARTS, "BertConfig", "BertLMHeadModel", "BertModel", "BertPooler",
-        "call_decoder", "call_encoder", "generate_ids",
-    },
-    "models.vit": {"Attention", "Block", "Mlp"},
-}  # fmt: skip
+__all__ = [
+    *PARTS, "Attention", "BertConfig", "BertLMHeadModel", "BertModel", "BertPooler", "Block", "GatherLayer", "Mlp",
+    "call_decoder", "call_encoder", "concat_all_gather", "generate_ids", "is_url", "load_checkpoint",
+    "tie_encoder_decoder_weights", "tile",
+]  # fmt: skip
 concat_all_gather = all_gather
 
 
@@ -70,12 +61,7 @@ class GatherLayer:
     @staticmethod
     def apply(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return every rank's tensor of one shape; backward sums the ranks' gradients."""
-        return gather_with_grad(tensor).chunk(get_world_size())
-
-
-def all_gather_with_grad(tensors: torch.Tensor) -> torch.Tensor:
-    """Concatenate the ranks' tensors along dimension 0; backward sums the ranks' gradients."""
-    return gather_with_grad(tensors)
+        return all_gather_with_grad(tensor).chunk(get_world_size())
 
 
 def is_url(url_or_filename: str) -> bool:
@@ -152,12 +138,9 @@ def call_decoder(
     """Call a decoder as the released BertLMHeadModel; returns an output with `loss` and `logits`.
 
     Args:
-        decoder: the decoder.
-        input_ids, attention_mask: (rows, length).
         labels: int64 (rows, length), -100 where the likelihood does not count; without them there is no loss.
         return_logits: return logits (rows, length - 1, vocabulary) alone.
         reduction: "mean", or "none" for the token-summed loss of each row.
-        return_dict: False for a tuple.
         is_decoder: False lets positions attend to later ones.
         settings: as `call_encoder`.
     """
@@ -186,11 +169,9 @@ def generate_ids(
     """Continue prompts as `generate` of the released BertLMHeadModel under transformers 4.15.
 
     Args:
-        decoder: the decoder.
         input_ids: int64 (rows, prompt length).
         encoder_hidden_states, encoder_attention_mask: one entry per row, or as the released code gives them, one
             per row and beam.
-        num_return_sequences, do_sample, eos_token_id, pad_token_id: as in transformers.
         settings: fields of `models.generation.GenerationConfig`.
 
     Returns:

@@ -6,6 +6,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from statistics import fmean, median_low
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,32 +16,31 @@ from torch import nn
 
 from data.annotations import find_annotation
 from files import read_json, write_json
+from launch.run import slurm_to_torchrun
 from metrics.caption import caption_scores
 from training.optimizer import cosine_lr, set_lr, step_lr, warmup_lr
 from utils import all_gather_object, duration, has_group, is_main_process, memory_used, on_main_process
 
-NAMES = {
-    "utils": {
-        "AttrDict", "MetricLogger", "SmoothedValue", "compute_acc", "compute_n_params", "cosine_lr_schedule",
-        "init_distributed_mode", "is_dist_avail_and_initialized", "save_on_master", "setup_for_distributed",
-        "step_lr_schedule", "warmup_lr_schedule",
-    }
-}  # fmt: skip
+__all__ = [
+    "AttrDict", "MetricLogger", "SmoothedValue", "compute_acc", "compute_n_params", "cosine_lr_schedule",
+    "init_distributed_mode", "is_dist_avail_and_initialized", "save_on_master", "setup_for_distributed",
+    "step_lr_schedule", "warmup_lr_schedule",
+]  # fmt: skip
 is_dist_avail_and_initialized = has_group
 
 
 def cosine_lr_schedule(optimizer: Any, epoch: float, max_epoch: float, init_lr: float, min_lr: float) -> None:
-    """Set the learning rate of an epoch: half a cosine from `init_lr` to `min_lr`."""
+    """Set an epoch's learning rate: half a cosine from `init_lr` to `min_lr`."""
     set_lr(optimizer, cosine_lr(epoch, max_epoch, init_lr, min_lr))
 
 
 def warmup_lr_schedule(optimizer: Any, step: int, max_step: int, init_lr: float, max_lr: float) -> None:
-    """Set the learning rate of a step: linear from `init_lr` to `max_lr`."""
+    """Set a step's learning rate: linear from `init_lr` to `max_lr`."""
     set_lr(optimizer, warmup_lr(step, max_step, init_lr, max_lr))
 
 
 def step_lr_schedule(optimizer: Any, epoch: int, init_lr: float, min_lr: float, decay_rate: float) -> None:
-    """Set the learning rate of an epoch: `init_lr` times `decay_rate` per epoch, at least `min_lr`."""
+    """Set an epoch's learning rate: `init_lr` times `decay_rate` per epoch, at least `min_lr`."""
     set_lr(optimizer, step_lr(epoch, init_lr, min_lr, decay_rate))
 
 
@@ -63,33 +63,13 @@ class SmoothedValue:
 
     def synchronize_between_processes(self) -> None:
         """Sum count and total over the ranks; the window stays local."""
-        sums = all_gather_object((self.count, self.total))
-        self.count, self.total = sum(count for count, _ in sums), sum(total for _, total in sums)
+        self.count, self.total = map(sum, zip(*all_gather_object((self.count, self.total)), strict=True))
 
-    @property
-    def median(self) -> float:
-        """Median of the window."""
-        return torch.tensor(list(self.deque)).median().item()
-
-    @property
-    def avg(self) -> float:
-        """Mean of the window."""
-        return sum(self.deque) / len(self.deque)
-
-    @property
-    def global_avg(self) -> float:
-        """Mean of all values."""
-        return self.total / self.count
-
-    @property
-    def max(self) -> float:
-        """Largest value of the window."""
-        return max(self.deque)
-
-    @property
-    def value(self) -> float:
-        """The last value."""
-        return self.deque[-1]
+    median = property(lambda self: median_low(self.deque))
+    avg = property(lambda self: fmean(self.deque))
+    global_avg = property(lambda self: self.total / self.count)
+    max = property(lambda self: max(self.deque))
+    value = property(lambda self: self.deque[-1])
 
     def __str__(self) -> str:
         fields = ("median", "avg", "global_avg", "max", "value")
@@ -135,12 +115,11 @@ class MetricLogger:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         for index, item in enumerate(iterable):
             yield item
-            if index % print_freq and index != total - 1:
-                continue
-            per_item = (time.monotonic() - start) / (index + 1)
-            left = duration(per_item * (total - index - 1))
-            parts = [header, f"[{index}/{total}]", f"eta: {left}", str(self), f"time: {per_item:.4f}"]
-            print(self.delimiter.join([*parts, f"max mem: {memory_used(device) * 1024:.0f}"]))
+            if index % print_freq == 0 or index == total - 1:
+                seconds = (time.monotonic() - start) / (index + 1)
+                parts = [header, f"[{index}/{total}]", f"eta: {duration(seconds * (total - index - 1))}", str(self)]
+                parts += [f"time: {seconds:.4f}", f"max mem: {memory_used(device) * 1024:.0f}"]
+                print(self.delimiter.join(parts))
         print(f"{header} Total time: {duration(time.monotonic() - start)}")
 
 
@@ -200,25 +179,21 @@ def init_distributed_mode(args: Any) -> None:
     Args:
         args: its rank, world_size, gpu, dist_backend, distributed and, without a GPU, device are set.
     """
-    if getattr(args, "device", "cuda") != "cpu" and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         args.device = "cpu"
-    on_gpu = torch.cuda.is_available() and args.device != "cpu"
-    env, names = os.environ, ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if "RANK" not in env and int(env.get("SLURM_NTASKS", 1)) > 1:
-        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
-    args.rank, args.world_size, args.gpu = (int(env.get(key, value)) for key, value in zip(names, (0, 1, 0)))
-    args.distributed = names[0] in env
+    slurm_to_torchrun()
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    args.rank, args.world_size, args.gpu = (int(os.environ.get(name, value)) for name, value in names.items())
+    args.distributed, on_gpu = "RANK" in os.environ, getattr(args, "device", "cuda") != "cpu"
     args.dist_backend = "nccl" if on_gpu and args.distributed else "gloo"
     if on_gpu:
         torch.cuda.set_device(args.gpu % torch.cuda.device_count())
     else:
         nn.parallel.DistributedDataParallel = CPUDistributedDataParallel
-    if args.distributed:
-        dist.init_process_group(args.dist_backend, args.dist_url, rank=args.rank, world_size=args.world_size)
-        dist.barrier()
-    else:
-        dist.init_process_group(args.dist_backend, store=dist.HashStore(), rank=0, world_size=1)
-    setup_for_distributed(args.rank == 0)
+    where = {"init_method": args.dist_url} if args.distributed else {"store": dist.HashStore()}
+    dist.init_process_group(args.dist_backend, rank=args.rank, world_size=args.world_size, **where)
+    dist.barrier()
+    setup_for_distributed(is_main_process())
 
 
 # data/utils.py
@@ -227,11 +202,7 @@ def init_distributed_mode(args: Any) -> None:
 def save_result(result: list[dict[str, Any]], result_dir: str, filename: str, remove_duplicate: str = "") -> str:
     """Write the results of all processes to one file and return its path, on every process.
 
-    Args:
-        result: rows of this process.
-        result_dir: folder of the file.
-        filename: its name without .json.
-        remove_duplicate: of rows with one value under this key, the first is kept.
+    The file is `result_dir`/`filename`.json; of rows with one value under the key `remove_duplicate` the first is kept.
     """
     path = Path(result_dir) / f"{filename}.json"
     rows = [row for part in all_gather_object(result) for row in part]

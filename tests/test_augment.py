@@ -54,7 +54,8 @@ def test_half_of_the_drawn_operations_are_applied():
 
 def test_geometric_operations_go_both_ways(monkeypatch):
     offsets = set()
-    monkeypatch.setattr(randaugment, "OPERATIONS", {"TranslateX": (lambda image, by: offsets.add(by) or image, 10.0)})
+    operation = lambda image, by, fill: offsets.add(by) or image  # noqa: E731
+    monkeypatch.setattr(randaugment, "OPERATIONS", {"TranslateX": (operation, 10.0)})
     for _ in range(40):
         RandomAugment()(None)
     assert offsets == {5.0, -5.0}

@@ -23,7 +23,7 @@ ALLOWED = {
     "report": BASE | {"report", "metrics", "data"},
     "training": BASE | {"training", "models", "data", "metrics", "launch", "report"},
     "bootstrap": BASE | {"bootstrap", "models", "data", "launch", "inference", "report"},
-    "released": BASE | {"released", "models", "data", "metrics", "training", "inference"},
+    "released": BASE | {"released", "models", "data", "metrics", "launch", "training", "inference"},
     "transform": {"released"},
 }
 DOORS = {  # modules of the released package that look names up in released/, or consist of them
