@@ -24,19 +24,16 @@ from utils import UserError, get_rank, get_world_size
 
 __all__ = ["build_datasets", "prefetch", "make_loader", "make_loaders", "vqa_collate_fn"]
 VQA_FILES = ("vqa_train.json", "vqa_val.json", "vg_qa.json")  # released, and so downloaded if absent
+MIN_SCALE = {"pretrain": 0.2}  # least share of an image's area in a training crop; 0.5 elsewhere
 
 
 def build_datasets(dataset: str, config: Any, min_scale: float = 0.5) -> dict[str, Dataset]:
-    """Build the datasets of a task.
+    """Build the datasets of those of "train", "val" and "test" that a task has.
 
     Args:
-        dataset: "pretrain", "caption_coco", "nocaps", "retrieval_coco", "retrieval_flickr", "vqa", "nlvr" or
-            "retrieval_msrvtt".
+        dataset: a key of `DATASETS`.
         config: mapping of settings, such as those of `launch.config`.
         min_scale: least share of an image's area in a training crop.
-
-    Returns:
-        Those of "train", "val" and "test" that the task has.
 
     Raises:
         UserError: an unknown name, or annotations or images that are missing or wrong.
@@ -49,11 +46,8 @@ def make_loaders(
 ) -> dict[str, DataLoader]:
     """Build the loaders of a task for this process.
 
-    Args:
-        dataset: as `build_datasets`.
-        config: as `build_datasets`, with `num_workers` and batch sizes.
-        splits: of "train", "val" and "test" those to build; None: all that the task has.
-        seed: of the training order and augmentation.
+    Arguments and errors are those of `build_datasets`; `splits` are those to build (None: all that the task has),
+    `seed` is that of the training order and augmentation.
 
     Returns:
         {"train": shuffled, without the last incomplete batch, "val": ..., "test": ...}, each `DataLoader` over its
@@ -64,7 +58,9 @@ def make_loaders(
         is_train = split == "train"
         data = _build(dataset, config, split, MIN_SCALE.get(dataset, 0.5))
         collate_fn = vqa_collate_fn if dataset == "vqa" and is_train else None
-        batch_size = _batch_size(dataset, config, is_train)
+        batch_size = config.get("batch_size_train" if is_train else "batch_size_test") or config["batch_size"]
+        if dataset == "retrieval_msrvtt":  # its batch_size counts texts, and a clip is several images
+            batch_size = max(batch_size // config["num_frm_test"], 1)
         loaders[split] = make_loader(data, batch_size, is_train, config["num_workers"], seed, collate_fn)
     return loaders
 
@@ -85,32 +81,23 @@ def _build(dataset: str, config: Any, split: str, min_scale: float) -> Dataset:
     return DATASETS[dataset][0](config, split, transform)
 
 
-def _batch_size(dataset: str, config: Any, is_train: bool) -> int:
-    if dataset == "retrieval_msrvtt":  # its batch_size counts texts, and a clip is several images
-        return max(config["batch_size"] // config["num_frm_test"], 1)
-    return config.get("batch_size_train" if is_train else "batch_size_test") or config["batch_size"]
-
-
 def _file(config: Any, split: str, released: str) -> str:
     """Return the path of a split's annotations: the config's `<split>_file`, else the released file."""
     return find_annotation(config["ann_root"], released, config.get(f"{split}_file") or "")
 
 
-def _captions(config: Any, split: str, transform: Transform) -> Dataset:
-    file = _file(config, split, f"coco_karpathy_{split}.json")
+def _captions(prefix: str, config: Any, split: str, transform: Transform) -> Dataset:
+    file = _file(config, split, f"{prefix}_{split}.json")
     if split == "train":
-        return CaptionTrain(file, config["image_root"], transform, config["prompt"], _max_words(config))
+        max_words = config.get("max_words") or MAX_WORDS
+        return CaptionTrain(file, config["image_root"], transform, config["prompt"], max_words)
     return CaptionEval(file, config["image_root"], transform)
-
-
-def _max_words(config: Any) -> int:
-    return config.get("max_words") or MAX_WORDS
 
 
 def _retrieval(prefix: str, config: Any, split: str, transform: Transform) -> Dataset:
     file = _file(config, split, f"{prefix}_{split}.json")
     kind = RetrievalTrain if split == "train" else RetrievalEval
-    return kind(file, config["image_root"], transform, max_words=_max_words(config))
+    return kind(file, config["image_root"], transform, max_words=config.get("max_words") or MAX_WORDS)
 
 
 def _vqa(config: Any, split: str, transform: Transform) -> Dataset:
@@ -143,10 +130,6 @@ def _classification(config: Any, split: str, transform: Transform) -> Dataset:
     return Classified(read_pairs(file, config["image_root"], classes), transform)
 
 
-def _nocaps(config: Any, split: str, transform: Transform) -> Dataset:
-    return CaptionEval(_file(config, split, f"nocaps_{split}.json"), config["image_root"], transform)
-
-
 def _pretrain(config: Any, split: str, transform: Transform) -> Dataset:
     files = config["train_file"]
     if only_shards(files, "train_file"):
@@ -166,8 +149,8 @@ def _msrvtt(config: Any, split: str, transform: Transform) -> Dataset:
 ALL_SPLITS = ("train", "val", "test")
 DATASETS = {  # how a split is built, and the splits there are
     "pretrain": (_pretrain, ("train",)),
-    "caption_coco": (_captions, ALL_SPLITS),
-    "nocaps": (_nocaps, ("val", "test")),
+    "caption_coco": (partial(_captions, "coco_karpathy"), ALL_SPLITS),
+    "nocaps": (partial(_captions, "nocaps"), ("val", "test")),
     "retrieval_coco": (partial(_retrieval, "coco_karpathy"), ALL_SPLITS),
     "retrieval_flickr": (partial(_retrieval, "flickr30k"), ALL_SPLITS),
     "vqa": (_vqa, ("train", "test")),
@@ -175,7 +158,6 @@ DATASETS = {  # how a split is built, and the splits there are
     "classification": (_classification, ALL_SPLITS),
     "retrieval_msrvtt": (_msrvtt, ("test",)),
 }
-MIN_SCALE = {"pretrain": 0.2}  # least share of an image's area in a training crop; 0.5 elsewhere
 
 
 def make_loader(
@@ -190,12 +172,11 @@ def make_loader(
     """Build the loader of a dataset for this process.
 
     Args:
-        dataset: yields dicts, which `collate` joins.
+        dataset: yields dicts, which `collate_fn`, by default `collate`, joins.
         batch_size: samples of a batch.
         is_train: shuffle, and drop a last incomplete batch; otherwise each process reads its own part in order.
         num_workers: processes that load data; they stay alive between epochs.
         seed: of the training order and augmentation.
-        collate_fn: joins items instead of `collate`.
         processes: number of processes and the number of this one; None takes those of the process group.
     """
     num_replicas, rank = processes or (get_world_size(), get_rank())
@@ -240,17 +221,15 @@ def prefetch(loader: Iterable[dict[str, Any]], device: torch.device) -> Iterator
 
     Numbers such as ids stay where they are, since they are read on the host.
     """
-    ahead = None
+    ahead: list[dict[str, Any]] = []
     for batch in loader:
         moved = {
             key: value.to(device, non_blocking=True) if torch.is_tensor(value) and value.is_floating_point() else value
             for key, value in batch.items()
         }
-        if ahead is not None:
-            yield ahead
-        ahead = moved
-    if ahead is not None:
-        yield ahead
+        yield from ahead
+        ahead = [moved]
+    yield from ahead
 
 
 __getattr__ = door(__name__)

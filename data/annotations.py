@@ -49,12 +49,7 @@ def _no_json(path: Path) -> str:
 
 
 def read_annotation(path: str | Path, keys: Sequence[str]) -> list[Row]:
-    """Read a JSON list, or JSON lines (.jsonl), of objects that have the given keys.
-
-    Raises:
-        UserError: the file is missing, not JSON, not a list of objects, or empty, or a row lacks a key or has no text
-            under it.
-    """
+    """Read a JSON list, or JSON lines (.jsonl), of objects; errors as `read_list` and `check_rows`."""
     rows = read_list(path)
     check_rows(rows, keys, path)
     return rows
@@ -64,26 +59,27 @@ def read_list(path: str | Path) -> list[Any]:
     """Read a JSON list, or JSON lines (.jsonl), of any values.
 
     Raises:
-        UserError: the file is missing, not JSON, not a list, or empty.
+        UserError: the file is missing, not JSON, not a list, empty, or a publisher's own file.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"annotation file {path}: {error.strerror}; correct its path") from None
-    except UnicodeDecodeError:
-        raise UserError(f"annotation file {path} is not text in UTF-8; expected JSON") from None
-    _refuse_published(text[:4096], path)
-    rows = _parse_lines(text, path) if path.suffix == ".jsonl" else _parse(text, path)
-    _refuse_published(rows, path)
+    rows: Any = read_text(path)
+    if not recognize(rows):
+        rows = _parse_lines(rows, path) if path.suffix == ".jsonl" else _parse(rows, path)
+    if name := recognize(rows):
+        raise UserError(f"annotation file {path} is {name}; convert it with python -m data.convert {path}")
     if not isinstance(rows, list) or not rows:
         raise UserError(f"annotation file {path} holds no list of entries; expected [entry, ...]")
     return rows
 
 
-def _refuse_published(content: Any, path: Path) -> None:
-    if name := recognize(content):
-        raise UserError(f"annotation file {path} is {name}; convert it with python -m data.convert {path}")
+def read_text(path: Path) -> str:
+    """Return the text of an annotation file, without a byte-order mark."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"annotation file {path}: {error.strerror}; correct its path") from None
+    except UnicodeDecodeError:
+        raise UserError(f"annotation file {path} is not text in UTF-8; expected JSON") from None
 
 
 def _parse_lines(text: str, path: Path) -> list[Any]:
@@ -101,39 +97,37 @@ def _parse(text: str, path: Path, lines_before: int = 0) -> Any:
         raise UserError(f"annotation file {path} cannot be read ({error}); correct it") from None
 
 
-def check_rows(rows: Sequence[Any], keys: Sequence[str], path: str | Path) -> None:
-    """Check that rows are objects with the given keys and with texts where texts belong.
+def check_rows(rows: Sequence[Any], keys: Sequence[str], path: str | Path, optional: Sequence[str] = ()) -> None:
+    """Check that rows are objects with the given keys, and that texts stand where texts belong.
 
     Raises:
         UserError: a row is not; the message names the row.
     """
     for number, row in enumerate(rows):
-        if problem := _problem(row, keys):
-            raise UserError(f"{place(path, number)}: {problem}")
+        if not isinstance(row, dict):
+            problem = f"is {short_repr(row)}; expected an object with {', '.join(map(repr, keys))}"
+            raise entry_error(problem, path, number)
+        if missing := [key for key in keys if key not in row]:
+            raise entry_error(f"lacks {', '.join(map(repr, missing))}; add it", path, number)
+        for key in (*keys, *(key for key in optional if key in row)):
+            if expected := _expected(key, row[key]):
+                raise entry_error(f"{key!r} is {short_repr(row[key])}; expected {expected}", path, number)
 
 
-def place(path: str | Path, *numbers: int) -> str:
-    """Return the file and the numbers of rows, for an error message."""
+def entry_error(problem: str, path: str | Path, *numbers: int) -> UserError:
+    """Return the error for entries of an annotation file."""
     entries = "entry" if len(numbers) == 1 else "entries"
-    return f"annotation file {path}, {entries} {' and '.join(map(str, numbers))} (the first is 0)"
+    return UserError(f"annotation file {path}, {entries} {' and '.join(map(str, numbers))} (the first is 0): {problem}")
 
 
-def _problem(row: Any, keys: Sequence[str]) -> str:
-    """Return what is wrong with a row, '' for nothing."""
-    if not isinstance(row, dict):
-        return f"is {short_repr(row)}; expected an object with {', '.join(map(repr, keys))}"
-    if missing := [key for key in keys if key not in row]:
-        return f"lacks {', '.join(map(repr, missing))}; add it"
-    for key in keys:
-        value = row[key]
-        if key in ONE_TEXT and not isinstance(value, str):
-            return f"{key!r} is {short_repr(value)}; expected a text"
-        # a caption may be missing, and is then left out; a question needs an answer
-        if key == "caption" and not all(isinstance(text, str | None) for text in as_list(value)):
-            return f"{key!r} is {short_repr(value)}; expected a text, or a list of texts"
-        if key == "answer" and not (value and all(isinstance(text, str) for text in as_list(value))):
-            return f"{key!r} is {short_repr(value)}; expected a text, or a list of texts"
-    return ""
+def _expected(key: str, value: Any) -> str:
+    """Return what was expected in place of a wrong value, '' for a right one."""
+    if key in ONE_TEXT:
+        return "" if isinstance(value, str) else "a text"
+    # a caption may be missing, and is then left out; a question needs an answer
+    missing = type(None) if key == "caption" else str
+    right = (value or key == "caption") and all(isinstance(text, str | missing) for text in as_list(value))
+    return "" if right or key not in ("caption", "answer") else "a text, or a list of texts"
 
 
 def short_repr(value: Any) -> str:
@@ -148,11 +142,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def keep_captions(rows: Sequence[Row], path: str | Path) -> list[Row]:
-    """Return rows whose "caption" is a list of texts; empty and missing captions are left out, with a note.
-
-    Args:
-        rows: rows that `check_rows` has passed.
-        path: annotation file, for messages.
+    """Return checked rows with "caption" a list of texts; empty and missing captions are left out, with a note.
 
     Raises:
         UserError: no caption is left.
@@ -170,11 +160,6 @@ def keep_captions(rows: Sequence[Row], path: str | Path) -> list[Row]:
 def check_images(root: str | Path, names: Iterable[str], annotation: str | Path) -> None:
     """Check that images, or other files, exist. Each folder is listed once, which is fast for many files.
 
-    Args:
-        root: folder that the names are relative to.
-        names: paths of the files, with repetitions.
-        annotation: annotation file, for messages.
-
     Raises:
         UserError: files do not exist, or are outside the root; the message has their number and the first names.
     """
@@ -186,8 +171,7 @@ def check_images(root: str | Path, names: Iterable[str], annotation: str | Path)
     for name in names:
         folder, file = os.path.split(os.path.join(root, name))
         folders.setdefault(folder, set()).add(file)
-    missing = sorted(os.path.join(folder, file) for folder, files in folders.items() for file in files - _names(folder))
-    if missing:
+    if missing := sorted(os.path.join(folder, file) for folder in folders for file in folders[folder] - _names(folder)):
         total = sum(map(len, folders.values()))
         raise UserError(
             f"annotation file {annotation}: {len(missing)} of {total} files do not exist: {_first(missing)}; "
@@ -211,11 +195,7 @@ def leaves(root: str | Path, name: str) -> bool:
 
 
 def inside(root: str | Path, name: str) -> Path:
-    """Return the path of an image in a list of pairs.
-
-    Raises:
-        UserError: it is outside the folder, as in `leaves`.
-    """
+    """Return the path of an image in a list of pairs; UserError if it is outside the folder, as in `leaves`."""
     if leaves(root, name):
         raise UserError(f"image {name} leaves the folder {root}; {REMEDY}")
     return Path(root, name)
@@ -223,7 +203,6 @@ def inside(root: str | Path, name: str) -> Path:
 
 def _names(folder: str) -> set[str]:
     try:
-        with os.scandir(folder or os.curdir) as entries:
-            return {entry.name for entry in entries}
+        return set(os.listdir(folder or os.curdir))
     except (OSError, ValueError):  # no such folder, or an impossible name
         return set()

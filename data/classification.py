@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from data.annotations import check_images, place, read_annotation, short_repr
+from data.annotations import check_images, entry_error, read_annotation, short_repr
 from data.text import pre_caption
 from data.transforms import Transform
 from utils import UserError
@@ -42,11 +42,8 @@ def read_pairs(
 ) -> list[tuple[Path, str, int]]:
     """Read pairs of an image and a sentence in SNLI-VE's format.
 
-    Args:
-        annotation_file: JSON list, or JSON lines, of {"image": path with or without .jpg, "sentence", "label": name of
-            a class}.
-        image_root: folder that image paths are relative to.
-        classes: names, in the order of their numbers.
+    Rows are {"image": path with or without .jpg, "sentence", "label": name of a class}; `classes` are the names in the
+    order of their numbers.
 
     Raises:
         UserError: a bad row, a label that is no class, or missing images.
@@ -54,8 +51,8 @@ def read_pairs(
     rows = []
     for number, row in enumerate(read_annotation(annotation_file, ("image", "sentence", "label"))):
         if row["label"] not in classes:
-            got = f"{place(annotation_file, number)}: label is {short_repr(row['label'])}"
-            raise UserError(f"{got}; expected one of {', '.join(classes)} (classes in the config)")
+            expected = f"expected one of {', '.join(classes)} (classes in the config)"
+            raise entry_error(f"label is {short_repr(row['label'])}; {expected}", annotation_file, number)
         name = row["image"] if Path(row["image"]).suffix.lower() in ENDINGS else f"{row['image']}.jpg"
         rows.append((name, pre_caption(row["sentence"]), list(classes).index(row["label"])))
     check_images(image_root, (name for name, _, _ in rows), annotation_file)

@@ -65,13 +65,12 @@ class CaptionEval(Images):
 
     def __init__(self, annotation_file: str, image_root: str, transform: Transform):
         super().__init__(annotation_file, image_root, transform, ("image",))
-        ids = [image_id(row) for row in self.annotation]
-        check_image_ids(self.annotation, ids, annotation_file)
-        rows: dict[str, tuple[Row, int | str]] = {}
-        for row, number in zip(self.annotation, ids, strict=True):
-            rows.setdefault(image_key(row), (row, number))
-        self.annotation = [row for row, _ in rows.values()]
-        self.ids = [number for _, number in rows.values()]
+        check_image_ids(self.annotation, [image_id(row) for row in self.annotation], annotation_file)
+        rows: dict[str, Row] = {}
+        for row in self.annotation:
+            rows.setdefault(image_key(row), row)
+        self.annotation = list(rows.values())
+        self.ids = [image_id(row) for row in self.annotation]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": self.load(index), "image_id": self.ids[index]}
@@ -97,7 +96,10 @@ class RetrievalEval(Images):
 
     def __init__(self, annotation_file: str, image_root: str, transform: Transform, max_words: int = MAX_WORDS):
         super().__init__(annotation_file, image_root, transform, ("image", "caption"))
-        self.annotation = join_captions(keep_captions(self.annotation, annotation_file))
+        joined: dict[str, Row] = {}
+        for row in keep_captions(self.annotation, annotation_file):
+            joined.setdefault(image_key(row), {**row, "caption": []})["caption"] += row["caption"]
+        self.annotation = list(joined.values())
         self.text: list[str] = []
         self.image = [row["image"] for row in self.annotation]
         self.txt2img: dict[int, int] = {}
@@ -110,11 +112,3 @@ class RetrievalEval(Images):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": self.load(index), "index": index}
-
-
-def join_captions(rows: list[Row]) -> list[Row]:
-    """Return one row per image, with the captions of all its rows."""
-    joined: dict[str, Row] = {}
-    for row in rows:
-        joined.setdefault(image_key(row), {**row, "caption": []})["caption"] += row["caption"]
-    return list(joined.values())

@@ -12,23 +12,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data.annotations import read_text
 from data.publishers import convert
 from files import write_json
 from utils import UserError, run_command
 
 
 def read_published(path: Path) -> Any:
-    """Return a parsed JSON file, the rows of a JSON lines file, or the text of another file.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; correct its path") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not text in UTF-8; expected an annotation file") from None
+    """Return a parsed JSON file, the rows of a JSON lines file, or the text of another file."""
+    text = read_text(path)
     for parse in (json.loads, lambda text: [json.loads(line) for line in text.split("\n") if line.strip()]):
         try:
             return parse(text)
@@ -38,13 +30,7 @@ def read_published(path: Path) -> Any:
 
 
 def write_tables(paths: list[Path], output: Path, prefix: str | None = None, overwrite: bool = False) -> list[Path]:
-    """Convert publishers' files, write the tables, and return their paths.
-
-    Args:
-        paths: one file, or the question and annotation files of VQA v2.
-        output: folder of the new files.
-        prefix: folder put before every image's name, instead of the publisher's own.
-        overwrite: replace existing files.
+    """Convert publishers' files as `convert`, write the tables into the folder `output`, and return their paths.
 
     Raises:
         UserError: unknown format, an existing file, or a folder that cannot be written.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.annotations import Row, place, short_repr
+from data.annotations import Row, entry_error, short_repr
 from utils import UserError, id_text
 
 COCO_NAME = re.compile(r"COCO_\w+_(\d+)|(\d{12})")  # of 2014 and of 2017, without .jpg
@@ -38,17 +38,11 @@ def check_image_ids(rows: Sequence[Row], ids: Sequence[Any], path: str | Path) -
     Raises:
         UserError: the message names the two rows that collide.
     """
-    keys = [_text_of(value, path, number, "image_id") for number, value in enumerate(ids)]
-    images = [image_key(row) for row in rows]
-    _refuse_shared(keys, images, path, "image_id", "image")
-    first: dict[str, int] = {}
-    for number, (image, key) in enumerate(zip(images, keys, strict=True)):
-        other = first.setdefault(image, number)
-        if keys[other] != key:
-            raise UserError(
-                f"{place(path, other, number)}: the ids {keys[other]} and {key} belong to one image, {image}; "
-                "give an image the same 'image_id' in all entries, or no entry an id"
-            )
+    keys, images = _texts(ids, path, "image_id"), [image_key(row) for row in rows]
+    remedy = "give every image a 'image_id' of its own"
+    _refuse_second(keys, images, path, "the id {} belongs to two images, {} and {}; " + remedy)
+    remedy = "give an image the same 'image_id' in all entries, or no entry an id"
+    _refuse_second(images, keys, path, "the ids {1} and {2} belong to one image, {0}; " + remedy)
 
 
 def check_question_ids(rows: Sequence[Row], path: str | Path) -> None:
@@ -57,9 +51,10 @@ def check_question_ids(rows: Sequence[Row], path: str | Path) -> None:
     Raises:
         UserError: the message names the two rows that collide.
     """
-    keys = [_text_of(row["question_id"], path, number, "question_id") for number, row in enumerate(rows)]
     questions = [f"{row['question']} ({image_key(row)})" for row in rows]
-    _refuse_shared(keys, questions, path, "question_id", "question")
+    keys = _texts([row["question_id"] for row in rows], path, "question_id")
+    remedy = "give every question a 'question_id' of its own"
+    _refuse_second(keys, questions, path, "the id {} belongs to two questions, {} and {}; " + remedy)
 
 
 def number_images(rows: Sequence[Row], path: str | Path) -> list[int]:
@@ -74,20 +69,21 @@ def number_images(rows: Sequence[Row], path: str | Path) -> list[int]:
     return [numbers.setdefault(image_key(row), len(numbers)) for row in rows]
 
 
-def _text_of(value: Any, path: str | Path, number: int, name: str) -> str:
-    try:
-        return id_text(value)
-    except UserError:
-        problem = f"{name!r} is {short_repr(value)}; expected a whole number or a text"
-        raise UserError(f"{place(path, number)}: {problem}") from None
+def _texts(ids: Sequence[Any], path: str | Path, name: str) -> list[str]:
+    texts = []
+    for number, value in enumerate(ids):
+        try:
+            texts.append(id_text(value))
+        except UserError:
+            problem = f"{name!r} is {short_repr(value)}; expected a whole number or a text"
+            raise entry_error(problem, path, number) from None
+    return texts
 
 
-def _refuse_shared(keys: Sequence[str], owners: Sequence[str], path: str | Path, name: str, what: str) -> None:
+def _refuse_second(keys: Sequence[str], values: Sequence[str], path: str | Path, problem: str) -> None:
+    """Refuse a key with two values; the text `problem` has places for the key and for both."""
     first: dict[str, int] = {}
-    for number, (key, owner) in enumerate(zip(keys, owners, strict=True)):
+    for number, (key, value) in enumerate(zip(keys, values, strict=True)):
         other = first.setdefault(key, number)
-        if owners[other] != owner:
-            raise UserError(
-                f"{place(path, other, number)}: the id {key} belongs to two {what}s, {owners[other][:80]} and "
-                f"{owner[:80]}; give every {what} a {name!r} of its own"
-            )
+        if values[other] != value:
+            raise entry_error(problem.format(key, values[other][:80], value[:80]), path, other, number)

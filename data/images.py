@@ -32,7 +32,7 @@ def as_rgb(image: ImageSource) -> Image.Image:
         UserError: it cannot be read.
     """
     if isinstance(image, str):
-        image = _find(image)
+        image = cached(image) if is_url(image) else from_base64(image) or Path(image)
     if isinstance(image, Path):
         if not _exists(image):
             raise UserError(f"image {str(image)[:200]} does not exist; correct its path")
@@ -55,13 +55,6 @@ def as_rgb(image: ImageSource) -> Image.Image:
 def is_url(name: str) -> bool:
     """Return True for an address on the web."""
     return name.startswith(("http://", "https://"))
-
-
-def _find(text: str) -> Path | bytes:
-    """Return the path that a text names, or the bytes that it encodes in base64."""
-    if is_url(text):
-        return cached(text)
-    return from_base64(text) or Path(text)
 
 
 def from_base64(text: str) -> bytes:
@@ -95,12 +88,7 @@ def _from_array(image: np.ndarray | torch.Tensor) -> Image.Image:
 
 
 class ImageDataset(Dataset):
-    """Images as tensors: {"index", "image" (3, H, W), "error"}; a bad one has an error and no tensor.
-
-    Args:
-        images: in any form that `as_rgb` takes.
-        transform: RGB image -> tensor.
-    """
+    """Images in any form that `as_rgb` takes: {"index", "image" (3, H, W), "error"}; a bad one has no tensor."""
 
     def __init__(self, images: Sequence[ImageSource], transform: Transform):
         self.images, self.transform = images, transform
@@ -119,14 +107,9 @@ def image_batches(
     images: Sequence[ImageSource], transform: Transform, batch_size: int, num_workers: int = 0
 ) -> Iterator[dict[str, Any]]:
     """Yield batches in order: {"index": all numbers, "image": (good, 3, H, W) or None, "errors": {number: text}}."""
-    loader = DataLoader(
-        ImageDataset(images, transform),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=_collate,
-        pin_memory=torch.cuda.is_available(),
-    )
-    yield from loader
+    pin_memory = torch.cuda.is_available()
+    data = ImageDataset(images, transform)
+    yield from DataLoader(data, batch_size, num_workers=num_workers, collate_fn=_collate, pin_memory=pin_memory)
 
 
 def _collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:

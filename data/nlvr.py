@@ -6,10 +6,9 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from data.annotations import check_images, place, read_annotation, short_repr
+from data.annotations import check_images, entry_error, read_annotation, short_repr
 from data.text import exchange_left_right, pre_caption
 from data.transforms import Transform
-from utils import UserError
 
 MAX_WORDS = 40
 LABELS = {"True": 1, "False": 0}
@@ -32,10 +31,8 @@ class NLVR(Dataset):
             images = row["images"]
             pair = isinstance(images, list) and len(images) == 2 and all(isinstance(name, str) for name in images)
             if str(row["label"]) not in LABELS or not pair:
-                raise UserError(
-                    f"{place(annotation_file, number)}: label {short_repr(row['label'])}, images "
-                    f"{short_repr(images)}; expected 'True' or 'False', and two images"
-                )
+                got = f"label {short_repr(row['label'])}, images {short_repr(images)}"
+                raise entry_error(f"{got}; expected 'True' or 'False', and two images", annotation_file, number)
         check_images(image_root, (name for row in self.annotation for name in row["images"]), annotation_file)
 
     def __len__(self) -> int:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,8 @@ from download import cache_folder
 from utils import ProgressLine, UserError, barrier, note
 
 CHUNK = 1 << 22  # bytes of a list that are read at once
+OFFSET = np.dtype("<i8")
+SEPARATORS = re.compile(r"[ \t\r\n,\[\]]*")  # before an entry: white space, commas, the brackets of the list
 MAX_WORDS = 30
 TRIES = 20  # images tried in place of an unreadable one
 
@@ -26,15 +29,14 @@ TRIES = 20  # images tried in place of an unreadable one
 class PairList:
     """Rows of one list, mapped from disk: any number of processes share the pages of one copy.
 
-    Args:
-        path: JSON list, or JSON lines, of {"image": path, "caption": text}; or with "url" in place of "image", the
-            image then being where `image_of_url` says.
+    The list is JSON, or JSON lines, of {"image": path, "caption": text or texts}; or with "url" in place of "image",
+    the image then being where `image_of_url` says.
     """
 
     def __init__(self, path: Path):
-        self.path, self.folder = path, index_folder(path)
-        self.offsets = np.load(self.folder / "offsets.npy", mmap_mode="r")
-        self.rows = np.memmap(self.folder / "rows.bin", dtype=np.uint8, mode="r")
+        folder = index_folder(path)
+        self.offsets = np.load(folder / "offsets.npy", mmap_mode="r")
+        self.rows = np.memmap(folder / "rows.bin", dtype=np.uint8, mode="r")
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -96,44 +98,30 @@ def build_index(path: Path, folder: Path) -> None:
     try:
         with open(temporary / "rows.bin", "wb") as rows, open(temporary / "offsets.bin", "wb") as offsets:
             position = 0
-            for start in _encoded_batches(path):
-                lengths = np.array([len(row) for row in start], dtype=np.int64)
-                rows.write(b"".join(start))
-                (position + np.cumsum(lengths) - lengths).tofile(offsets)
-                position += int(lengths.sum())
-            np.array([position], dtype=np.int64).tofile(offsets)
-        if position == 0:
+            for row in _encoded_pairs(path):
+                offsets.write(position.to_bytes(OFFSET.itemsize, "little"))
+                position += rows.write(row)
+            offsets.write(position.to_bytes(OFFSET.itemsize, "little"))
+        if not position:
             raise UserError(f"{path} holds no pairs; expected a list of {{'image', 'caption'}}")
-        np.save(temporary / "offsets.npy", np.memmap(temporary / "offsets.bin", dtype=np.int64, mode="r"))
+        np.save(temporary / "offsets.npy", np.memmap(temporary / "offsets.bin", OFFSET, mode="r"))
         (temporary / "offsets.bin").unlink()
-        _publish(temporary, folder)
+        temporary.rename(folder)
     except OSError as error:
-        raise UserError(f"index {folder} could not be written ({error.strerror}); free space beside {path}") from None
+        if not folder.is_dir():  # otherwise another run has been faster
+            problem = f"could not be written ({error.strerror}); free space beside {path}"
+            raise UserError(f"index {folder} {problem}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _publish(temporary: Path, folder: Path) -> None:
-    """Move a finished index to its place, unless another run has been faster."""
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-
-
-def _encoded_batches(path: Path, size: int = 10_000) -> Iterator[list[bytes]]:
-    batch, num_empty = [], 0
+def _encoded_pairs(path: Path) -> Iterator[bytes]:
+    num_empty = 0
     for number, row in enumerate(read_rows(path)):
         image, captions = _pairs_of(row, f"{path}, entry {number}")
         texts = [caption for caption in captions if not is_blank(caption)]
         num_empty += len(captions) - len(texts)
-        batch += ["\0".join((image, text)).encode("utf-8", "replace") for text in texts]
-        if len(batch) >= size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+        yield from (f"{image}\0{text}".encode("utf-8", "replace") for text in texts)
     if num_empty:
         note(f"{path}: {num_empty} empty captions are left out")
 
@@ -173,41 +161,27 @@ def _rows(path: Path) -> Iterator[Any]:
         while chunk := file.read(CHUNK):
             text, position = text + chunk, 0
             while True:
-                start = _skip_separators(text, position)
                 try:
-                    row, end = decoder.raw_decode(text, start)
+                    row, position = decoder.raw_decode(text, SEPARATORS.match(text, position).end())
                 except json.JSONDecodeError:
                     break  # an entry that goes on in the next chunk, or an error that the end will show
                 yield row
-                number, position = number + 1, end
+                number += 1
             text = text[position:]
             if len(text) > 4 * CHUNK:
                 break
             line.update(file.buffer.tell())
     line.close()
-    if text[_skip_separators(text, 0) :]:
+    if text[SEPARATORS.match(text).end() :]:
         place = f"what follows entry {number - 1}" if number else "its beginning"
         raise UserError(f"{path} is not a JSON list of pairs: {place} cannot be read")
 
 
-def _skip_separators(text: str, position: int) -> int:
-    """Return the place of the next entry: after white space, commas and the brackets of the list."""
-    while position < len(text) and text[position] in " \t\r\n,[]":
-        position += 1
-    return position
-
-
 class PairDataset(Dataset):
-    """Images and captions of several lists, and of one further list per epoch, in turn.
+    """Images and captions of several lists, and of one of the further lists `turns` per epoch, in turn.
 
     Every epoch has the length of the lists plus the longest of the further ones; a shorter one begins again.
-    An unreadable image is replaced by another pair of the epoch, and named in "bad".
-
-    Args:
-        train_files: lists of pairs.
-        image_root: what relative image paths start from; an image outside of it counts as unreadable.
-        transform: of every image.
-        turns: further lists, one per epoch.
+    An unreadable image, or one outside of `image_root`, is replaced by another pair of the epoch, and named in "bad".
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Annotation files as their publishers release them: recognized, and converted to this project's rows."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from utils import UserError
@@ -15,39 +15,32 @@ VQA_QUESTIONS = "VQA v2's question file"
 VQA_ANNOTATIONS = "VQA v2's annotation file"
 NLVR2 = "NLVR2's JSON lines"
 FLICKR = "Flickr30k's token file"
+KEYS = {  # the list that a file holds, and keys of its rows
+    KARPATHY: ("images", "sentences", "split"),
+    COCO: ("images", "id", "file_name"),
+    VQA_QUESTIONS: ("questions", "question_id", "question"),
+    VQA_ANNOTATIONS: ("annotations", "question_id", "answers"),
+}
 
 
 def recognize(content: Any) -> str:
-    """Return the name of a publisher's format, '' for none.
-
-    Args:
-        content: a parsed JSON file, the rows of a JSON lines file, or the text of another file or its beginning.
-    """
+    """Return the publisher's format of a parsed JSON file, of JSON lines' rows, or of another file's text; or ''."""
     if isinstance(content, str):
         return FLICKR if TOKEN_LINE.match(content) else ""
     if isinstance(content, list):
         rows = [row for row in content[:1] if isinstance(row, dict)]
         return NLVR2 if rows and {"identifier", "sentence"} <= rows[0].keys() and "images" not in rows[0] else ""
-    if _has_rows(content, "images", "sentences", "split"):
-        return KARPATHY
-    if _has_rows(content, "images", "id", "file_name"):
-        return COCO
-    if _has_rows(content, "questions", "question_id", "question"):
-        return VQA_QUESTIONS
-    return VQA_ANNOTATIONS if _has_rows(content, "annotations", "question_id", "answers") else ""
-
-
-def _has_rows(content: Any, name: str, *keys: str) -> bool:
-    rows = content.get(name) if isinstance(content, dict) else None
-    return isinstance(rows, list) and bool(rows) and isinstance(rows[0], dict) and rows[0].keys() >= {*keys}
+    for name, (table, *keys) in KEYS.items():
+        rows = content.get(table) if isinstance(content, dict) else None
+        if isinstance(rows, list) and rows and isinstance(rows[0], dict) and rows[0].keys() >= {*keys}:
+            return name
+    return ""
 
 
 def convert(contents: list[Any], prefix: str | None = None) -> tuple[str, Tables]:
     """Convert a publisher's file, or VQA v2's questions with their annotations, to rows that the datasets read.
 
-    Args:
-        contents: parsed files.
-        prefix: folder put before every image's name, instead of the publisher's own.
+    `prefix` is put before every image's name, instead of the publisher's own folder.
 
     Returns:
         The name of the format, and the tables; a table named "" takes the name of the input.
@@ -85,15 +78,19 @@ def karpathy_tables(content: Any, prefix: str | None) -> Tables:
         captions = [sentence["raw"].strip() for sentence in image["sentences"]]
         row = {"image": path, "caption": captions, "image_id": number}
         tables.setdefault(f"{name}_{split}", []).append(row)
-    truth = {f"{key}_gt": ground_truth(rows) for key, rows in tables.items() if not key.endswith("_train")}
+    truth = {
+        f"{key}_gt": ground_truth([row["image_id"] for row in rows], [row["caption"] for row in rows])
+        for key, rows in tables.items()
+        if not key.endswith("_train")
+    }
     return tables | truth
 
 
-def ground_truth(rows: list[Row]) -> dict[str, list[Row]]:
-    """Return the captions of rows in COCO's ground-truth format."""
-    pairs = [(row["image_id"], caption) for row in rows for caption in row["caption"]]
-    annotations = [{"id": n, "image_id": number, "caption": caption} for n, (number, caption) in enumerate(pairs)]
-    return {"images": [{"id": row["image_id"]} for row in rows], "annotations": annotations}
+def ground_truth(ids: Sequence[Any], captions: Sequence[Sequence[str]], domains: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the captions of images, which may have domains, in COCO's ground-truth format."""
+    images = [{"id": i, **({"domain": domains[n]} if domains else {})} for n, i in enumerate(ids)]
+    rows = [(i, caption) for i, listed in zip(ids, captions, strict=True) for caption in listed]
+    return {"images": images, "annotations": [{"id": n, "image_id": i, "caption": c} for n, (i, c) in enumerate(rows)]}
 
 
 def coco_tables(content: Any, prefix: str | None) -> Tables:

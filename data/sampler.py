@@ -13,14 +13,7 @@ from torch.utils.data import Dataset, Sampler
 
 
 class EpochSampler(Sampler):
-    """Training order of one process: keys (epoch, index), begun anywhere.
-
-    Args:
-        num_items: samples in the dataset.
-        num_replicas, rank: processes, and this one's number; each takes the same number of samples.
-        shuffle: a new order every epoch.
-        seed: of the order.
-    """
+    """Training order of one process of `num_replicas`, which all take as many samples: keys (epoch, index)."""
 
     def __init__(self, num_items: int, num_replicas: int = 1, rank: int = 0, shuffle: bool = True, seed: int = 0):
         self.num_items, self.num_replicas, self.rank = num_items, num_replicas, rank

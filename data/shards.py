@@ -26,6 +26,7 @@ from data.transforms import BAD_IMAGE, Transform, to_rgb
 from utils import UserError, get_rank, get_world_size, note, on_main_process, track
 
 SHOWN = 3  # shards of a reader whose dropped samples are shown
+UNREADABLE = (OSError, tarfile.TarError, ValueError)
 
 
 def count_pairs(shards: Sequence[str]) -> int:
@@ -52,6 +53,8 @@ def _count(shard: str, dropped: Counter[str]) -> int:
     if shard.startswith(PIPE):
         raise UserError(f"how many pairs {shard!r} gives cannot be known; set shard_pairs to the number in all shards")
     kept = Path(f"{shard}.count.json")
+    ending = next(ending for ending in (*SHARD_ENDINGS, "") if shard.endswith(ending))
+    stats = Path(shard.removesuffix(ending) + "_stats.json")
     try:
         stat = Path(shard).stat()
         version = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
@@ -59,24 +62,15 @@ def _count(shard: str, dropped: Counter[str]) -> int:
         if number is not None:
             return number
         # a shard that has changed since it was counted may be older than its statistics
-        number = None if kept.exists() else _read_stats(shard, stat.st_mtime_ns)
+        if not kept.exists() and stats.exists() and stats.stat().st_mtime_ns >= stat.st_mtime_ns:
+            number = _read_count(stats, "successes", {})
         if number is None:
             number = sum(1 for _ in read_shard(shard, dropped))
-    except (OSError, tarfile.TarError, ValueError) as error:
+    except UNREADABLE as error:
         raise UserError(f"shard {shard} cannot be read ({error}); replace it or take it out") from None
     with suppress(OSError):  # in a folder without write permission the next run counts again
         kept.write_text(json.dumps({"pairs": number, **version}))
     return number
-
-
-def _read_stats(shard: str, mtime_ns: int) -> int | None:
-    """Return the number that img2dataset wrote beside a shard, if it is not older than the shard."""
-    ending = next(ending for ending in (*SHARD_ENDINGS, "") if shard.endswith(ending))
-    stats = Path(shard.removesuffix(ending) + "_stats.json")
-    try:
-        return _read_count(stats, "successes", {}) if stats.stat().st_mtime_ns >= mtime_ns else None
-    except OSError:
-        return None
 
 
 def _read_count(path: Path, key: str, expected: dict[str, int]) -> int | None:
@@ -88,62 +82,41 @@ def _read_count(path: Path, key: str, expected: dict[str, int]) -> int | None:
     if not isinstance(found, dict) or any(found.get(name) != value for name, value in expected.items()):
         return None
     number = found.get(key)
-    return number if isinstance(number, int) and not isinstance(number, bool) and number >= 0 else None
+    return number if type(number) is int and number >= 0 else None
 
 
-class Stream:
-    """One reader's pairs of one epoch, in order, repeated when there are not enough.
+def read_in_turn(shards: Sequence[str], others: Sequence[str], problems: list[str]) -> Iterator[Record]:
+    """Yield the pairs of shards over and over, or those of `others` if there are none; errors go to `problems`."""
+    num_shown = 0
+    while True:
+        found = 0
+        for shard in shards:
+            dropped: Counter[str] = Counter()
+            try:
+                for record in read_shard(shard, dropped):
+                    found += 1
+                    yield record
+            except UNREADABLE as error:
+                problems.append(f"shard {shard} cannot be read to its end ({error})")
+            if dropped and num_shown < SHOWN:
+                num_shown += 1
+                print(f"note: left out of shard {shard}: {dropped_samples(dropped)}", file=sys.stderr, flush=True)
+        if not found and not others:
+            raise UserError(f"no pair can be read from {len(shards)} shards; {contents(shards[0])}")
+        if not found:
+            shards, others = others, ()
 
-    Args:
-        shards: shards of this reader, at least one.
-        others: shards of the other readers, read if there is no pair in its own.
-        buffer: number of pairs among which the next is drawn; 1 keeps the order.
-        rng: random numbers of the buffer.
-    """
 
-    def __init__(self, shards: Sequence[str], others: Sequence[str], buffer: int, rng: random.Random):
-        self.shards, self.others, self.buffer, self.rng = shards, others, max(buffer, 1), rng
-        self.problems: list[str] = []
-        self.num_shown = 0
-        self.position = 0
-        self.records = self._shuffled()
-
-    def _in_order(self) -> Iterator[Record]:
-        while True:
-            found = 0
-            for shard in self.shards:
-                dropped: Counter[str] = Counter()
-                try:
-                    for record in read_shard(shard, dropped):
-                        found += 1
-                        yield record
-                except (OSError, tarfile.TarError, ValueError) as error:
-                    self.problems.append(f"shard {shard} cannot be read to its end ({error})")
-                self._show(shard, dropped)
-            if not found and not self.others:
-                raise UserError(f"no pair can be read from {len(self.shards)} shards; {contents(self.shards[0])}")
-            if not found:
-                self.shards, self.others = self.others, ()
-
-    def _show(self, shard: str, dropped: Counter[str]) -> None:
-        if dropped and self.num_shown < SHOWN:
-            self.num_shown += 1
-            print(f"note: left out of shard {shard}: {dropped_samples(dropped)}", file=sys.stderr, flush=True)
-
-    def _shuffled(self) -> Iterator[Record]:
-        held: list[Record] = []
-        for record in self._in_order():
-            if len(held) < self.buffer:
-                held.append(record)
-                continue
-            place = self.rng.randrange(self.buffer)
-            yield held[place]
-            held[place] = record
-
-    def next(self) -> Record:
-        """Return the next pair."""
-        self.position += 1
-        return next(self.records)
+def shuffle(records: Iterator[Record], size: int, rng: random.Random) -> Iterator[Record]:
+    """Draw each record among `size` that are held; 1 keeps the order."""
+    held: list[Record] = []
+    for record in records:
+        if len(held) < size:
+            held.append(record)
+            continue
+        place = rng.randrange(size)
+        yield held[place]
+        held[place] = record
 
 
 class TarPairs(Dataset):
@@ -162,13 +135,14 @@ class TarPairs(Dataset):
 
     def __init__(self, names: Sequence[str], transform: Transform, batch_size: int, num_pairs: int, buffer: int):
         self.shards, self.transform = on_main_process(lambda: expand(names)), transform
-        self.batch_size, self.buffer, self.seed = batch_size, buffer, 0
+        self.batch_size, self.buffer, self.seed = batch_size, max(buffer, 1), 0
         self.num_pairs = num_pairs or count_pairs(self.shards)
         if not self.num_pairs:
             raise UserError(f"no pair in {len(self.shards)} shards; {contents(self.shards[0])}")
         self.rank, self.world_size = get_rank(), get_world_size()
-        self.stream: Stream | None = None
-        self.epoch, self.recent = -1, deque[Record](maxlen=TRIES)
+        self.records: Iterator[Record] = iter(())
+        self.epoch, self.position = -1, 0  # of `records`
+        self.recent, self.problems = deque[Record](maxlen=TRIES), list[str]()
 
     def __len__(self) -> int:
         return self.num_pairs
@@ -183,8 +157,9 @@ class TarPairs(Dataset):
         worker = get_worker_info()
         number = worker.num_workers if worker else 1  # a loader gives a worker every number-th batch
         self._seek(epoch, batch // number * self.batch_size + within, batch % number, number)
-        self.recent.appendleft(self.stream.next())
-        bad, self.stream.problems = self.stream.problems, []
+        self._advance()
+        bad = self.problems.copy()
+        self.problems.clear()
         for record in self.recent:
             try:
                 with Image.open(io.BytesIO(record.image)) as image:
@@ -195,18 +170,17 @@ class TarPairs(Dataset):
             return {"image": tensor, "caption": pre_caption(record.caption, MAX_WORDS), "bad": "\n".join(bad)}
         raise UserError(f"{len(bad)} images in a row cannot be read, the first being {bad[0]}; look at its shard")
 
-    def _seek(self, epoch: int, position: int, worker: int, num_workers: int) -> None:
-        """Move the stream to a position of an epoch, from the beginning of the epoch if necessary."""
-        if self.stream is None or epoch != self.epoch or position != self.stream.position:
-            self.stream, self.epoch = self._open(epoch, worker, num_workers), epoch
-            self.recent.clear()
-            for _ in range(position):
-                self.recent.appendleft(self.stream.next())
+    def _advance(self) -> None:
+        self.recent.appendleft(next(self.records))
+        self.position += 1
 
-    def _open(self, epoch: int, worker: int, num_workers: int) -> Stream:
+    def _seek(self, epoch: int, position: int, worker: int, num_workers: int) -> None:
+        """Move to a position of an epoch, from the beginning of the epoch unless it comes next."""
+        if (epoch, position) == (self.epoch, self.position):
+            return
         reader, readers = self.rank * num_workers + worker, self.world_size * num_workers
         order = random.Random(f"shards/{self.seed}/{epoch}").sample(self.shards, len(self.shards))
-        if self.buffer <= 1:
+        if self.buffer == 1:
             order = self.shards
         if len(order) < readers:
             raise UserError(
@@ -215,4 +189,8 @@ class TarPairs(Dataset):
             )
         others = [shard for number in range(1, readers) for shard in order[(reader + number) % readers :: readers]]
         rng = random.Random(f"buffer/{self.seed}/{epoch}/{reader}")
-        return Stream(order[reader::readers], others, self.buffer, rng)
+        records = read_in_turn(order[reader::readers], others, self.problems)
+        self.records, self.epoch, self.position = shuffle(records, self.buffer, rng), epoch, 0
+        self.recent.clear()
+        while self.position < position:
+            self._advance()

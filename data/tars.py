@@ -29,8 +29,8 @@ OPENERS = {
 SHARD_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 COMMANDS = {".tar.zst": "zstd -dc", ".tar.lz4": "lz4 -dc", ".tar.lzma": "xz -dc", ".tar.Z": "gzip -dc"}
 REMOTE = {"http": "curl -sfL", "https": "curl -sfL", "s3": "aws s3 cp", "gs": "gsutil cat", "hdfs": "hdfs dfs -cat"}
-BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 COUNTS = re.compile(r"\{(\d+)\.\.(\d+)\}")
+BRACES = re.compile(COUNTS.pattern + r"|\{([^{}]*,[^{}]*)\}")
 EXPECTED = "an image (.jpg, .png, ...) and a text (.txt, or \"caption\" in .json) under one name, one after the other"
 LARGEST = 1 << 28  # bytes of a file in a shard
 LONGEST_HEADER = 1 << 20  # bytes
@@ -40,23 +40,14 @@ PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
 
 @dataclass
 class Record:
-    """One sample of a shard.
+    """One sample of a shard."""
 
-    Attributes:
-        name: shard and key, for messages.
-        image: encoded image.
-        caption: its text.
-        key: common name of its files.
-        ending: ending of the image.
-        facts: content of its .json.
-    """
-
-    name: str
-    image: bytes
+    name: str  # shard and key, for messages
+    image: bytes  # encoded
     caption: str
-    key: str
-    ending: str
-    facts: dict[str, Any]
+    key: str  # common name of its files
+    ending: str  # of the image
+    facts: dict[str, Any]  # content of its .json
 
 
 class _Header(tarfile.TarInfo):
@@ -124,7 +115,6 @@ def _expand(name: str, setting: str) -> Iterator[str]:
     elif pipe:
         yield name
     else:
-        _refuse_pipes(name, setting)
         yield from _files(name, setting)
 
 
@@ -136,20 +126,14 @@ def _choices(first: str, last: str, listed: str = "") -> list[str]:
     return [str(number).zfill(len(first)) for number in range(start, end + step, step)]
 
 
-def _refuse_pipes(name: str, setting: str) -> None:
-    """Refuse what Python's tarfile cannot read, with the pipe that does."""
-    scheme, address, _ = name.partition("://")
-    command = REMOTE.get(scheme, "curl -sfL") if address else ""
-    if command:
-        pipe = f"pipe:{command} {name}{' -' if scheme == 's3' else ''}"
-        raise UserError(f"shard {name} is not a file; read it in {setting} with {pipe!r}")
-    for ending, command in COMMANDS.items():
-        if name.endswith(ending):
-            pipe = f"pipe:{command} {name}"
-            raise UserError(f"shard {name} is compressed as {ending}; read it in {setting} with {pipe!r}")
-
-
 def _files(name: str, setting: str) -> list[str]:
+    scheme, is_remote, _ = name.partition("://")
+    ending = next((ending for ending in COMMANDS if name.endswith(ending)), "")
+    if is_remote or ending:  # Python's tarfile cannot read it
+        command = REMOTE.get(scheme, "curl -sfL") if is_remote else COMMANDS[ending]
+        pipe = f"pipe:{command} {name}{' -' if scheme == 's3' else ''}"
+        what = "not a file" if is_remote else f"compressed as {ending}"
+        raise UserError(f"shard {name} is {what}; read it in {setting} with {pipe!r}")
     if os.path.isfile(name):
         return [name]
     if os.path.isdir(name):
@@ -165,12 +149,8 @@ def _files(name: str, setting: str) -> list[str]:
 
 
 @contextmanager
-def open_shard(shard: str) -> Iterator[BinaryIO]:
-    """Open a file, or run a command and read what it prints.
-
-    Raises:
-        OSError: the file cannot be read, or the command fails.
-    """
+def _open_shard(shard: str) -> Iterator[BinaryIO]:
+    """Open a file, or run a command and read what it prints."""
     if not shard.startswith(PIPE):
         # tarfile's own decompression takes a truncated file for a whole one
         opener = next((opener for ending, opener in OPENERS.items() if shard.endswith(ending)), open)
@@ -197,9 +177,7 @@ def open_shard(shard: str) -> Iterator[BinaryIO]:
 def read_shard(shard: str, dropped: Counter[str] | None = None) -> Iterator[Record]:
     """Yield a shard's samples: files that follow each other and share their name up to the first dot.
 
-    Args:
-        shard: path of a tar file, which may be compressed, or "pipe:" and a command.
-        dropped: counts samples that are left out, by reason.
+    `dropped` counts samples that are left out, by reason.
 
     Raises:
         OSError: the shard does not exist, or its command fails.
@@ -212,14 +190,17 @@ def read_shard(shard: str, dropped: Counter[str] | None = None) -> Iterator[Reco
             if name != key:
                 yield from _record(shard, key, parts, dropped)
                 key, parts = name, {}
-            parts[ending] = _content(tar, member) if ending in READ else b""
+            if ending in READ and not 0 <= member.size <= LARGEST:
+                problem = f"{member.name} says it has {member.size} bytes; expected at most {LARGEST}"
+                raise tarfile.ReadError(problem)
+            parts[ending] = tar.extractfile(member).read() if ending in READ else b""
         yield from _record(shard, key, parts, dropped)
 
 
 @contextmanager
 def _open_tar(shard: str) -> Iterator[tarfile.TarFile]:
     try:
-        with open_shard(shard) as file, tarfile.open(fileobj=file, mode="r|", tarinfo=_Header) as tar:
+        with _open_shard(shard) as file, tarfile.open(fileobj=file, mode="r|", tarinfo=_Header) as tar:
             yield tar
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise tarfile.ReadError(f"the compressed data are damaged: {error}") from None
@@ -232,13 +213,6 @@ def _named(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
         stem, _, ending = base.partition(".")
         if member.isfile() and stem and "__MACOSX" not in folder.split("/"):
             yield member, f"{folder}/{stem}".strip("/"), ending.lower()
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """Return a file's bytes, if they are no more than an image may have."""
-    if not 0 <= member.size <= LARGEST:
-        raise tarfile.ReadError(f"{member.name} says it has {member.size} bytes; expected at most {LARGEST}")
-    return tar.extractfile(member).read()
 
 
 def _record(shard: str, key: str, parts: dict[str, bytes], dropped: Counter[str]) -> Iterator[Record]:

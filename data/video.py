@@ -25,9 +25,8 @@ class VideoDataset(Dataset):
     Args:
         annotation_file: JSON lines of {"clip_name", "caption"}; a caption may be a list of captions.
         video_root: folder of the clips, <clip_name>.mp4.
-        num_frames: number of evenly spaced frames of each clip.
+        num_frames, upright: as in `read_frames`.
         image_size: side of the square frames in pixels.
-        upright: as in `read_frames`.
 
     Attributes:
         text: captions.
@@ -60,21 +59,19 @@ class VideoDataset(Dataset):
         return self.root / f"{self.names[index]}.mp4"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        problem, frames = "", torch.zeros(self.num_frames, 3, self.image_size, self.image_size)
         try:
-            frames = read_frames(self.path(index), self.num_frames, self.upright)
+            images = read_frames(self.path(index), self.num_frames, self.upright)
+            frames = torch.stack([self.transform(image) for image in images])
         except UnreadableClip as error:  # one bad clip must not end an evaluation
-            empty = torch.zeros(self.num_frames, 3, self.image_size, self.image_size)
-            return {"video": empty, "index": index, "error": f"{self.path(index)}: {error}"}
-        return {"video": torch.stack([self.transform(frame) for frame in frames]), "index": index, "error": ""}
+            problem = f"{self.path(index)}: {error}"
+        return {"video": frames, "index": index, "error": problem}
 
 
 def read_frames(path: Path, num_frames: int, upright: bool = False) -> list[Image.Image]:
-    """Decode a clip and return frames evenly spaced over the frames that can be decoded.
+    """Return frames of a clip, evenly spaced over those that can be decoded, some of them twice in a short clip.
 
-    Args:
-        path: path of the clip.
-        num_frames: number of frames to return, some of them twice in a short clip.
-        upright: rotate the frames as the container says.
+    With `upright` they are rotated as the container says.
 
     Raises:
         UnreadableClip: it cannot be decoded, or has no frame.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from data.annotations import Row, as_list, check_images, check_rows, place, read_annotation, read_list, short_repr
+from data.annotations import Row, as_list, check_images, check_rows, entry_error, read_annotation, read_list, short_repr
 from data.ids import check_question_ids
 from data.text import is_blank, pre_question
 from data.transforms import Transform
@@ -24,27 +24,21 @@ class Questions(Dataset):
         annotation_files: JSON lists of {"image", "question", "question_id"}, with "dataset" "vqa" (default) or "vg".
         roots: image folder of each dataset.
         transform: RGB image -> tensor.
-        keys: required keys of every row.
+        key: further key that every row must have.
     """
 
-    def __init__(
-        self, annotation_files: Sequence[str], roots: dict[str, str], transform: Transform, keys: tuple[str, ...]
-    ):
+    def __init__(self, annotation_files: Sequence[str], roots: dict[str, str], transform: Transform, key: str):
         self.roots, self.transform, self.annotation = roots, transform, []
         for file in annotation_files:
             rows = [with_answer(row) for row in read_annotation(file, ("image", "question"))]
-            check_rows(rows, keys, file)
-            self._check_datasets(rows, file)
+            check_rows(rows, ("image", "question", key), file, optional=("answer",))
+            for number, row in enumerate(rows):
+                if row.setdefault("dataset", "vqa") not in list(roots):
+                    problem = f"dataset is {short_repr(row['dataset'])}; expected {' or '.join(map(repr, roots))}"
+                    raise entry_error(problem, file, number)
+            for name, root in roots.items():
+                check_images(root, (row["image"] for row in rows if row["dataset"] == name), file)
             self.annotation += rows
-
-    def _check_datasets(self, rows: Sequence[Row], file: str) -> None:
-        for number, row in enumerate(rows):
-            if row.setdefault("dataset", "vqa") not in list(self.roots):
-                expected = " or ".join(map(repr, self.roots))
-                problem = f"dataset is {short_repr(row['dataset'])}; expected {expected}"
-                raise UserError(f"{place(file, number)}: {problem}")
-        for name, root in self.roots.items():
-            check_images(root, (row["image"] for row in rows if row["dataset"] == name), file)
 
     def __len__(self) -> int:
         return len(self.annotation)
@@ -76,7 +70,7 @@ class VQATrain(Questions):
     """Questions with weighted answers: {"image", "question", "answers", "weights"}."""
 
     def __init__(self, annotation_files: Sequence[str], roots: dict[str, str], transform: Transform):
-        super().__init__(annotation_files, roots, transform, ("image", "question", "answer"))
+        super().__init__(annotation_files, roots, transform, "answer")
         answers = [[text for text in as_list(row["answer"]) if not is_blank(text)] for row in self.annotation]
         if lost := sum(not kept for kept in answers):
             note(f"{', '.join(annotation_files)}: {lost} questions with empty answers only are left out")
@@ -106,19 +100,12 @@ class VQATest(Questions):
     """
 
     def __init__(self, annotation_file: str, roots: dict[str, str], transform: Transform, answer_file: str = ""):
-        super().__init__([annotation_file], roots, transform, ("image", "question", "question_id"))
+        super().__init__([annotation_file], roots, transform, "question_id")
         check_question_ids(self.annotation, annotation_file)
-        self._check_answers(annotation_file)
+        lost, total = sum("answer" not in row for row in self.annotation), len(self.annotation)
+        if 0 < lost < total:
+            note(f"annotation file {annotation_file}: {lost} of {total} questions have no answer to score")
         self.answer_list = read_answers(answer_file) if answer_file else []
-
-    def _check_answers(self, file: str) -> None:
-        answered = [number for number, row in enumerate(self.annotation) if "answer" in row]
-        for number in answered:
-            value = self.annotation[number]["answer"]
-            if not (value and all(isinstance(text, str) for text in as_list(value))):
-                raise UserError(f"{place(file, number)}: 'answer' is {short_repr(value)}; expected a text, or texts")
-        if answered and (lost := len(self.annotation) - len(answered)):
-            note(f"annotation file {file}: {lost} of {len(self.annotation)} questions have no answer to score")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {**self.item(index), "question_id": self.annotation[index]["question_id"]}

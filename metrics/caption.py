@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,9 @@ from metrics.ground_truth import GroundTruth, predictions_for, read_ground_truth
 from utils import UserError
 
 Captions = dict[int, list[str]]  # captions of an image, by its position in the ground truth
+SCORERS = {"BLEU": "Bleu", "METEOR": "Meteor", "ROUGE_L": "Rouge", "CIDEr": "Cider", "SPICE": "Spice"}
 # Numbers with a decimal point, and lower-casing as in English, whatever the user's locale is.
 JAVA = ("java", "-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8")
-NO_JAVA = "needs Java, and no `java` was found on the PATH"
 ONE_IMAGE = "means nothing for one image, since it weighs words by the share of images whose references have them"
 TOKENIZER_SECONDS = 900
 
@@ -44,9 +46,8 @@ def caption_scores(
     Returns:
         scores: Bleu_1 .. Bleu_4, METEOR, ROUGE_L, CIDEr and SPICE as fractions (CIDEr: up to 10), as far as they can
             be computed here.
-        notes: name -> reason for metrics that are left out, and remarks on what was scored: under "PTBTokenizer" that
-            a simple tokenizer took its place, with which scores may differ slightly from published ones; under
-            "ground truth" and "results" the rows that are left out; under "CIDEr" that there is one image only.
+        notes: name of a metric -> why it is left out, and remarks: under "PTBTokenizer" that a simple tokenizer was
+            used, under "ground truth" and "results" the rows that are left out, under "CIDEr" that there is one image.
 
     Raises:
         UserError: the file is not of the format, a row has no id or text, or images of it have no result.
@@ -60,13 +61,10 @@ def caption_scores(
 def domain_scores(
     results: list[dict], gt_file: str | Path, java: bool = True
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Score captions for each value of "domain" among the images (nocaps) and "overall".
+    """Score captions for each value of "domain" among the images (nocaps), and "overall", as `caption_scores`.
 
-    Arguments and errors are those of `caption_scores`. Each domain is a corpus of its own, so the CIDEr of the whole
-    is not the mean of the domains'. Without domains there is only "overall".
-
-    Returns:
-        scores: domain -> scores, and notes: name -> reason ("domain: name" for remarks on one domain only).
+    Each domain is a corpus of its own, so the CIDEr of the whole is not the mean of the domains'. The notes on one
+    domain only stand under "domain: name".
     """
     truth = read_ground_truth(gt_file)
     references, predictions, notes = _tokenized_sides(results, truth, java)
@@ -93,9 +91,19 @@ def _tokenized_sides(
     """Return references and predictions, tokenized, by position in the ground truth, and notes."""
     found, notes = predictions_for(results, truth)
     references = dict(enumerate(truth.references.values()))
-    predictions = {place: [found[key]] for place, key in enumerate(truth.references)}
-    references, predictions, left_out = _tokenize_both(references, predictions, java)
-    return references, predictions, notes | left_out
+    # both in one go, since starting Java takes longer than tokenizing
+    flat = [caption for group in references.values() for caption in group] + [found[key] for key in truth.references]
+    try:
+        if reason := _no_java(java):
+            raise FileNotFoundError(reason)
+        flat = ptb_tokenize(flat)
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        notes["PTBTokenizer"] = f"{error}; a simple tokenizer was used, so scores may differ from published ones"
+        flat = [simple_tokenize(caption) for caption in flat]
+    # METEOR separates its fields by bars.
+    tokens = (caption.replace("|", " ").strip() for caption in flat)
+    references = {i: [next(tokens) for _ in group] for i, group in references.items()}
+    return references, {i: [next(tokens)] for i in references}, notes
 
 
 # Tokens
@@ -132,27 +140,6 @@ def ptb_tokenize(captions: list[str]) -> list[str]:
     return [" ".join(word for word in line.split() if word not in drop) for line in tokenized]
 
 
-def _tokenize_both(
-    references: Captions, predictions: Captions, java: bool
-) -> tuple[Captions, Captions, dict[str, str]]:
-    """Tokenize references and predictions in one go, since starting Java takes longer than tokenizing."""
-    flat = [caption for side in (references, predictions) for group in side.values() for caption in group]
-    left_out = {}
-    try:
-        if reason := _no_java(java):
-            raise FileNotFoundError(reason)
-        flat = ptb_tokenize(flat)
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        left_out["PTBTokenizer"] = f"{error}; a simple tokenizer took its place, so scores may differ slightly"
-        flat = [simple_tokenize(caption) for caption in flat]
-    # METEOR separates its fields by bars.
-    tokens = (caption.replace("|", " ").strip() for caption in flat)
-    sides = (
-        {i: [next(tokens) for _ in group] for i, group in side.items()} for side in (references, predictions)
-    )
-    return next(sides), next(sides), left_out
-
-
 # Metrics
 
 
@@ -160,7 +147,7 @@ def _no_java(wanted: bool) -> str:
     """Return why Java is not used, '' if it is."""
     if not wanted:
         return "needs Java, which java: false turned off"
-    return "" if shutil.which("java") else NO_JAVA
+    return "" if shutil.which("java") else "needs Java, and no `java` was found on the PATH"
 
 
 def _score_all(
@@ -171,15 +158,14 @@ def _score_all(
         raise UserError("caption metrics need the package pycocoevalcap, which is not installed; install it with pip")
     scores: dict[str, float] = {}
     notes = {"CIDEr": ONE_IMAGE} if len(references) == 1 else {}
-    metrics: dict[str, Callable] = {
-        "BLEU": _bleu, "METEOR": _meteor, "ROUGE_L": _rouge, "CIDEr": _cider, "SPICE": _spice
-    }  # fmt: skip
-    for name, metric in metrics.items():
+    for name in SCORERS:
         reason = _obstacle(name, java)
         if not reason:
             try:
-                with contextlib.redirect_stdout(io.StringIO()):
-                    scores |= metric(references, predictions)
+                with contextlib.redirect_stdout(io.StringIO()), _open_scorer(name) as scorer:
+                    found, _ = scorer.compute_score(references, predictions)
+                several = {f"Bleu_{n}": value for n, value in enumerate(found, 1)} if name == "BLEU" else {name: found}
+                scores |= {key: float(value) for key, value in several.items()}
             # any error inside one metric or its Java process must not lose the others
             except Exception as error:
                 reason = f"failed: {type(error).__name__}: {error}".strip().splitlines()[0]
@@ -192,46 +178,23 @@ def _obstacle(name: str, java: bool) -> str:
     """Return why a metric cannot be computed here, '' if it can."""
     if name in ("METEOR", "SPICE") and (reason := _no_java(java)):
         return reason
-    if name == "SPICE" and _spice_models_missing():
-        return (
-            "needs the Stanford CoreNLP models, which are not installed; "
-            "`python -m pycocoevalcap.spice.get_stanford_models` downloads them"
-        )
+    if name == "SPICE":  # without its models it would download them when constructed
+        from pycocoevalcap.spice import get_stanford_models as spice
+
+        names = (f"{spice.JAR}.jar", f"{spice.JAR}-models.jar")
+        if not all((Path(spice.SPICEDIR) / spice.SPICELIB / name).is_file() for name in names):
+            remedy = "`python -m pycocoevalcap.spice.get_stanford_models` downloads them"
+            return f"needs the Stanford CoreNLP models, which are not installed; {remedy}"
     return ""
 
 
-def _spice_models_missing() -> bool:
-    """Return True if SPICE would download its models when constructed."""
-    from pycocoevalcap.spice import get_stanford_models as spice
-
-    names = (f"{spice.JAR}.jar", f"{spice.JAR}-models.jar")
-    return not all((Path(spice.SPICEDIR) / spice.SPICELIB / name).is_file() for name in names)
-
-
-def _bleu(references: Captions, predictions: Captions) -> dict[str, float]:
-    from pycocoevalcap.bleu.bleu import Bleu
-
-    values, _ = Bleu(4).compute_score(references, predictions)
-    return {f"Bleu_{n}": float(value) for n, value in enumerate(values, start=1)}
-
-
-def _rouge(references: Captions, predictions: Captions) -> dict[str, float]:
-    from pycocoevalcap.rouge.rouge import Rouge
-
-    return {"ROUGE_L": float(Rouge().compute_score(references, predictions)[0])}
-
-
-def _cider(references: Captions, predictions: Captions) -> dict[str, float]:
-    from pycocoevalcap.cider.cider import Cider
-
-    return {"CIDEr": float(Cider().compute_score(references, predictions)[0])}
-
-
-def _meteor(references: Captions, predictions: Captions) -> dict[str, float]:
-    with _meteor_process() as meteor:
-        return {"METEOR": float(meteor.compute_score(references, predictions)[0])}
-
-
+def _open_scorer(name: str) -> AbstractContextManager[Any]:
+    """Return pycocoevalcap's scorer of a metric."""
+    if name == "METEOR":
+        return _meteor_process()
+    package = SCORERS[name].lower()
+    scorer = getattr(import_module(f"pycocoevalcap.{package}.{package}"), SCORERS[name])
+    return nullcontext(scorer())
 @contextlib.contextmanager
 def _meteor_process() -> Iterator[Any]:
     """Start METEOR's Java process and end it in any case."""
@@ -254,9 +217,3 @@ def _meteor_process() -> Iterator[Any]:
             meteor.meteor_p.stdin.close()
         for pipe in (meteor.meteor_p.stdout, meteor.meteor_p.stderr):
             pipe.close()
-
-
-def _spice(references: Captions, predictions: Captions) -> dict[str, float]:
-    from pycocoevalcap.spice.spice import Spice
-
-    return {"SPICE": float(Spice().compute_score(references, predictions)[0])}

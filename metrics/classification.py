@@ -10,19 +10,14 @@ def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
     """Return the share of predictions that equal their labels, in [0, 1].
 
     Args:
-        predictions: (examples,) classes, or (examples, classes) scores of which the highest counts.
+        predictions: (examples,) classes, or (examples, classes) scores; the class with the highest score counts.
         labels: (examples,) classes.
     """
     return float(_right(predictions, labels).mean())
 
 
 def consistency(sentences: Sequence[str], predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Return the share of sentences that are judged rightly for every pair of images, in [0, 1].
-
-    Args:
-        sentences: (examples,) the sentence of each example.
-        predictions, labels: as for `accuracy`.
-    """
+    """Return the share of sentences whose examples are all judged rightly, in [0, 1]; other arguments as `accuracy`."""
     all_right: dict[str, bool] = {}
     for sentence, right in zip(sentences, _right(predictions, labels), strict=True):
         all_right[sentence] = all_right.get(sentence, True) and bool(right)

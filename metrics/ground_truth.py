@@ -11,21 +11,13 @@ from utils import UserError, id_text
 
 @dataclass
 class GroundTruth:
-    """Reference captions of a COCO caption file.
-
-    Attributes:
-        path: path of the file.
-        references: id of an image, as text -> its captions.
-        domains: id of an image -> its domain (nocaps), for images that have one.
-        num_empty: number of captions that are missing or empty, and left out.
-        num_without: number of images that have no caption.
-    """
+    """Reference captions of a COCO caption file."""
 
     path: Path
-    references: dict[str, list[str]]
-    domains: dict[str, str]
-    num_empty: int = 0
-    num_without: int = 0
+    references: dict[str, list[str]]  # of each image, by its id as text
+    domains: dict[str, str]  # of images that have one (nocaps), by their ids
+    num_empty: int = 0  # captions that are missing or empty, and left out
+    num_without: int = 0  # images that have no caption
 
 
 def read_ground_truth(gt_file: str | Path) -> GroundTruth:
@@ -78,15 +70,14 @@ def _parse(path: Path) -> dict[str, Any]:
 
 def _read_row(row: Any, path: Path, number: int) -> tuple[str, list[str | None]]:
     """Return the id and the captions of a row of "annotations"."""
-    place = f'annotation {number} (the first is 0)'
+    place = f"annotation {number} (the first is 0)"
     if not isinstance(row, dict) or not {"image_id", "caption"} <= row.keys():
-        raise UserError(
-            f'{path} is not in the COCO caption format: {place} is {row!r:.60}; expected "image_id" and "caption"'
-        )
+        expected = 'expected "image_id" and "caption"'
+        raise UserError(f"{path} is not in the COCO caption format: {place} is {row!r:.60}; {expected}")
     value = row["caption"]
     captions = (value or [None]) if isinstance(value, list) else [value]
     if not all(isinstance(caption, str | None) for caption in captions):
-        raise UserError(f'{path}: {place} has the caption {value!r:.60}; expected a text, or a list of texts')
+        raise UserError(f"{path}: {place} has the caption {value!r:.60}; expected a text, or a list of texts")
     return _id_of(row["image_id"], path, place), captions
 
 
@@ -111,17 +102,14 @@ def predictions_for(results: list[dict], truth: GroundTruth) -> tuple[dict[str, 
             raise UserError(f"caption result {number} has the caption {row['caption']!r:.60}; expected a text")
         found.setdefault(_id_of(row["image_id"], "caption results", f"row {number}"), row["caption"])
     refuse_missing(truth, found)
-    notes = {}
-    if truth.num_empty or truth.num_without:
-        notes["ground truth"] = (
-            f"{truth.num_empty} empty captions and {truth.num_without} images without captions are left out"
-        )
+    empty, without = truth.num_empty, truth.num_without
     repeated, foreign = len(results) - len(found), len(found.keys() - truth.references.keys())
+    notes = {}
+    if empty or without:
+        notes["ground truth"] = f"{empty} empty captions and {without} images without captions are left out"
     if repeated or foreign:
-        notes["results"] = (
-            f"{foreign} captions of images without ground truth and {repeated} second captions of an image are not "
-            "scored"
-        )
+        what = f"{foreign} captions of images without ground truth and {repeated} second captions of an image"
+        notes["results"] = f"{what} are not scored"
     return found, notes
 
 

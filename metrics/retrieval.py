@@ -18,8 +18,7 @@ def retrieval_scores(
     """Return recalls in percent and median ranks of both directions.
 
     Args:
-        scores_i2t: (images, texts), higher is nearer.
-        scores_t2i: (texts, images).
+        scores_i2t, scores_t2i: (images, texts) and (texts, images), higher is nearer.
         txt2img: the image of each text.
         img2txt: the texts of each image; finding the best-ranked one counts.
         side: prefix of the scores of images; "vid" if they are videos.

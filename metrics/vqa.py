@@ -99,8 +99,22 @@ def vqa_accuracy(
         UserError: questions have no result, two annotations share an id, or a row has no id or an answer that is no
             text.
     """
-    found = _answers_by_id(results)
-    rows = _annotations_by_id(annotations)
+    groups: dict[str, list[float]] = {"overall": []}
+    for answer, row in answered(results, annotations):
+        value = answer_accuracy(answer, people_of(row))
+        for name in ("overall", *(str(row[kind]) for kind in by if kind in row)):
+            groups.setdefault(name, []).append(value)
+    return {name: percent(values) for name, values in groups.items()}
+
+
+def percent(values: Sequence[float]) -> float:
+    """Return the mean in percent."""
+    return 100.0 * sum(values) / len(values)
+
+
+def answered(results: Iterable[dict], annotations: Iterable[dict]) -> list[tuple[str, dict]]:
+    """Return every annotation with the answer to it; errors as `vqa_accuracy`."""
+    found, rows = _answers_by_id(results), _annotations_by_id(annotations)
     missing = [key for key in rows if key not in found]
     if missing or not rows:
         first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
@@ -108,12 +122,7 @@ def vqa_accuracy(
             f"{len(missing)} of {len(rows)} annotated questions have no answer in the results "
             f"(question_id {first or 'none'}); answer every question of the annotations"
         )
-    groups: dict[str, list[float]] = {"overall": []}
-    for key, row in rows.items():
-        value = answer_accuracy(found[key], _people(row))
-        for name in ("overall", *(str(row[kind]) for kind in by if kind in row)):
-            groups.setdefault(name, []).append(value)
-    return {name: 100.0 * sum(values) / len(values) for name, values in groups.items()}
+    return [(found[key], row) for key, row in rows.items()]
 
 
 def _answers_by_id(results: Iterable[dict]) -> dict[str, str]:
@@ -141,8 +150,8 @@ def _annotations_by_id(annotations: Iterable[dict]) -> dict[str, dict]:
     return found
 
 
-def _people(row: dict) -> list[str]:
-    """Return the human answers of an annotation."""
+def people_of(row: dict) -> list[str]:
+    """Return the human answers of an annotation; UserError if they are no texts."""
     answers = row.get("answers", row.get("answer", []))
     answers = answers if isinstance(answers, list) else [answers]
     people = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]

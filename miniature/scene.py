@@ -75,13 +75,7 @@ def seen_pairs() -> list[Pair]:
 
 
 def draw_scene(rng: random.Random, level: int, with_unseen: bool = False) -> Scene:
-    """Return a random scene.
-
-    Args:
-        rng: random number generator.
-        level: difficulty, a key of `LEVELS`.
-        with_unseen: include one object of a pair that no training image contains.
-    """
+    """Return a random scene of a level of `LEVELS`; `with_unseen` includes a pair that no training image contains."""
     most, textured = LEVELS[level]
     pairs = rng.sample(seen_pairs(), rng.randint(1, most))
     if with_unseen:
@@ -113,17 +107,12 @@ def apart(a: Item, b: Item) -> bool:
 def render(scene: Scene, image_size: int = 64) -> Image.Image:
     """Draw a scene as an RGB image."""
     side = image_size * SUPERSAMPLING
-    image = Image.fromarray(background(scene, side)).convert("RGB")
+    dark, light = (np.uint8(tone) for tone in scene.tones)
+    image = Image.fromarray(np.where(pattern(scene.background, side), light, dark)).convert("RGB")
     canvas = ImageDraw.Draw(image)
     for item in scene.items:
         draw_item(canvas, item, side)
     return image.resize((image_size, image_size), Image.Resampling.BOX)
-
-
-def background(scene: Scene, side: int) -> np.ndarray:
-    """Return the background (side, side), uint8 grey."""
-    dark, light = (np.uint8(tone) for tone in scene.tones)
-    return np.where(pattern(scene.background, side), light, dark)
 
 
 @lru_cache

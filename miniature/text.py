@@ -55,12 +55,9 @@ def position(item: Item) -> str:
 
 
 def captions(scene: Scene, rng: random.Random, sized: bool = False) -> list[str]:
-    """Return five captions of a scene; each names every object once.
+    """Return five captions of a scene; each names every object once, and some sizes.
 
-    Args:
-        scene: scene of one to three objects.
-        rng: draws which sizes are named, unless all are.
-        sized: name all sizes, and the position of a single object, so that captions identify their image.
+    `sized` names all sizes, and the position of a single object, so that captions identify their image.
     """
     items, sizes = scene.items, [sized or rng.random() < 0.5 for _ in range(4)]
     if len(items) == 1:
@@ -141,7 +138,7 @@ def _all_questions(scene: Scene, rng: random.Random) -> Iterator[Question]:
 
 
 def _yes_no(text: str, truth: bool) -> Question:
-    return Question(text, *(("yes", "no") if truth else ("no", "yes")), "yes/no")
+    return Question(text, "yes" if truth else "no", "no" if truth else "yes", "yes/no")
 
 
 def absent_pair(scene: Scene, rng: random.Random) -> Pair:
@@ -209,11 +206,8 @@ def statement(rng: random.Random, pairs: Sequence[Pair]) -> Statement:
             (f"the {side} image contains {thing}", lambda x, _: has(x), near),
             (f"the {side} image contains a {shape}", lambda x, _: has_shape(x), has_shape),
             (f"one of the images contains {thing}", lambda x, y: has(x) or has(y), near),
-            (
-                f"the {side} image contains something {color} and the {opposite} image contains a {shape}",
-                lambda x, y: has_color(x) and has_shape(y),
-                near,
-            ),
+            (f"the {side} image contains something {color} and the {opposite} image contains a {shape}",
+             lambda x, y: has_color(x) and has_shape(y), near),
             (f"both images contain a {shape}", lambda x, y: has_shape(x) and has_shape(y), has_shape),
             (f"both images contain something {color}", lambda x, y: has_color(x) and has_color(y), has_color),
             (f"neither image contains a {shape}", lambda x, y: not (has_shape(x) or has_shape(y)), has_shape),
@@ -221,7 +215,7 @@ def statement(rng: random.Random, pairs: Sequence[Pair]) -> Statement:
             (f"the {side} image has more objects than the other one", lambda x, y: len(x.items) > len(y.items), bool),
             ("both images have the same number of objects", lambda x, y: len(x.items) == len(y.items), bool),
         ]
-    )
+    )  # fmt: skip
     return Statement(text, is_true if side == "left" else lambda left, right: is_true(right, left), about)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from miniature.scene import Item, Scene, draw_scene, render
+from miniature.scene import Scene, draw_scene, render
 from miniature.text import a
 from utils import UserError, track
 
@@ -42,15 +42,12 @@ def write_videos(folder: Path, annotations: Path, count: int, seed: int, image_s
 
 def scene_at(scene: Scene, moves: list[str], time: float) -> Scene:
     """Return the scene at a time from 0 to 1: each object moves by a fifth of the image, centred on its position."""
-    items = [move_item(item, MOVES[move], time) for item, move in zip(scene.items, moves, strict=True)]
+    items = []
+    for item, move in zip(scene.items, moves, strict=True):
+        half, distance = item.side / 2, 0.2 * (time - 0.5)
+        x, y = (place + step * distance for place, step in zip((item.x, item.y), MOVES[move], strict=True))
+        items.append(replace(item, x=min(max(x, half), 1 - half), y=min(max(y, half), 1 - half)))
     return replace(scene, items=tuple(items))
-
-
-def move_item(item: Item, direction: tuple[int, int], time: float) -> Item:
-    """Return the object moved, clamped to the image."""
-    half, distance = item.side / 2, 0.2 * (time - 0.5)
-    x, y = item.x + direction[0] * distance, item.y + direction[1] * distance
-    return replace(item, x=min(max(x, half), 1 - half), y=min(max(y, half), 1 - half))
 
 
 def encode(frames: list[np.ndarray], path: Path) -> None:

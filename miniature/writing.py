@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from data.publishers import ground_truth
 from files import write_json
 from miniature import text
 from miniature.scene import LEVELS, Scene, draw_scene, render, seen_pairs, unseen_pairs
@@ -29,13 +30,7 @@ def write_miniature(
 ) -> Path:
     """Write the world; the same arguments give the same bytes.
 
-    Args:
-        folder: output folder, created if it does not exist.
-        level: 1 one object on a plain background; 2 one or two; 3 up to three; 4 up to three, textured backgrounds.
-        seed: seed of every random choice.
-        num_train, num_val, num_test, num_web: number of images in each split.
-        num_videos: number of short MP4 clips.
-        image_size: side of the images in pixels.
+    Levels: 1 has one object on a plain background; 2 one or two; 3 up to three; 4 textured backgrounds as well.
 
     Raises:
         UserError: unknown level, or more test images than the level has different scenes.
@@ -124,13 +119,6 @@ def write_captions(folder: Path, split: str, scenes: Sequence[Scene], seed: int)
         write_json(folder / f"{prefix}_{split}.json", rows)
 
 
-def ground_truth(ids: Sequence[int], captions: Sequence[Sequence[str]], domains: Sequence[str] = ()) -> dict[str, Any]:
-    """Return captions in COCO's ground-truth format."""
-    images = [{"id": i, **({"domain": domains[n]} if domains else {})} for n, i in enumerate(ids)]
-    rows = [(i, caption) for i, listed in zip(ids, captions, strict=True) for caption in listed]
-    return {"images": images, "annotations": [{"id": n, "image_id": i, "caption": c} for n, (i, c) in enumerate(rows)]}
-
-
 def write_questions(folder: Path, split: str, scenes: Sequence[Scene], seed: int) -> None:
     """Write questions with ten answers; every eighth training image has Visual Genome questions with one answer."""
     rng = generator(seed, "vqa", split)
@@ -160,8 +148,7 @@ def write_statements(folder: Path, split: str, scenes: Sequence[Scene], seed: in
     rng = generator(seed, "nlvr", split)
     pairs = seen_pairs() + (sorted(unseen_pairs()) if split == "test" else [])
     rows: list[dict[str, Any]] = []
-    used: set[str] = set()
-    misses = 0
+    used, misses = set[str](), 0
     while len(rows) < 2 * len(scenes) and misses < TRIES:
         made = text.statement(rng, pairs)
         judged = [] if made.text in used else text.judged_pairs(made, scenes, rng)
@@ -183,11 +170,8 @@ def write_entailment(folder: Path, split: str, scenes: Sequence[Scene], seed: in
     for i, scene in enumerate(scenes):
         present, absent = " ".join(rng.choice(scene.items).pair), " ".join(text.absent_pair(scene, rng))
         motion = f" moving {rng.choice(('up', 'down', 'left', 'right'))}"
-        sentences = {
-            "entailment": present,
-            "neutral": present + motion,
-            "contradiction": absent + rng.choice(("", motion)),
-        }
+        false = absent + rng.choice(("", motion))
+        sentences = {"entailment": present, "neutral": present + motion, "contradiction": false}
         name = image(split, i).removesuffix(".jpg")
         rows += [{"image": name, "sentence": text.with_article(s), "label": label} for label, s in sentences.items()]
     write_json(folder / f"ve_{'dev' if split == 'val' else split}.json", rows)

@@ -130,10 +130,10 @@ def test_wrong_ground_truth(tmp_path, text):
 def test_failing_metric_loses_no_other(tmp_path, no_java, monkeypatch):
     """The failure of one metric becomes a reason."""
 
-    def broken(references, predictions):
+    def broken(scorer, references, predictions):
         raise RuntimeError("out of order\nsecond line")
 
-    monkeypatch.setattr(caption_metrics, "_cider", broken)
+    monkeypatch.setattr("pycocoevalcap.cider.cider.Cider.compute_score", broken)
     scores, left_out = caption_scores(result_rows(), ground_truth(tmp_path))
     assert {"Bleu_4", "ROUGE_L"} <= scores.keys() and "CIDEr" not in scores
     assert left_out["CIDEr"] == "failed: RuntimeError: out of order"
