@@ -1,7 +1,7 @@
 """Images read, augmented and made tensors, a second and core: python -m benchmarks.loading
 
-Ours beside Pillow with torchvision's pipelines, on the photographs that two packages bring, at COCO's size and as a
-camera takes them, and whole batches from workers.
+Ours against Pillow with torchvision's transforms, of both versions, on the photographs that two packages bring, at
+COCO's size and as a camera takes them; and whole batches from workers.
 """
 
 import statistics
@@ -10,21 +10,25 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
+from torchvision.io import decode_image
+from torchvision.transforms import v2
 
+from benchmarks.measure import cpu_name
 from benchmarks.results import write_section
 from data.transforms import MEAN, STD, train_transform
 from demo.photographs import CAPTIONS, bundled
 
 SIZES = {"640 pixels": 640, "2048 pixels": 2048}
-SECONDS = 4.0
-REPEATS = 3
+IMAGE_SIZE = 384  # of fine-tuning; pretraining has 224
+ROUNDS = 9  # in each, every reader reads every photograph once
 BICUBIC = T.InterpolationMode.BICUBIC
+GPUS, PAIRS_OF_A_GPU = 8, 473  # an A100 at 35% utilisation, base (docs/large_runs.md)
+Read = Callable[[Path], torch.Tensor]
 
 
 def write_images(folder: Path, side: int) -> list[Path]:
@@ -39,52 +43,56 @@ def write_images(folder: Path, side: int) -> list[Path]:
     return paths
 
 
-def torchvision_reader(augment: bool) -> Callable[[Path], torch.Tensor]:
-    """Return Pillow and torchvision: crop and flip, with torchvision's own RandAugment or without."""
-    crop = T.RandomResizedCrop(384, scale=(0.5, 1.0), interpolation=BICUBIC)
-    steps: list[Any] = [crop, T.RandomHorizontalFlip()]
-    steps += [T.RandAugment(2, 5)] if augment else []
-    pipeline = T.Compose([*steps, T.ToTensor(), T.Normalize(MEAN, STD)])
-
-    def read(path: Path) -> torch.Tensor:
-        with Image.open(path) as image:
-            return pipeline(image.convert("RGB"))
-
-    return read
+def pillow(path: Path) -> Image.Image:
+    """Read an image with Pillow."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
-READERS = {
-    "ours": train_transform(384).read,
-    "ours, reduced_jpeg": train_transform(384, reduced_jpeg=True).read,
-    "Pillow and torchvision, RandAugment": torchvision_reader(True),
-    "Pillow and torchvision, crop and flip only": torchvision_reader(False),
+def torchvision_readers() -> dict[str, Read]:
+    """Return torchvision's crop, flip and RandAugment (its own operations, as many and as strong as ours)."""
+    last = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+    first = [T.RandomResizedCrop(IMAGE_SIZE, (0.5, 1.0), interpolation=BICUBIC), T.RandomHorizontalFlip()]
+    first_v2 = [v2.RandomResizedCrop(IMAGE_SIZE, (0.5, 1.0), interpolation=BICUBIC), v2.RandomHorizontalFlip()]
+    half = T.RandomApply([T.RandAugment(1, 5)], 0.5)  # the released RandAugment skips half of its two operations
+    half_v2 = v2.RandomApply([v2.RandAugment(1, 5)], 0.5)
+    version_1 = T.Compose([*first, half, half, T.ToTensor(), T.Normalize(MEAN, STD)])
+    version_2 = v2.Compose([*first_v2, half_v2, half_v2, v2.ToImage(), *last])
+    on_tensors = v2.Compose([*first_v2, half_v2, half_v2, *last])
+    always = T.Compose([*first, T.RandAugment(2, 5), T.ToTensor(), T.Normalize(MEAN, STD)])
+    return {
+        "Pillow and torchvision": lambda path: version_1(pillow(path)),
+        "Pillow and torchvision v2": lambda path: version_2(pillow(path)),
+        "torchvision v2 alone, on tensors": lambda path: on_tensors(decode_image(str(path), "RGB")),
+        "Pillow and torchvision, no operation skipped": lambda path: always(pillow(path)),
+    }
+
+
+READERS: dict[str, Read] = {
+    "ours": train_transform(IMAGE_SIZE).read,
+    **torchvision_readers(),
+    "ours, `reduced_jpeg`": train_transform(IMAGE_SIZE, reduced_jpeg=True).read,
+    "ours, pretraining (224 pixels)": train_transform(224, 0.2).read,
 }
 
 
-def rate(read: Callable[[Path], torch.Tensor], paths: list[Path]) -> float:
-    """Return images a second."""
-    began, done = time.perf_counter(), 0
-    while time.perf_counter() - began < SECONDS / REPEATS:
-        for path in paths:
-            read(path)
-        done += len(paths)
-    return done / (time.perf_counter() - began)
-
-
-def rates(paths: list[Path]) -> dict[str, float]:
-    """Return each reader's median rate, measured in turn."""
+def rates(paths: list[Path]) -> dict[str, list[float]]:
+    """Return each reader's images a second of processor time, measured in turn."""
     found: dict[str, list[float]] = {name: [] for name in READERS}
-    for _ in range(REPEATS):
+    for _ in range(ROUNDS):
         for name, read in READERS.items():
-            found[name].append(rate(read, paths))
-    return {name: statistics.median(values) for name, values in found.items()}
+            began = time.process_time()
+            for path in paths:
+                read(path)
+            found[name].append(len(paths) / (time.process_time() - began))
+    return found
 
 
-class Images(torch.utils.data.Dataset):
+class Images(Dataset):
     """The photographs over and over."""
 
     def __init__(self, paths: list[Path], length: int):
-        self.paths, self.length, self.transform = paths, length, train_transform(384)
+        self.paths, self.length, self.transform = paths, length, train_transform(IMAGE_SIZE)
 
     def __len__(self) -> int:
         return self.length
@@ -103,17 +111,31 @@ def worker_rate(paths: list[Path], num_workers: int, batches: int = 20) -> float
     return 32 * batches / (time.perf_counter() - began)
 
 
+def table(columns: dict[str, dict[str, list[float]]]) -> list[str]:
+    """Return a row per reader: images a second, and the median of ours over it, round by round."""
+    lines = ["| images a second and core | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name in READERS:
+        cells = []
+        for found in columns.values():
+            ratio = statistics.median(a / b for a, b in zip(found["ours"], found[name], strict=True))
+            cells.append(f"{statistics.median(found[name]):.0f}" + (f" (ours x {ratio:.2f})" if name != "ours" else ""))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def main() -> int:
-    """Measure and print the table."""
+    """Measure, print and write the table."""
     torch.set_num_threads(1)
-    lines = ["| images a second | " + " | ".join(SIZES) + " |", "|---" * (len(SIZES) + 1) + "|"]
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: write_images(Path(folder), side) for name, side in SIZES.items()}
         columns = {name: rates(found) for name, found in paths.items()}
-        for reader in READERS:
-            lines.append(f"| {reader}, one core | " + " | ".join(f"{columns[n][reader]:.0f}" for n in SIZES) + " |")
-        cells = " | ".join(f"{worker_rate(paths[name], 2):.0f}" for name in SIZES)
-        lines.append(f"| ours, batches of 2 workers | {cells} |")
+        lines = [f"{cpu_name()}, {IMAGE_SIZE} pixels after augmentation.", "", *table(columns)]
+        cells = " | ".join(f"{worker_rate(found, 2):.0f}" for found in paths.values())
+        lines.append(f"| ours, batches of 2 workers on 2 cores, both together | {cells} |")
+    rate = statistics.median(columns["640 pixels"]["ours, pretraining (224 pixels)"])
+    need = GPUS * PAIRS_OF_A_GPU
+    cores = f"at {rate:.0f} images of 640 pixels a second and core, {need / rate:.0f} cores"
+    lines += ["", f"{GPUS} A100 that pretrain base at 35% utilisation take {need:,} pairs a second: {cores}."]
     print("\n".join(lines))
     write_section("Reading images: `python -m benchmarks.loading`", "\n".join(lines))
     return 0

@@ -35,14 +35,23 @@ def shear_y(image: Image.Image, factor: float, fill: Fill = BLACK) -> Image.Imag
     return affine(image, 1, 0, 0, -factor, 1, 0, fill)
 
 
+def translate(image: Image.Image, x: float, y: float, fill: Fill = BLACK) -> Image.Image:
+    """Move to the left by `x` and up by `y` pixels."""
+    if x % 1 or y % 1:
+        return affine(image, 1, 0, x, 0, 1, y, fill)
+    moved = Image.new("RGB", image.size, fill)  # no pixel is mixed with others
+    moved.paste(image, (-int(x), -int(y)))
+    return moved
+
+
 def translate_x(image: Image.Image, offset: float, fill: Fill = BLACK) -> Image.Image:
     """Move to the left by `offset` pixels."""
-    return affine(image, 1, 0, offset, 0, 1, 0, fill)
+    return translate(image, offset, 0, fill)
 
 
 def translate_y(image: Image.Image, offset: float, fill: Fill = BLACK) -> Image.Image:
     """Move up by `offset` pixels."""
-    return affine(image, 1, 0, 0, 0, 1, offset, fill)
+    return translate(image, 0, offset, fill)
 
 
 def rotate(image: Image.Image, degree: float, fill: Fill = BLACK) -> Image.Image:
@@ -88,7 +97,8 @@ def apply_operation(image: Image.Image, name: str, level: float, sign: int) -> I
     if strength is None:
         return operation(image)
     if strength == "enhance":
-        return operation(image, level / MAX_LEVEL * 1.8 + 0.1)
+        factor = level / MAX_LEVEL * 1.8 + 0.1
+        return image if factor == 1 else operation(image, factor)  # 1 changes nothing
     return operation(image, sign * strength * level / MAX_LEVEL, FILL)
 
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
 from data import randaugment
 from data.randaugment import OPERATIONS, RandomAugment, apply_operation
 from data.sampler import EpochSampler, SeededDataset, ShardSampler
-from data.transforms import train_transform
+from data.transforms import MEAN, STD, to_tensor, train_transform
 from formula import arrays
 
 
@@ -20,6 +21,30 @@ def test_operation(name, sign):
     image = arrays()["aug/picture"]
     found = np.asarray(apply_operation(Image.fromarray(image), name, 5, sign)).astype(int)
     assert np.abs(found - arrays()[f"aug/{name}{sign:+d}"].astype(int)).max() <= 1  # the frame's edge included
+
+
+@pytest.mark.parametrize("offset", [0.0, 5.0, -5.0, 3.0, 70.0, 2.5])
+def test_whole_pixels_are_moved_as_by_interpolation(offset):
+    image = Image.fromarray(arrays()["aug/picture"])
+    for move, place in ((randaugment.translate_x, (offset, 0)), (randaugment.translate_y, (0, offset))):
+        expected = randaugment.affine(image, 1, 0, place[0], 0, 1, place[1])
+        assert np.array_equal(np.asarray(move(image, offset)), np.asarray(expected))
+
+
+def test_level_5_neither_brightens_nor_sharpens():
+    """Its factor is 1, with which Pillow returns an equal image."""
+    image = Image.fromarray(arrays()["aug/picture"])
+    for name, operation in (("Brightness", randaugment.brightness), ("Sharpness", randaugment.sharpness)):
+        assert apply_operation(image, name, 5, 1) is image
+        assert np.array_equal(np.asarray(operation(image, 1.0)), np.asarray(image))
+        assert not np.array_equal(np.asarray(apply_operation(image, name, 6, 1)), np.asarray(image))
+
+
+def test_tensors_are_those_of_torchvision():
+    values = np.arange(256 * 3, dtype=np.int64).reshape(32, 8, 3) * 7919 % 256  # each value in each channel
+    image = Image.fromarray(values.astype(np.uint8))
+    theirs = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    assert torch.equal(to_tensor(image), theirs(image))  # bit for bit
 
 
 class Images:
@@ -47,7 +72,7 @@ def test_half_of_the_drawn_operations_are_applied():
     counts = {"changed": 0}
     image = Image.fromarray(arrays()["aug/picture"])
     for _ in range(400):
-        counts["changed"] += RandomAugment()(image) is not image
+        counts["changed"] += RandomAugment(level=4)(image) is not image
     # untouched: twice (not applied, or Identity, which returns the image itself): (1/2 + 1/2 * 1/10) ** 2 = 0.3025
     assert counts["changed"] / 400 == pytest.approx(1 - 0.3025, abs=0.07)
 
