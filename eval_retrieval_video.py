@@ -48,16 +48,19 @@ def evaluate(model: BLIP_Retrieval, loader: DataLoader, config: VideoConfig, run
         bad.update({int(i): error for i, error in zip(batch["index"], batch["error"], strict=True) if error})
         return encode_video(model, batch["video"].to(run.device, non_blocking=True))
 
-    dataset = loader.dataset
-    scores = two_stage_scores(model, encode, loader, dataset.text, config.k_test, config.batch_size, config.keep_images)
-    unreadable = {i: error for found in all_gather_object(bad) for i, error in found.items()}
-    for error in unreadable.values():
-        run.note(f"left out of the ranking: {error}")
-    if unreadable:
-        run.note(f"{len(unreadable)} of {len(dataset)} clips cannot be read")
-    if len(unreadable) == len(dataset):
-        raise UserError(f"no clip can be read, the first because of {unreadable[min(unreadable)]}; correct video_root")
-    return on_main_process(lambda: measure(scores, dataset, set(unreadable), run))
+    def left_out() -> tuple[list[int], list[int]]:
+        bad.update({i: error for found in all_gather_object(bad.copy()) for i, error in found.items()})
+        for error in bad.values():
+            run.note(f"left out of the ranking: {error}")
+        if bad:
+            run.note(f"{len(bad)} of {len(dataset)} clips cannot be read")
+        if len(bad) == len(dataset):
+            raise UserError(f"no clip can be read, the first because of {bad[min(bad)]}; correct video_root")
+        return list(bad), [text for text, video in dataset.txt2video.items() if video in bad]
+
+    dataset, sizes = loader.dataset, (config.k_test, config.batch_size)
+    scores = two_stage_scores(model, encode, loader, dataset.text, *sizes, config.keep_images, left_out)
+    return on_main_process(lambda: measure(scores, dataset, set(bad), run))
 
 
 def measure(scores: Scores, dataset: Any, unreadable: set[int], run: Run) -> dict[str, float]:

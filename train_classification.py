@@ -14,7 +14,7 @@ from files import read_json, write_json
 from inference.zero_shot import class_features, class_probabilities
 from launch.config import ClassificationConfig
 from launch.run import Run, launch
-from metrics.classification import accuracy
+from metrics.classification import accuracy, refuse_nan
 from models.blip_classification import blip_classification
 from models.blip_itm import blip_itm
 from training.loop import Losses, Task
@@ -62,6 +62,7 @@ def evaluate(
     predict, scores = make_predict(model, config), {}
     for split, loader in loaders.items():
         rows = classify(predict, loader, config.classes, run.device)
+        refuse_nan([row["probability"] for row in rows])
         on_main_process(lambda rows=rows, split=split: write_json(run.result(split), rows))
         numbers = [[config.classes.index(row[key]) for row in rows] for key in ("prediction", "label")]
         scores[f"{split}_acc"] = accuracy(*numbers)

@@ -11,7 +11,7 @@ from data import make_loaders, prefetch
 from files import read_json, write_json
 from launch.config import NLVRConfig
 from launch.run import Run, launch
-from metrics.classification import accuracy, consistency
+from metrics.classification import accuracy, consistency, refuse_nan
 from models.blip_nlvr import BLIP_NLVR, blip_nlvr
 from training.loop import Losses, Task
 from training.progress import Progress
@@ -50,6 +50,7 @@ def evaluate(model: BLIP_NLVR, loaders: dict[str, DataLoader], run: Run) -> dict
     scores: dict[str, float] = {}
     for split, loader in loaders.items():
         rows = judge(model, loader, run.device)
+        refuse_nan([row["true"] for row in rows])
         on_main_process(lambda rows=rows, split=split: write_json(run.result(split), rows))
         predictions, labels = [row["prediction"] for row in rows], [row["label"] for row in rows]
         scores[f"{split}_acc"] = accuracy(predictions, labels)

@@ -4,6 +4,7 @@ All collectives of the project are here. They take tensors of any device: NCCL a
 """
 
 import os
+import re
 import shutil
 import sys
 import time
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from released import door
 
 Item = TypeVar("Item")
+LISTED = re.compile(r"""\[(['"]).*\1\]""", re.DOTALL)
 MARK = "UserError: "  # stands before the message that a data worker re-raises
 
 
@@ -314,6 +316,11 @@ def id_text(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
         raise UserError(f"an id is {value!r:.40}; expected a whole number or a text")
     return value if isinstance(value, str) else str(value)
+
+
+def is_listed(value: Any) -> bool:
+    """Return True for a list of texts that is written as one text, as a table with one cell per list holds it."""
+    return isinstance(value, str) and LISTED.fullmatch(value.strip()) is not None
 
 
 __getattr__ = door(__name__)

@@ -9,7 +9,7 @@ from typing import Any
 from data.publishers import recognize
 from data.text import is_blank
 from download import fetch
-from utils import UserError, note
+from utils import UserError, is_listed, note
 
 BASE_URL = "https://storage.googleapis.com/sfr-vision-language-research/datasets/"
 NUM_SHOWN = 3  # names in an error message
@@ -127,6 +127,7 @@ def _expected(key: str, value: Any) -> str:
     # a caption may be missing, and is then left out; a question needs an answer
     missing = type(None) if key == "caption" else str
     right = (value or key == "caption") and all(isinstance(text, str | missing) for text in as_list(value))
+    right = right and not any(map(is_listed, as_list(value)))
     return "" if right or key not in ("caption", "answer") else "a text, or a list of texts"
 
 

@@ -8,10 +8,8 @@ from torch.utils.data import Dataset
 
 from data.annotations import check_images, entry_error, read_annotation, short_repr
 from data.text import pre_caption
-from data.transforms import Transform
+from data.transforms import IMAGE_ENDINGS, Transform
 from utils import UserError
-
-ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
 
 
 class Classified(Dataset):
@@ -53,7 +51,7 @@ def read_pairs(
         if row["label"] not in classes:
             expected = f"expected one of {', '.join(classes)} (classes in the config)"
             raise entry_error(f"label is {short_repr(row['label'])}; {expected}", annotation_file, number)
-        name = row["image"] if Path(row["image"]).suffix.lower() in ENDINGS else f"{row['image']}.jpg"
+        name = row["image"] if Path(row["image"]).suffix.lower() in IMAGE_ENDINGS else f"{row['image']}.jpg"
         rows.append((name, pre_caption(row["sentence"]), list(classes).index(row["label"])))
     check_images(image_root, (name for name, _, _ in rows), annotation_file)
     return [(Path(image_root) / name, text, label) for name, text, label in rows]
@@ -63,25 +61,28 @@ def read_folder(folder: str | Path, classes: Sequence[str], text: str = "") -> l
     """List the images of a folder with one subfolder for each class; every image gets the same text.
 
     Raises:
-        UserError: a class has no folder, or no image in it.
+        UserError: a class has no folder, or no image in it, or a folder is no class.
     """
     rows = []
     for label, name in enumerate(classes):
         subfolder = Path(folder) / name
-        found = sorted(path for path in subfolder.glob("*") if path.suffix.lower() in ENDINGS)
+        found = sorted(path for path in subfolder.glob("*") if path.suffix.lower() in IMAGE_ENDINGS)
         if not found:
             raise UserError(f"class folder {subfolder} holds no image; correct its name, or classes in the config")
         rows += [(path, text, label) for path in found]
+    if others := [name for name in class_names(folder) if name not in classes]:
+        problem = f"holds {len(others)} folders that are no class, such as {others[0]}"
+        raise UserError(f"{folder} {problem}; add them to classes in the config, or take them out")
     return rows
 
 
 def class_names(folder: str | Path) -> list[str]:
-    """Return the names of the subfolders of a folder, in order.
+    """Return the names of the subfolders of a folder, in order, without hidden ones.
 
     Raises:
         UserError: there is none.
     """
-    names = sorted(path.name for path in Path(folder).glob("*") if path.is_dir())
+    names = sorted(path.name for path in Path(folder).glob("[!.]*") if path.is_dir())
     if not names:
         raise UserError(f"{folder} has no subfolder; expected a folder of images for each class")
     return names

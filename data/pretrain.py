@@ -156,10 +156,11 @@ def read_rows(path: Path) -> Iterator[Any]:
 
 def _rows(path: Path) -> Iterator[Any]:
     line = ProgressLine(path.stat().st_size, f"indexing {path.name} (once), bytes")
-    decoder, text, number = json.JSONDecoder(), "", 0
+    decoder, text, number, is_list = json.JSONDecoder(), "", 0, False
     with open(path, encoding="utf-8-sig") as file:
         while chunk := file.read(CHUNK):
             text, position = text + chunk, 0
+            is_list = is_list or (not number and text.lstrip().startswith("["))
             while True:
                 try:
                     row, position = decoder.raw_decode(text, SEPARATORS.match(text, position).end())
@@ -175,6 +176,8 @@ def _rows(path: Path) -> Iterator[Any]:
     if text[SEPARATORS.match(text).end() :]:
         place = f"what follows entry {number - 1}" if number else "its beginning"
         raise UserError(f"{path} is not a JSON list of pairs: {place} cannot be read")
+    if is_list and not text.rstrip().endswith("]"):
+        raise UserError(f"{path} ends after entry {number - 1} without a closing bracket; get it again, or close it")
 
 
 class PairDataset(Dataset):

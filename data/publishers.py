@@ -51,14 +51,14 @@ def convert(contents: list[Any], prefix: str | None = None) -> tuple[str, Tables
     found = {recognize(content): content for content in contents}
     names = sorted(found)
     try:
-        if names == [VQA_ANNOTATIONS, VQA_QUESTIONS]:
+        if names == [VQA_ANNOTATIONS, VQA_QUESTIONS] and len(contents) == 2:
             return VQA_QUESTIONS, {"": vqa_rows(found[VQA_QUESTIONS], found[VQA_ANNOTATIONS], prefix)}
         if len(contents) == 1 and names[0] in CONVERTERS:
             return names[0], CONVERTERS[names[0]](contents[0], prefix)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise UserError(f"{names[0]} has a row that is not as published ({error!r}); download it again") from None
     known = ", ".join([*CONVERTERS, VQA_QUESTIONS + " with " + VQA_ANNOTATIONS])
-    got = " and ".join(name or "an unknown format" for name in names)
+    got = " and ".join(sorted(recognize(content) or "an unknown format" for content in contents))
     raise UserError(f"cannot convert {got}; expected one of: {known}")
 
 

@@ -187,7 +187,7 @@ def read_shard(shard: str, dropped: Counter[str] | None = None) -> Iterator[Reco
     key, parts = "", {}
     with _open_tar(shard) as tar:
         for member, name, ending in _named(tar):
-            if name != key:
+            if name != key or ending in parts:  # archives that were joined may repeat one name
                 yield from _record(shard, key, parts, dropped)
                 key, parts = name, {}
             if ending in READ and not 0 <= member.size <= LARGEST:
@@ -219,7 +219,11 @@ def _record(shard: str, key: str, parts: dict[str, bytes], dropped: Counter[str]
     """Yield the sample made of files, if they hold an image and a text; count it as dropped otherwise."""
     ending = next((ending for ending in IMAGES if ending in parts), "")
     facts = _facts(parts.get("json", b""))
-    text = parts.get("txt", b"").decode("utf-8-sig", "replace") or facts.get("caption")
+    try:
+        text = parts.get("txt", b"").decode("utf-8-sig") or facts.get("caption")
+    except UnicodeDecodeError:
+        dropped["with a text that is not UTF-8"] += 1
+        return
     if ending and isinstance(text, str) and not is_blank(text):
         yield Record(f"{shard}: {key}", parts[ending], text, key, ending, facts)
     elif parts:

@@ -102,6 +102,9 @@ class VQATest(Questions):
     def __init__(self, annotation_file: str, roots: dict[str, str], transform: Transform, answer_file: str = ""):
         super().__init__([annotation_file], roots, transform, "question_id")
         check_question_ids(self.annotation, annotation_file)
+        for number, row in enumerate(self.annotation):
+            if problem := _choice_problem(row.get("choices"), row.get("correct_choice_idx")):
+                raise entry_error(problem, annotation_file, number)
         lost, total = sum("answer" not in row for row in self.annotation), len(self.annotation)
         if 0 < lost < total:
             note(f"annotation file {annotation_file}: {lost} of {total} questions have no answer to score")
@@ -109,6 +112,17 @@ class VQATest(Questions):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {**self.item(index), "question_id": self.annotation[index]["question_id"]}
+
+
+def _choice_problem(choices: Any, right: Any) -> str:
+    """Return what is wrong with a question's choices, '' for nothing or if it has none."""
+    if choices is None:
+        return ""
+    if not (isinstance(choices, list) and choices and all(isinstance(choice, str) for choice in choices)):
+        return f"'choices' is {short_repr(choices)}; expected a list of texts"
+    if right is None or (type(right) is int and 0 <= right < len(choices)):
+        return ""
+    return f"'correct_choice_idx' is {short_repr(right)}; expected 0 to {len(choices) - 1}"
 
 
 def read_answers(path: str) -> list[str]:

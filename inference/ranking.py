@@ -43,6 +43,7 @@ def two_stage_scores(
     k_test: int,
     batch_size: int,
     keep_images: str = "auto",
+    left_out: Callable[[], tuple[list[int], list[int]]] = lambda: ([], []),
 ) -> Scores:
     """Score images against texts.
 
@@ -54,6 +55,7 @@ def two_stage_scores(
         k_test: candidates per image, and per text; at most as many as there are.
         batch_size: texts at once.
         keep_images: where image tokens wait, see `store_tokens`.
+        left_out: asked once all images are encoded: the images, and the texts, that are no candidates.
     """
     device = next(model.parameters()).device
     tokens = [model.tokenizer(text, truncation=True, max_length=MAX_TEXT_TOKENS).input_ids for text in texts]
@@ -62,7 +64,7 @@ def two_stage_scores(
     num_images, image_feat = gather_features(feats)
     own = torch.arange(get_rank(), num_images, get_world_size())
     image_feat = image_feat.to(device)
-    to_texts, to_images = candidates(image_feat, text_feat, own, k_test)
+    to_texts, to_images = candidates(image_feat, text_feat, own, k_test, *left_out())
     images = range(get_rank(), num_images, get_world_size())
     asked, found = wanted_pairs(to_texts, to_images, own), []
     for image, wanted, image_embeds in zip(images, asked, track(embeds, "matching"), strict=True):
@@ -127,15 +129,25 @@ def gather_features(own: torch.Tensor | None) -> tuple[int, torch.Tensor]:
 
 
 def candidates(
-    image_feat: torch.Tensor, text_feat: torch.Tensor, own: torch.Tensor, k_test: int
+    image_feat: torch.Tensor,
+    text_feat: torch.Tensor,
+    own: torch.Tensor,
+    k_test: int,
+    without_images: Sequence[int] = (),
+    without_texts: Sequence[int] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the k most similar texts of each own image, and the k most similar images of every text."""
+
+    def nearest(similarities: torch.Tensor, without: Sequence[int]) -> torch.Tensor:
+        for column in without:
+            similarities[:, column] = -torch.inf
+        return similarities.topk(min(k_test, similarities.shape[1] - len(without)), dim=1).indices.int().cpu()
+
     own = own.to(image_feat.device, non_blocking=True)
-    to_texts = similarity(image_feat[own], text_feat).topk(min(k_test, len(text_feat)), dim=1).indices.cpu()
-    k = min(k_test, len(image_feat))
+    to_texts = nearest(similarity(image_feat[own], text_feat), without_texts)
     mine = text_feat[get_rank() :: get_world_size()]
-    shards = all_gather_object(similarity(mine, image_feat).topk(k, dim=1).indices.int().cpu())
-    to_images = torch.empty(len(text_feat), k, dtype=torch.int32)
+    shards = all_gather_object(nearest(similarity(mine, image_feat), without_images))
+    to_images = torch.empty(len(text_feat), shards[0].shape[1], dtype=torch.int32)
     for rank, shard in enumerate(shards):
         to_images[rank :: get_world_size()] = shard
     return to_texts, to_images

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+from utils import UserError
+
 
 def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
     """Return the share of predictions that equal their labels, in [0, 1].
@@ -24,9 +26,16 @@ def consistency(sentences: Sequence[str], predictions: ArrayLike, labels: ArrayL
     return sum(all_right.values()) / len(all_right)
 
 
+def refuse_nan(scores: ArrayLike) -> None:
+    """Raise UserError for scores of a model that has diverged, which would be ranked in any order."""
+    if np.isnan(scores).any():
+        raise UserError("scores are not numbers (NaN); the model has diverged: take an earlier checkpoint")
+
+
 def _right(predictions: ArrayLike, labels: ArrayLike) -> np.ndarray:
     predicted, labels = np.asarray(predictions), np.asarray(labels)
     if predicted.ndim == 2:
+        refuse_nan(predicted)
         predicted = predicted.argmax(1)
     if predicted.shape != labels.shape or labels.ndim != 1 or not labels.size:
         raise ValueError(f"predictions of {predicted.shape} for labels of {labels.shape}; expected one for each")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils import UserError, id_text
+from utils import UserError, id_text, is_listed
 
 
 @dataclass
@@ -76,7 +76,7 @@ def _read_row(row: Any, path: Path, number: int) -> tuple[str, list[str | None]]
         raise UserError(f"{path} is not in the COCO caption format: {place} is {row!r:.60}; {expected}")
     value = row["caption"]
     captions = (value or [None]) if isinstance(value, list) else [value]
-    if not all(isinstance(caption, str | None) for caption in captions):
+    if not all(isinstance(caption, str | None) for caption in captions) or any(map(is_listed, captions)):
         raise UserError(f"{path}: {place} has the caption {value!r:.60}; expected a text, or a list of texts")
     return _id_of(row["image_id"], path, place), captions
 

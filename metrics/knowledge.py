@@ -6,6 +6,7 @@ Results are {"question_id", "answer"} rows; ids, and what is refused, are as in 
 from collections.abc import Iterable
 
 from metrics.vqa import MATCHES, answered, people_of, percent
+from utils import UserError
 
 Row = dict
 
@@ -13,9 +14,15 @@ Row = dict
 def direct_accuracy(results: Iterable[Row], annotations: Iterable[Row]) -> dict[str, float]:
     """Return A-OKVQA's accuracy of direct answers: the mean of min(1, people who gave the answer / 3), in percent.
 
-    Annotations have "question_id" and "answer", a list of texts.
+    Annotations have "question_id" and "answer", a list of texts. Those with a true "difficult_direct_answer" are left
+    out, as in the official score.
+
+    Raises:
+        UserError: there is no other.
     """
-    pairs = answered(results, annotations)
+    pairs = [pair for pair in answered(results, annotations) if pair[1].get("difficult_direct_answer") is not True]
+    if not pairs:
+        raise UserError("every annotation has difficult_direct_answer, which is not scored; set inference: choices")
     return {"overall": percent([min(1.0, people_of(row).count(answer) / MATCHES) for answer, row in pairs])}
 
 

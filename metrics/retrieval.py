@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+from metrics.classification import refuse_nan
 from utils import UserError
 
 
@@ -55,8 +56,7 @@ def itm_eval(
 
 def _ranks(scores: np.ndarray, right: Sequence[Sequence[int]]) -> np.ndarray:
     """Return, for each row, how many columns come before the best of its right ones."""
-    if np.isnan(scores).any():
-        raise UserError("retrieval scores are not numbers (NaN); the model has diverged: take an earlier checkpoint")
+    refuse_nan(scores)
     ranks = np.empty(len(scores), dtype=np.int64)
     for n, (row, columns) in enumerate(zip(scores, right, strict=True)):
         if not len(columns):

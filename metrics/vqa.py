@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from utils import UserError, id_text
+from utils import UserError, id_text, is_listed
 
 MATCHES = 3  # an answer is fully right when this many of the other people gave it
 ARTICLES = frozenset({"a", "an", "the"})
@@ -155,7 +155,7 @@ def people_of(row: dict) -> list[str]:
     answers = row.get("answers", row.get("answer", []))
     answers = answers if isinstance(answers, list) else [answers]
     people = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
-    if not people or not all(isinstance(person, str) for person in people):
+    if not people or not all(isinstance(person, str) and not is_listed(person) for person in people):
         raise UserError(
             f'question {row["question_id"]} has the answers {answers!r:.60}; expected a text, or a list of texts'
         )

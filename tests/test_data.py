@@ -26,14 +26,14 @@ SQUARE = transforms.test_transform(SIZE)
 
 @pytest.fixture
 def root(tmp_path):
-    """Three plain images, whose grey tells which is which."""
+    """Three plain images, each of another grey."""
     for number, name in enumerate(IMAGES):
         Image.new("RGB", (20, 12), (60 * number,) * 3).save(tmp_path / name)
     return tmp_path
 
 
 def grey(image):
-    """Number of the image that a normalised tensor shows."""
+    """Return the number of the image in a normalised tensor."""
     return round(float((image[0] * STD[0] + MEAN[0]).mean() * 255 / 60))
 
 
@@ -139,7 +139,7 @@ def test_image_id(entry, expected):
     assert image_id(entry) == expected
 
 
-def test_caption_eval_takes_a_image_once(root):
+def test_caption_eval_takes_an_image_once(root):
     rows = [{"image": name} for name in (IMAGES[0], IMAGES[1], IMAGES[0], IMAGES[2])]
     dataset = CaptionEval(write(root, rows), root, SQUARE)
     assert [dataset[i]["image_id"] for i in range(len(dataset))] == [7, "b", "c"]

@@ -99,7 +99,7 @@ def test_perfect_captions_and_silence(tmp_path, no_java, capfd):
 
 
 def test_duplicate_and_foreign_ids(tmp_path, no_java):
-    """The first of several captions of a image counts; ids outside the ground truth do not."""
+    """The first of several captions of an image counts; ids outside the ground truth do not."""
     truth = ground_truth(tmp_path)
     expected = caption_scores(result_rows(), truth)[0]
     more = [*result_rows(), {"image_id": 7, "caption": "nonsense"}, {"image_id": 99, "caption": "elsewhere"}]

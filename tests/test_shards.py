@@ -25,7 +25,7 @@ def add(tar, name, content):
 
 
 def image(number):
-    """A image whose grey tells its number."""
+    """An encoded image; its grey gives its number."""
     data = io.BytesIO()
     Image.new("RGB", (8, 8), (number * 5,) * 3).save(data, "PNG")
     return data.getvalue()
@@ -240,7 +240,7 @@ def test_a4_a_count_belongs_to_the_shard_it_was_made_for(tmp_path):
     make(shard)
     assert count_pairs([shard]) == 0
     make(shard, *pairs(2))
-    assert count_pairs([shard]) == 2  # a mended shard is usable again
+    assert count_pairs([shard]) == 2  # a repaired shard is counted again
 
 
 NO_COUNTS = ["{", "[]", '{"successes": -1}', '{"successes": true}', '{"successes": "9"}', "[" * 10**5]

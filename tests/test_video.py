@@ -109,20 +109,20 @@ MATRICES = {
 @pytest.mark.parametrize("clockwise", MATRICES)
 def test_a5_a_rotation_in_the_container_is_respected_when_asked(tmp_path, clockwise):
     path = tmp_path / "a.mp4"
-    picture = np.zeros((32, 64, 3), np.uint8)
-    picture[:16, :32] = 255  # the top left quarter is white
+    frame = np.zeros((32, 64, 3), np.uint8)
+    frame[:16, :32] = 255  # the top left quarter is white
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
-        for packet in (*stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")), *stream.encode()):
+        for packet in (*stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")), *stream.encode()):
             container.mux(packet)
     data = bytearray(path.read_bytes())
     struct.pack_into(">9i", data, boxes(data, ["tkhd"]) + 40, *MATRICES[clockwise])
     path.write_bytes(data)
-    expected = np.rot90(picture, -clockwise // 90)
+    expected = np.rot90(frame, -clockwise // 90)
     turned, plain = read_frames(path, 1, upright=True)[0], read_frames(path, 1)[0]
     assert (turned.size, plain.size) == (expected.shape[1::-1], (64, 32))
-    assert np.abs(np.asarray(turned, int) - expected).mean() < 10 > np.abs(np.asarray(plain, int) - picture).mean()
+    assert np.abs(np.asarray(turned, int) - expected).mean() < 10 > np.abs(np.asarray(plain, int) - frame).mean()
     settings = {"ann_root": str(tmp_path), "video_root": str(tmp_path), "num_frm_test": 1, "image_size": SIZE}
     dataset(tmp_path, ["a"])  # writes the annotations
     assert build_datasets("retrieval_msrvtt", {**settings, "exif_orientation": True})["test"].upright
