@@ -147,7 +147,7 @@ def main(config: PretrainConfig, run: Run) -> None:
     """Pretrain and report."""
     if run.evaluate:
         raise UserError("pretraining has no evaluation; run train_caption.py or train_retrieval.py with --evaluate")
-    if not config.train_file:
+    if not (config.train_file or config.train_mix):
         raise UserError("train_file names no list of pairs; give at least one, for instance --set train_file=[a.json]")
     loader = make_loaders("pretrain", config, seed=run.seed)["train"]
     model, bad_images = build_model(config), BadImages(config.max_bad_images, run)

@@ -1,6 +1,6 @@
 """Datasets of every task and their loaders."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data.annotations import find_annotation
 from data.classification import Classified, read_folder, read_pairs
 from data.coco_flickr import MAX_WORDS, CaptionEval, CaptionTrain, RetrievalEval, RetrievalTrain
+from data.mixture import Mixture, MixtureSampler, read_ratios
 from data.nlvr import NLVR
 from data.pretrain import PairDataset, list_turns
 from data.sampler import EpochSampler, SeededDataset, ShardSampler
@@ -76,9 +77,22 @@ def _build(dataset: str, config: Any, split: str, min_scale: float) -> Dataset:
     if split == "train":
         options = config.get("augment", True), config.get("reduced_jpeg", False), upright
         transform = train_transform(config["image_size"], min_scale, *options)
+        if mix := config.get("train_mix"):
+            return _mixture(dataset, config, read_ratios(mix), transform)
     else:
         transform = test_transform(config["image_size"], upright)
     return DATASETS[dataset][0](config, split, transform)
+
+
+def _mixture(dataset: str, config: Any, ratios: dict[str, float], transform: Transform) -> Mixture:
+    """Build a training dataset of every file that `train_mix` names."""
+    if config.get("laion_path") or only_shards(list(ratios), "train_mix"):
+        raise UserError("train_mix mixes lists of pairs alone; leave laion_path and tar shards out")
+    settings, parts = config if isinstance(config, Mapping) else vars(config), []
+    for file in ratios:
+        own = {"train_file": file if dataset == "caption_coco" else [file], "train_files": [file]}
+        parts.append(DATASETS[dataset][0]({**settings, **own}, "train", transform))
+    return Mixture(parts, list(ratios.values()))
 
 
 def _file(config: Any, split: str, released: str) -> str:
@@ -182,7 +196,10 @@ def make_loader(
     num_replicas, rank = processes or (get_world_size(), get_rank())
     sampler: Sampler = ShardSampler(len(dataset), num_replicas, rank)
     if is_train:
-        sampler = EpochSampler(len(dataset), num_replicas, rank, not isinstance(dataset, TarPairs), seed)
+        if isinstance(dataset, Mixture):
+            sampler = MixtureSampler(dataset, num_replicas, rank, seed)
+        else:
+            sampler = EpochSampler(len(dataset), num_replicas, rank, not isinstance(dataset, TarPairs), seed)
         dataset = SeededDataset(dataset, seed)
     return DataLoader(
         dataset,

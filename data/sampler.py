@@ -28,11 +28,14 @@ class EpochSampler(Sampler):
         return self.num_items // self.num_replicas
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.num_items, generator=generator) if self.shuffle else torch.arange(self.num_items)
+        order = self.order(torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch))
         own = order[self.rank :: self.num_replicas][: len(self)]
         for index in own[self.num_consumed :].tolist():
             yield self.epoch, index
+
+    def order(self, generator: torch.Generator) -> torch.Tensor:
+        """Return the samples of the epoch for all processes, int64 (samples,)."""
+        return torch.randperm(self.num_items, generator=generator) if self.shuffle else torch.arange(self.num_items)
 
 
 class ShardSampler(Sampler):

@@ -107,6 +107,7 @@ class CaptionConfig(TrainConfig):
 
     coco_gt_root: str = setting("annotation/coco_gt", "folder of the ground-truth files in COCO format")
     train_file: str = setting("", "own training annotations; '' for coco_karpathy_train.json")
+    train_mix: dict = setting({}, "files and the ratio of each, as {a.json: 3, b.json: 1}, in place of train_file")
     val_file: str = setting("", "own validation annotations; '' for coco_karpathy_val.json")
     test_file: str = setting("", "own test annotations; '' for coco_karpathy_test.json")
     splits: list = setting(["val", "test"], "splits that --evaluate reads: val, test or both")
@@ -149,6 +150,7 @@ class VQAConfig(TrainConfig):
     vqa_root: str = setting("", "folder of the VQA images (COCO's)")
     vg_root: str = setting("", "folder of the Visual Genome images")
     train_files: list = setting(["vqa_train", "vqa_val", "vg_qa"], "annotation files to train on, without .json")
+    train_mix: dict = setting({}, "files and the ratio of each, as {a.json: 3, b.json: 1}, in place of train_files")
     test_file: str = setting("", "own test questions; '' for vqa_test.json")
     answer_list: str = setting("", "own candidate answers; '' for answer_list.json")
     batch_size_train: int = setting(16, "questions per process and step")
@@ -232,6 +234,7 @@ class PretrainConfig(TrainConfig):
     """Pretraining (paper section 4.1)."""
 
     train_file: list = setting([], "lists of pairs, JSON or JSON lines; or tar shards, as a/{000..131}.tar or pipe:...")
+    train_mix: dict = setting({}, "files and the ratio of each, as {a.json: 3, b.json: 1}, in place of train_file")
     shard_pairs: int = setting(0, "pairs in all tar shards; 0 counts them")
     shuffle_buffer: int = setting(2000, "pairs of shards among which each worker draws the next; 1 keeps their order")
     laion_path: str = setting("", "folder of further lists, one per epoch in turn; '' for none")
