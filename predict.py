@@ -20,10 +20,16 @@ from inference.explain import explain_rows
 from inference.inputs import find_images, read_texts
 from inference.options import ROWS, parse
 from inference.predictor import Predictor, Row
-from inference.results import Rows, begin, digest_of, refuse_existing, save_features, track_rows
+from inference.results import Flat, Rows, begin, digest_of, refuse_existing, save_features, track_rows
 from inference.search import Index, find_images_by_text, find_texts_by_image
 from inference.sidecars import Sidecars
+from inference.tasks import CAPTION_DEFAULTS
 from utils import UserError, user_message
+
+DECODING = (
+    "num_captions", "sample", "top_p", "top_k", "temperature", "repetition_penalty", "length_penalty", "seed",
+    "no_repeat_ngram_size",
+)  # fmt: skip
 
 
 def main() -> int:
@@ -57,12 +63,8 @@ def load_model(args: argparse.Namespace, task: str, checkpoint: str = "", **sett
 def caption(args: argparse.Namespace) -> None:
     """Write captions."""
     model = load_model(args, "caption", prompt=args.prompt)
-    names = (
-        "num_captions", "sample", "top_p", "top_k", "temperature", "repetition_penalty", "length_penalty", "seed",
-        "no_repeat_ngram_size",
-    )  # fmt: skip
-    settings = {name: getattr(args, name) for name in names} | {"banned": args.ban}
-    settings |= {name: model.setting(name, getattr(args, name)) for name in ("num_beams", "max_length", "min_length")}
+    settings = {name: getattr(args, name) for name in DECODING} | {"banned": args.ban}
+    settings |= {name: model.setting(name, getattr(args, name)) for name in CAPTION_DEFAULTS}
     record, ranker = settings | {"prompt": model.model.prompt}, None
     if args.rank_by:
         ranker = load_model(args, "match", args.rank_by, image_size=model.image_size, vit=None, med_config=None)
@@ -84,9 +86,8 @@ def vqa(args: argparse.Namespace) -> None:
     model = load_model(args, "vqa")
     answers = read_texts(Path(args.answers), "answer") if args.answers else []
     record = {"question": args.question, "answers": digest_of(answers), "k_test": args.k_test}
-    write_rows(
-        args, model, lambda images: model.answers(images, args.question, answers, args.k_test, **reading(args)), record
-    )
+    settings = reading(args) | {"answers": answers, "k_test": args.k_test}
+    write_rows(args, model, lambda images: model.answers(images, args.question, **settings), record)
 
 
 def match(args: argparse.Namespace) -> None:
@@ -146,16 +147,11 @@ def write_rows(
     model: Predictor,
     predict: Callable[[list[Path | str]], Iterator[Row]],
     settings: Row,
-    flat: Callable[[Row], list[Row]] | None = None,
+    flat: Flat | None = None,
 ) -> None:
     """Predict the images of a command line and write a row for each as soon as it is known.
 
-    Args:
-        args: of the command line.
-        model: what predicts.
-        predict: images -> their rows.
-        settings: what the rows depend on, besides the weights.
-        flat: row -> its lines in a .csv file.
+    The rows depend on the model and `settings`; `flat` makes of a row its lines in a .csv file.
     """
     as_lines, done = args.output and not args.output.endswith(".csv"), set()
     if args.output.endswith(".csv") and not flat:

@@ -35,29 +35,17 @@ DECODING = {"nucleus": "true", "beam": "false"}  # capfilt.py's `sample`
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of the experiment.
+    """Sizes of the experiment."""
 
-    Args:
-        seeds: number of repetitions, on one world.
-        level: level of the world.
-        train: images with five human captions each.
-        web: images with one web text each; 45% of the texts do not match.
-        test: images that every model captions and ranks.
-        rows: pairs of an epoch of pretraining, for any set: drawn or repeated at random.
-        passes: epochs of pretraining.
-        tuning: epochs of fine-tuning on the human pairs.
-        warmup: steps of warm-up.
-    """
-
-    seeds: int = 3
-    level: int = 2
-    train: int = 600
-    web: int = 3000
-    test: int = 300
-    rows: int = 8000
-    passes: int = 3
-    tuning: int = 6
-    warmup: int = 50
+    seeds: int = 3  # repetitions, on one world
+    level: int = 2  # of the world
+    train: int = 600  # images with five human captions each
+    web: int = 3000  # images with one web text each; 45% of the texts do not match
+    test: int = 300  # images that every model captions and ranks
+    rows: int = 8000  # pairs of an epoch of pretraining, for any set: drawn or repeated at random
+    passes: int = 3  # epochs of pretraining
+    tuning: int = 6  # epochs of fine-tuning on the human pairs
+    warmup: int = 50  # steps of warm-up
 
 
 QUICK = Plan(seeds=1, level=1, train=16, web=24, test=8, rows=32, passes=1, tuning=1, warmup=1)
@@ -65,24 +53,12 @@ QUICK = Plan(seeds=1, level=1, train=16, web=24, test=8, rows=32, passes=1, tuni
 
 @dataclass
 class Stage:
-    """One stage of the experiment: a function, then a command; either may be absent.
+    """One stage of the experiment: a function, then a command; either may be absent."""
 
-    Args:
-        name: name, and path of the stage's folder below the root.
-        needs: names of the stages that must be done before.
-        before: function called first.
-        command: arguments of Python.
-    """
-
-    name: str
-    needs: tuple[str, ...] = ()
+    name: str  # also the path of the stage's folder below the root
+    needs: tuple[str, ...] = ()  # names of the stages that must be done before
     before: Callable[[], None] | None = None
-    command: list[str] = field(default_factory=list)
-
-    @property
-    def file_name(self) -> str:
-        """Name of the stage's files in the folders of logs and marks, without ending."""
-        return self.name.replace("/", ".")
+    command: list[str] = field(default_factory=list)  # arguments of Python
 
 
 # The stages.
@@ -91,7 +67,7 @@ class Stage:
 def all_stages(root: Path, plan: Plan) -> list[Stage]:
     """Return every stage, in an order in which they could run one by one."""
     counts = {"train": plan.train, "val": 8, "test": plan.test, "web": plan.web, "level": plan.level, "seed": 1}
-    options = [word for name, count in counts.items() for word in (f"--{name}", str(count))]
+    options = [f"--{name}={count}" for name, count in counts.items()]
     world = Stage("world", command=["-m", "miniature", "--output", str(root / "world"), *options])
     return [world, *(stage for seed in range(plan.seeds) for stage in seed_stages(root, plan, seed))]
 
@@ -223,7 +199,7 @@ def write_pairs(path: Path, pairs: list[dict], count: int, seed: int) -> None:
 
 def done_file(root: Path, stage: Stage) -> Path:
     """Return the file that marks a stage as done; it holds the seconds that the stage took."""
-    return root / "done" / f"{stage.file_name}.json"
+    return root / "done" / f"{stage.name.replace('/', '.')}.json"
 
 
 async def run_stages(root: Path, stages: Sequence[Stage], jobs: int) -> None:
@@ -260,7 +236,7 @@ async def run_stage(root: Path, stage: Stage) -> float:
         stage.before()
     if stage.command:
         resume = ["--resume"] if (root / stage.name / "checkpoint_last.pth").is_file() else []
-        await run_python([*stage.command, *resume], stage.name, root / "logs" / f"{stage.file_name}.log")
+        await run_python([*stage.command, *resume], stage.name, root / "logs" / f"{done_file(root, stage).stem}.log")
     seconds = time.monotonic() - began
     write_json(done_file(root, stage), {"seconds": seconds})
     return seconds

@@ -7,7 +7,6 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from demo.exact import exact_shares
-from demo.noise import count, scores
 from files import read_json, read_rows, write_json
 from miniature.text import caption_is_exact
 from report.figures import draw_means
@@ -98,8 +97,18 @@ def tool_scores(folder: Path, scenes: Scenes, world: Path) -> dict[str, float]:
         "kept (%)": 100 * len(passed) / max(len(written), 1),
         "right of those kept (%)": share_right(passed, scenes),
         "distinct captions": float(len({row["caption"] for row in written})),
-        **scores(count(folder, {row["image"]: row for row in truth})["all"]),
+        **filter_quality(kept, dropped, {row["image"]: row["matches"] for row in truth}),
     }
+
+
+def filter_quality(kept: Sequence[dict], dropped: Sequence[dict], truth: dict[str, bool]) -> dict[str, float]:
+    """Return precision, recall and F1 of dropping the web texts that do not match their images."""
+    wrong_kept, wrong_dropped = (
+        [not truth[row["image"]] for row in rows if row["source"] == "web"] for rows in (kept, dropped)
+    )
+    caught = sum(wrong_dropped)
+    precision, recall = caught / max(len(wrong_dropped), 1), caught / max(caught + sum(wrong_kept), 1)
+    return {"precision": precision, "recall": recall, "F1": 2 * precision * recall / max(precision + recall, 1e-12)}
 
 
 def share_right(pairs: Sequence[dict], scenes: Scenes) -> float:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ OTHER_BYTES = 1 << 20  # of everything else in a request, which is kept in memor
 CLOSE = (b"connection", b"close")
 
 
+class TooLarge(UserError):
+    """An image has too many pixels."""
+
+
 def read_image(path: str | None) -> Image.Image:
     """Read an uploaded image and reduce it to the size that is shown.
 
@@ -30,7 +35,7 @@ def read_image(path: str | None) -> Image.Image:
     """
     if not path:
         raise UserError("there is no image yet; upload one, or click an example")
-    check_megapixels(megapixels(path))
+    megapixels(path)
     return read_shown(Path(path))
 
 
@@ -38,20 +43,17 @@ def megapixels(path: str) -> float:
     """Return an image's megapixels without decoding it.
 
     Raises:
-        UserError: it is no image.
+        UserError: it is no image, or it is too large.
     """
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return image.width * image.height / 1e6
+            found = image.width * image.height / 1e6
     except BAD_IMAGE:
         raise UserError("this file is no image that can be read; upload a JPEG or PNG") from None
-
-
-def check_megapixels(found: float) -> None:
-    """Raise a UserError for an image that is too large."""
     if found > MAX_MEGAPIXELS:
-        raise UserError(f"the image has {found:.0f} megapixels; upload one of at most {MAX_MEGAPIXELS}")
+        raise TooLarge(f"the image has {found:.0f} megapixels; upload one of at most {MAX_MEGAPIXELS}")
+    return found
 
 
 def check_sizes(files: Sequence[str]) -> None:
@@ -59,11 +61,11 @@ def check_sizes(files: Sequence[str]) -> None:
     total = 0.0
     for name in files:
         try:
-            found = megapixels(name)
+            total += megapixels(name)
+        except TooLarge:
+            raise
         except UserError:  # the search counts unreadable files
             continue
-        check_megapixels(found)
-        total += found
     if total > MAX_TOTAL_MEGAPIXELS:
         raise UserError(f"{total:.0f} megapixels are too many for this page; give at most {MAX_TOTAL_MEGAPIXELS}")
 
@@ -92,14 +94,11 @@ def read_text(text: str | None, name: str) -> str:
 class BodyLimit:
     """ASGI middleware that answers 413 to a request with too large a body: announced, or received so far.
 
-    Args:
-        app: application behind it.
-        upload: limit in bytes of all files of a form sent to .../upload.
-        other: limit in bytes of the rest of that form, and of any other request.
+    Gradio itself limits each file, and neither their sum nor the fields and JSON that it keeps in memory.
     """
 
-    def __init__(self, app: Callable[..., Awaitable[None]], upload: int = UPLOAD_BYTES, other: int = OTHER_BYTES):
-        self.app, self.upload, self.other = app, upload, other
+    def __init__(self, app: Callable[..., Awaitable[None]]):
+        self.app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -107,7 +106,7 @@ class BodyLimit:
             return await self.app(scope, receive, send)
         headers = dict(reversed(scope["headers"]))  # the first of a repeated name counts, as in the app
         uploads = scope["path"].rstrip("/").endswith("/upload")
-        body = Body(headers.get(b"content-type", b"") if uploads else b"", self.upload, self.other)
+        body = Body(headers.get(b"content-type", b"") if uploads else b"")
         announced = headers.get(b"content-length", b"0")
         if not announced.isdigit() or int(announced) > body.most:
             return await refuse(send)
@@ -116,23 +115,25 @@ class BodyLimit:
 
 
 class Body:
-    """Counts the received bytes of a body: those of files, which the app writes to disk, and all others.
+    """Counts the received bytes of a body: those of a form's files, which the app writes to disk, and all others."""
 
-    Args:
-        content_type: content type of a form with files; b"" if there is none.
-        upload: limit in bytes of files.
-        other: limit in bytes of all others.
-    """
-
-    def __init__(self, content_type: bytes, upload: int, other: int):
-        self.upload, self.other, self.files, self.others = upload, other, 0, 0
+    def __init__(self, content_type: bytes):
+        self.files = self.others = 0
         self.header, self.disposition, self.in_file = [b"", b""], b"", False
-        self.form = parser_of(content_type, self)
+        self.form = self._parser(content_type)
+        self.most = OTHER_BYTES + (UPLOAD_BYTES if self.form else 0)
 
-    @property
-    def most(self) -> int:
-        """Largest size in bytes."""
-        return self.other + (self.upload if self.form else 0)
+    def _parser(self, content_type: bytes) -> Any:
+        """Return the form parser that Gradio also uses; None if the content is not a form."""
+        from python_multipart.multipart import MultipartParser, parse_options_header
+
+        kind, options = parse_options_header(content_type)
+        if kind != b"multipart/form-data" or b"boundary" not in options:
+            return None
+        callbacks = {name: getattr(self, name) for name in dir(self) if name.startswith("on_")}
+        with suppress(ValueError):  # the boundary is too long
+            return MultipartParser(options[b"boundary"], callbacks)
+        return None
 
     def takes(self, piece: bytes) -> bool:
         """Count a piece; return False if the body is now too large."""
@@ -143,7 +144,7 @@ class Body:
         except ValueError:  # not a form after all; the app will refuse it too
             self.form = None
         self.others += len(piece) - (self.files - files)
-        return self.files <= self.upload and self.others <= self.other
+        return self.files <= UPLOAD_BYTES and self.others <= OTHER_BYTES
 
     # Callbacks of the form's parser, with slices of bytes.
 
@@ -169,20 +170,6 @@ class Body:
     def on_part_data(self, piece: bytes, start: int, end: int) -> None:
         if self.in_file:
             self.files += end - start
-
-
-def parser_of(content_type: bytes, listener: Any) -> Any:
-    """Return the form parser that Gradio also uses; None if the content is not a form."""
-    from python_multipart.multipart import MultipartParser, parse_options_header
-
-    kind, options = parse_options_header(content_type)
-    if kind != b"multipart/form-data" or b"boundary" not in options:
-        return None
-    callbacks = {name: getattr(listener, name) for name in dir(listener) if name.startswith("on_")}
-    try:
-        return MultipartParser(options[b"boundary"], callbacks)
-    except ValueError:  # the boundary is too long
-        return None
 
 
 def limited(receive: Receive, send: Send, body: Body, has_body: bool) -> tuple[Receive, Send]:

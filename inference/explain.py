@@ -20,11 +20,12 @@ from data.text import pre_question
 from files import write_whole
 from inference.predictor import MAX_WORDS, Predictor, Row, clean
 from inference.tasks import Answerer, Captioner, Matcher
+from models.attention import Projection
 from models.blip_itm import MAX_TEXT_TOKENS
 from models.blip_vqa import MAX_QUESTION_TOKENS
-from models.med import TextTransformer
+from models.med import TextDecoder, TextTransformer
 from models.tokenizer import TokenBatch, tokenize
-from utils import UserError, on_main_process
+from utils import UserError
 
 WHOLE = "(all)"  # names the map of the text as a whole
 COLORS = ((0, (30, 30, 160)), (0.35, (0, 180, 220)), (0.65, (250, 230, 60)), (1, (220, 30, 20)))
@@ -56,11 +57,9 @@ def explain(
     pixels = model.transform(as_rgb(image))[None].to(model.device)
     with torch.enable_grad():
         if isinstance(model, Captioner):
-            return _explain_caption(model, pixels, text, method, layer)
-        if isinstance(model, Matcher):
-            return _explain_match(model, pixels, text, method, layer)
-        if isinstance(model, Answerer):
-            return _explain_answer(model, pixels, text, answer, method, layer)
+            return with_whole(_explain_caption(model, pixels, text, method, layer))
+        if isinstance(model, Matcher | Answerer):
+            return with_whole(_explain_text(model, pixels, text, answer, method, layer))
     raise UserError(f"a {type(model).__name__} reads no text; explain captions, matches or answers")
 
 
@@ -69,41 +68,40 @@ def _explain_caption(model: Captioner, pixels: torch.Tensor, caption: str, metho
     text = tokenize(net.tokenizer, net.prompt + caption, "dec", device=model.device)
     with recorded(net.text_decoder.bert, layer) as recording:
         projection = net.text_decoder.bert.project(net.visual_encoder(pixels))
-        hidden = net.text_decoder.hidden_states(text.input_ids, projection=projection)
-    ids = text.input_ids[0]
-    log_probs = net.text_decoder.logits(hidden[0, :-1]).log_softmax(dim=-1).gather(1, ids[1:, None])[:, 0]
+        log_probs = token_log_probs(net.text_decoder, text.input_ids, projection)
     maps = []
     for word, places in words_of(net.tokenizer, text, net.prompt_length):
         before = [place - 1 for place in places]  # a token is predicted at the position before it
         relevance = weigh(recording[0], log_probs[before].sum(), method)
         maps.append((word, to_grid(relevance[before])))
-    return with_whole(maps)
+    return maps
 
 
-def _explain_match(model: Matcher, pixels: torch.Tensor, text: str, method: str, layer: int | None) -> Maps:
+def _explain_text(
+    model: Matcher | Answerer, pixels: torch.Tensor, text: str, answer: str, method: str, layer: int | None
+) -> Maps:
+    """Explain the matching logit of a text, or the log-probability of the answer to a question."""
     net = model.model
-    tokens = tokenize(net.tokenizer, clean([text]), net.first_token, MAX_TEXT_TOKENS, model.device)
+    if isinstance(model, Matcher):
+        tokens = tokenize(net.tokenizer, clean([text]), net.first_token, MAX_TEXT_TOKENS, model.device)
+    else:
+        tokens = tokenize(net.tokenizer, pre_question(text, MAX_WORDS), "enc", MAX_QUESTION_TOKENS, model.device)
     with recorded(net.text_encoder, layer) as recording:
         hidden = net.text_encoder(*tokens, net.text_encoder.project(net.visual_encoder(pixels)))
-    logits = net.itm_head(hidden[0, 0])
-    relevance = weigh(recording[0], logits[1] - logits[0], method)
-    words = words_of(net.tokenizer, tokens)
-    return with_whole([(word, to_grid(relevance[places])) for word, places in words])
+    if isinstance(model, Matcher):
+        no_match, match = net.itm_head(hidden[0, 0])
+        score = match - no_match
+    else:
+        ids = tokenize(net.tokenizer, answer, "dec", device=model.device).input_ids
+        score = token_log_probs(net.text_decoder, ids, net.text_decoder.bert.project(hidden)).sum()
+    relevance = weigh(recording[0], score, method)
+    return [(word, to_grid(relevance[places])) for word, places in words_of(net.tokenizer, tokens)]
 
 
-def _explain_answer(
-    model: Answerer, pixels: torch.Tensor, question: str, answer: str, method: str, layer: int | None
-) -> Maps:
-    net = model.model
-    tokens = tokenize(net.tokenizer, pre_question(question, MAX_WORDS), "enc", MAX_QUESTION_TOKENS, model.device)
-    with recorded(net.text_encoder, layer) as recording:
-        states = net.question_states(pixels, tokens)
-    text = tokenize(net.tokenizer, answer, "dec", device=model.device)
-    hidden = net.text_decoder.hidden_states(text.input_ids, projection=net.text_decoder.bert.project(states))
-    log_probs = net.text_decoder.logits(hidden[0, :-1]).log_softmax(dim=-1).gather(1, text.input_ids[0, 1:, None])
-    relevance = weigh(recording[0], log_probs.sum(), method)
-    words = words_of(net.tokenizer, tokens)
-    return with_whole([(word, to_grid(relevance[places])) for word, places in words])
+def token_log_probs(decoder: TextDecoder, ids: torch.Tensor, projection: Projection) -> torch.Tensor:
+    """Return the log-probability (length - 1,) of each token of one text (1, length) after the first."""
+    hidden = decoder.hidden_states(ids, projection=projection)
+    return decoder.logits(hidden[0, :-1]).log_softmax(dim=-1).gather(1, ids[0, 1:, None])[:, 0]
 
 
 @contextmanager
@@ -205,8 +203,16 @@ def cut_to_width(text: str, width: int, font: Any) -> str:
 
 
 def explain_rows(model: Predictor, rows: Iterable[Row], folder: Path, method: str, layer: int | None) -> Iterator[Row]:
-    """Add to each row of a predictor "maps": paths of a sheet for its best caption, or each text or question."""
-    on_main_process(lambda: _make(folder))
+    """Add to each row of a predictor "maps": paths of a sheet for its best caption, or each text or question.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"folder of maps {folder} cannot be made ({error.strerror}); choose another --explain"
+        raise UserError(reason) from None
     for row in rows:
         if "error" in row:
             yield row
@@ -215,16 +221,12 @@ def explain_rows(model: Predictor, rows: Iterable[Row], folder: Path, method: st
         for number, (text, answer, title) in enumerate(_explained(row)):
             if not text.strip():
                 continue
-            path = folder / f"{Path(row['image']).stem}-{short_hash(row['image'])}-{number}.png"
+            digest = hashlib.sha256(row["image"].encode("utf-8", "surrogateescape")).hexdigest()[:8]
+            path = folder / f"{Path(row['image']).stem}-{digest}-{number}.png"
             maps = explain(model, row["image"], text, answer, method, layer)
             save_image(sheet(as_rgb(row["image"]), title, maps), path)
             paths.append(str(path))
         yield {**row, "maps": paths}
-
-
-def short_hash(name: str) -> str:
-    """Return 8 letters that differ for images of one file name in different folders."""
-    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
 
 
 def save_image(image: Image.Image, path: Path) -> None:
@@ -235,15 +237,6 @@ def save_image(image: Image.Image, path: Path) -> None:
     """
     with write_whole(path, "wb") as file:
         image.save(file, "PNG")
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"folder of maps {folder} cannot be made ({error.strerror}); choose another --explain"
-        ) from None
 
 
 def _explained(row: Row) -> Iterator[tuple[str, str, str]]:

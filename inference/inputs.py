@@ -12,8 +12,7 @@ from PIL import Image
 
 from data.annotations import read_list
 from data.images import is_url
-from inference.predictor import note
-from utils import UserError
+from utils import UserError, note
 
 LISTS = (".txt", ".json", ".jsonl")
 STDIN = "-"

@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from inference.sidecars import MODES
 
@@ -17,7 +18,7 @@ EXAMPLES = {
 PURPOSES = {
     "caption": "write captions",
     "vqa": "answer questions",
-    "match": "tell how well texts describe images",
+    "match": "score how well texts describe images",
     "search": "find images by text, or texts by image",
     "features": "save features of images, as .safetensors or .npy",
 }
@@ -55,6 +56,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
     )  # fmt: skip
     add = parser.add_argument
     ADD_OWN[command](parser)
+    if command in ("match", "search"):
+        add("--first_token", choices=("enc", "cls"), help="cls as the released demo (default: enc)")
     add("images", nargs="*" if command == "search" else "+", help=IMAGES)
     add("--no_recursive", dest="recursive", action="store_false", help="do not search the subfolders of a folder")
     add("--checkpoint", required=True, help="weights: a path, a URL, or hf:owner/name")
@@ -111,7 +114,6 @@ def _add_vqa(parser: argparse.ArgumentParser) -> None:
 
 def _add_match(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", action="append", required=True, help="may be given many times")
-    _add_first_token(parser)
 
 
 def _add_search(parser: argparse.ArgumentParser) -> None:
@@ -121,11 +123,6 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     add("--index", default="", help="file of the images' features, kept for the next search")
     add("--k_test", type=whole(1), default=16, help="candidates that matching re-ranks (default: 16)")
     add("--top", type=whole(1), default=5, help="results of each query (default: 5)")
-    _add_first_token(parser)
-
-
-def _add_first_token(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--first_token", choices=("enc", "cls"), help="cls as the released demo (default: enc)")
 
 
 def _add_features(parser: argparse.ArgumentParser) -> None:
@@ -141,13 +138,10 @@ def whole(least: int) -> Callable[[str], int]:
     """Return a reader of whole numbers of at least `least`."""
 
     def read(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number, at least {least}")
-        return value
+        with suppress(ValueError):
+            if int(text) >= least:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number, at least {least}")
 
     return read
 
@@ -156,14 +150,11 @@ def number(above: float, most: float = math.inf) -> Callable[[str], float]:
     """Return a reader of finite numbers above `above` and of at most `most`."""
 
     def read(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and above < value <= most):
-            bounds = "" if above == -math.inf else f" above {above:g}"
-            bounds += "" if most == math.inf else f", at most {most:g}"
-            raise argparse.ArgumentTypeError(f"{text!r}; expected a number{bounds}")
-        return value
+        with suppress(ValueError):
+            if math.isfinite(float(text)) and above < float(text) <= most:
+                return float(text)
+        bounds = "" if above == -math.inf else f" above {above:g}"
+        bounds += "" if most == math.inf else f", at most {most:g}"
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number{bounds}")
 
     return read

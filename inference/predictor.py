@@ -16,7 +16,7 @@ from data.text import pre_caption
 from data.transforms import test_transform
 from models.precision import autocast
 from models.tokenizer import tokenize
-from utils import UserError
+from utils import UserError, note
 
 Row = dict[str, Any]
 Images = ImageSource | Iterable[ImageSource]
@@ -85,7 +85,8 @@ class Predictor:
                     rows += predict(image[part].to(self.device, non_blocking=True), names[part])
                 continue
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+                if not full and not any(text in str(error) for text in NO_MEMORY):
                     raise
             self._halve(size)
         return rows
@@ -115,13 +116,6 @@ class Predictor:
         return digest.hexdigest()
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return True for an error that a smaller batch may avoid."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return any(text in str(error) for text in NO_MEMORY)
-
-
 def _chunks(images: Images, size: int) -> Iterator[tuple[int, Sequence[ImageSource]]]:
     """Yield the number of the first image and the images: all of a list at once, of a generator `size` at a time."""
     if isinstance(images, str | Path | bytes) or hasattr(images, "convert") or hasattr(images, "read"):
@@ -132,9 +126,7 @@ def _chunks(images: Images, size: int) -> Iterator[tuple[int, Sequence[ImageSour
         yield 0, images
         return
     if isinstance(images, Mapping) or not isinstance(images, Iterable):
-        raise UserError(
-            f"images are a {type(images).__name__}; expected {FORMS}, or a list or generator of these"
-        )
+        raise UserError(f"images are a {type(images).__name__}; expected {FORMS}, or a list or generator of these")
     iterator, start = iter(images), 0
     while chunk := list(islice(iterator, size)):
         yield start, chunk
@@ -159,8 +151,3 @@ def note_cut(tokenizer: Any, texts: Sequence[str], max_tokens: int, kind: str) -
     lengths = tokenize(tokenizer, texts).attention_mask.sum(dim=1)
     if num_cut := int((lengths > max_tokens).sum()):
         note(f"{num_cut} of {len(texts)} {kind} are longer than {max_tokens} tokens; the rest of them is not read")
-
-
-def note(text: str) -> None:
-    """Print a line to standard error."""
-    print(f"note: {text}", file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from models.blip_retrieval import MAX_TEXT_TOKENS
 from models.losses import similarity, unit_features
@@ -182,12 +183,8 @@ def match_image(
 
 def pad(rows: Sequence[Sequence[int]], tokenizer: Any, device: torch.device) -> TokenBatch:
     """Make a batch of token ids, padded to the longest, with [ENC] in front."""
-    longest = max(len(row) for row in rows)
-    input_ids = torch.full((len(rows), longest), tokenizer.pad_token_id, dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    for i, row in enumerate(rows):
-        input_ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
+    input_ids = pad_sequence([torch.tensor(row) for row in rows], True, tokenizer.pad_token_id)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True)
     return TokenBatch(input_ids, mask).with_first(tokenizer.enc_token_id).to(device)
 
 

@@ -17,9 +17,10 @@ import numpy as np
 from safetensors.numpy import save as to_safetensors
 
 from files import why_not_written, write_whole
-from inference.predictor import Row, note
-from utils import ProgressLine, UserError
+from inference.predictor import Row
+from utils import ProgressLine, UserError, note
 
+Flat = Callable[[Row], list[tuple[str, str]]]
 SHOWN_ERRORS = 5
 CHOOSE = "choose another --output"
 RESULT_OF = {"caption": "captions", "vqa": "answers", "match": "matches"}  # the key of a command's rows
@@ -65,7 +66,12 @@ def begin(output: Path, record: Row, resume: bool = False, retry_failed: bool = 
             if not line.endswith(b"\n"):
                 break
             end += len(line)
-            row = _parse(output, line)
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = {}
+            if not isinstance(row, dict) or not row.keys() & {"image", "made_by"}:
+                raise UserError(f"{output} holds no results of this command; {CHOOSE}")
             if number == 0:
                 _check_record(output, row, record)
             if "image" in row and not (retry_failed and "error" in row):
@@ -81,16 +87,6 @@ def begin(output: Path, record: Row, resume: bool = False, retry_failed: bool = 
 def digest_of(texts: Sequence[str]) -> str:
     """Return a hash of texts, "" for none: what a record keeps of a long list."""
     return hashlib.blake2b(json.dumps(texts).encode(), digest_size=8).hexdigest() if texts else ""
-
-
-def _parse(output: Path, line: bytes) -> Row:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict) or not row.keys() & {"image", "made_by"}:
-        raise UserError(f"{output} holds no results of this command; {CHOOSE}")
-    return row
 
 
 def _check_record(output: Path, first: Row, record: Row) -> None:
@@ -118,7 +114,7 @@ class Rows:
         flat: row -> the lines of a .csv.
     """
 
-    def __init__(self, output: str = "", append: bool = False, flat: Callable[[Row], list[Row]] | None = None):
+    def __init__(self, output: str = "", append: bool = False, flat: Flat | None = None):
         self.output, self.mode, self.flat = output, "a" if append else "w", flat
         self.failed: list[Row] = []
         self.total = 0
@@ -151,13 +147,10 @@ class Rows:
 
     def _write_csv(self, file: IO[str], rows: Iterable[Row]) -> None:
         assert self.flat is not None
-        writer: csv.DictWriter | None = None
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("image", "caption"))
         for row in self.count(rows):
-            for line in [] if "error" in row else self.flat(row):
-                if writer is None:
-                    writer = csv.DictWriter(file, list(line), lineterminator="\n")
-                    writer.writeheader()
-                writer.writerow(line)
+            writer.writerows([] if "error" in row else self.flat(row))
 
     def count(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Pass rows on, counting them and keeping those with an error."""

@@ -13,11 +13,11 @@ from safetensors.torch import save as to_safetensors
 
 from data.images import ImageSource, image_batches, is_url
 from files import write_whole
-from inference.predictor import Row, note
+from inference.predictor import Row
 from inference.tasks import Matcher
 from models.losses import similarity
 from models.precision import autocast
-from utils import ProgressLine, UserError
+from utils import ProgressLine, UserError, note
 
 SAVE_EVERY = 1000  # new images between two savings of an index
 CHUNK = 1 << 20
@@ -182,8 +182,8 @@ def find_images_by_text(
 
     Returns:
         For each text {"text", "images": [{"image", "probability", "cosine"}, ...]}, best first, ordered by the
-        matching logit plus cosine; and {"image", "error"} for each candidate that cannot be read any more, in place
-        of which the next most similar one is re-ranked.
+        matching logit plus cosine; and {"image", "error"} for each candidate that cannot be read any more. The next
+        most similar image replaces it.
     """
     names, feats = collection
     cosine = similarity(matcher.text_feat(texts), feats.to(matcher.device))
@@ -225,10 +225,9 @@ def find_texts_by_image(
     """Find the texts that describe images best.
 
     Args:
-        matcher, k_test, top, batch_size: as `find_images_by_text`, with texts re-ranked.
-        images: as for `Captioner.captions`.
+        images, batch_size, num_workers: as for `Predictor.rows`.
         texts: all that may be found.
-        num_workers: processes that read images.
+        k_test, top: as for `find_images_by_text`, with texts re-ranked.
 
     Yields:
         For each image {"image", "texts": [{"text", "probability", "cosine"}, ...]}, best first, or an "error".

@@ -56,9 +56,9 @@ class Sidecars:
         captions = row["captions"][:1] if self.best_only else row["captions"]
         return [f"{self.prefix}{found['caption']}{self.suffix}" for found in captions]
 
-    def lines(self, row: Row) -> list[Row]:
-        """Return the lines of a row in a .csv file."""
-        return [{"image": row["image"], "caption": text} for text in self.texts(row)]
+    def lines(self, row: Row) -> list[tuple[str, str]]:
+        """Return the lines of a row in a .csv file: image, caption."""
+        return [(row["image"], text) for text in self.texts(row)]
 
     def write(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Write the text file of each row, whole or not at all, and pass the row on.

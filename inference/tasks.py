@@ -50,7 +50,7 @@ class Captioner(Predictor):
         """Yield {"image", "captions": [{"caption", "log_prob"}, ...]}, the best caption first.
 
         Args:
-            images: one or several, in any form that `data.images.as_rgb` takes, or a generator of them.
+            images, batch_size, num_workers, names: as for `Predictor.rows`.
             num_captions: captions of each image; of a search at most `num_beams`.
             sample: nucleus sampling instead of beam search.
             num_beams: width of the search; 1 is greedy. None: as the checkpoint was evaluated, or 3.
@@ -67,9 +67,6 @@ class Captioner(Predictor):
             seed: of sampling; an image's captions depend on it and on the image's name only.
             rank_by: a matching model that takes images of the same size; the captions come in the order of the
                 "probability" that they match the image, which their rows then have.
-            batch_size: images at once.
-            num_workers: processes that read images.
-            names: of the images, for "image" in the rows; None takes their paths.
 
         Raises:
             UserError: settings that do not go together, such as more captions than beams.
@@ -119,9 +116,7 @@ class Captioner(Predictor):
 class Answerer(Predictor):
     """Answers questions (paper section 5.3)."""
 
-    def answer(
-        self, images: Images, questions: Sequence[str] | str, **settings: Any
-    ) -> list[Row]:
+    def answer(self, images: Images, questions: Sequence[str] | str, **settings: Any) -> list[Row]:
         """Answer questions; arguments as for `answers`, which yields them as they come."""
         return list(self.answers(images, questions, **settings))
 
@@ -137,12 +132,10 @@ class Answerer(Predictor):
         """Yield {"image", "answers": [{"question", "answer", ...}, ...]}, every question asked of every image.
 
         Args:
-            images: as for `Captioner.captions`.
+            images, batch_size, num_workers: as for `Predictor.rows`.
             questions: one or several.
             answers: to choose among; without them the model writes freely.
             k_test: answers, by their first token, that are scored whole.
-            batch_size: images at once.
-            num_workers: processes that read images.
 
         Each answer has "log_prob" when written freely. Chosen ones have "probability", which sums to 1 over the
         scored answers, and the likeliest "candidates".
@@ -185,9 +178,8 @@ class Answerer(Predictor):
         probabilities, order = (-losses).softmax(dim=1).sort(dim=1, descending=True, stable=True)
         rows = []
         for chosen, probability in zip(candidates.gather(1, order).tolist(), probabilities.tolist(), strict=True):
-            ranked = [
-                {"answer": answers[c], "probability": round(p, 4)} for c, p in zip(chosen, probability, strict=True)
-            ]
+            scores = zip(chosen, probability, strict=True)
+            ranked = [{"answer": answers[c], "probability": round(p, 4)} for c, p in scores]
             rows.append({**ranked[0], "candidates": ranked[:SHOWN_ANSWERS]})
         return rows
 
@@ -195,26 +187,16 @@ class Answerer(Predictor):
 class Matcher(Predictor):
     """Judges whether texts describe images, by the matching head and by cosine (paper section 4.1)."""
 
-    def match(
-        self, images: Images, texts: Sequence[str] | str, **settings: Any
-    ) -> list[Row]:
+    def match(self, images: Images, texts: Sequence[str] | str, **settings: Any) -> list[Row]:
         """Match images and texts; arguments as for `matches`, which yields them as they come."""
         return list(self.matches(images, texts, **settings))
 
     def matches(
-        self,
-        images: Images,
-        texts: Sequence[str] | str,
-        batch_size: int = 16,
-        num_workers: int = 0,
+        self, images: Images, texts: Sequence[str] | str, batch_size: int = 16, num_workers: int = 0
     ) -> Iterator[Row]:
         """Yield {"image", "matches": [{"text", "probability", "cosine"}, ...]}, every text with every image.
 
-        Args:
-            images: as for `Captioner.captions`.
-            texts: one or several.
-            batch_size: images at once.
-            num_workers: processes that read images.
+        Arguments beside the texts are those of `Predictor.rows`.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         with torch.no_grad():
@@ -224,14 +206,12 @@ class Matcher(Predictor):
             tokens = self.model.visual_encoder(image)
             probability = self.match_logits(tokens, texts).softmax(dim=-1)[..., 1]
             cosine = similarity(self.image_feat(tokens), text_feat)
-            return [
-                {
-                    "matches": [
-                        {"text": t, "probability": round(p, 4), "cosine": round(c, 4)} for t, p, c in zip(texts, *row)
-                    ]
-                }
-                for row in zip(probability.tolist(), cosine.tolist(), strict=True)
-            ]
+            rows = []
+            for columns in zip(probability.tolist(), cosine.tolist(), strict=True):
+                scores = zip(texts, *columns, strict=True)
+                found = [{"text": t, "probability": round(p, 4), "cosine": round(c, 4)} for t, p, c in scores]
+                rows.append({"matches": found})
+            return rows
 
         yield from self.rows(images, predict, batch_size, num_workers)
 
@@ -245,12 +225,7 @@ class Matcher(Predictor):
         return logits.float().view(len(tokens), len(texts), 2)
 
     def own_probabilities(self, tokens: torch.Tensor, texts: Sequence[Sequence[str]]) -> list[list[float]]:
-        """Probability that each image's own texts describe it; an image's tokens are projected once for all of them.
-
-        Args:
-            tokens: of images (images, length, width).
-            texts: any number for each image.
-        """
+        """Probability that each image's own texts describe it, from the images' tokens (images, length, width)."""
         owner = torch.tensor([i for i, own in enumerate(texts) for _ in own], device=self.device)
         if not len(owner):
             return [[] for _ in texts]
@@ -264,21 +239,16 @@ class Matcher(Predictor):
     def rank(self, image: torch.Tensor, captions: list[list[Row]]) -> list[list[Row]]:
         """Return each image's caption rows in the order of their "probability" of a match, which is added to them.
 
-        Args:
-            image: (images, 3, H, W).
-            captions: rows with "caption", some for each image.
-
         Raises:
-            UserError: the images have another size than this model takes.
+            UserError: the images (images, 3, H, W) have another size than this model takes.
         """
         if image.shape[-1] != self.image_size:
             raise UserError(
                 f"the ranking model takes images of {self.image_size} pixels and the captioner of {image.shape[-1]}; "
                 f"load it with image_size={image.shape[-1]}"
             )
-        found = self.own_probabilities(
-            self.model.visual_encoder(image), [[row["caption"] for row in own] for own in captions]
-        )
+        texts = [[row["caption"] for row in own] for own in captions]
+        found = self.own_probabilities(self.model.visual_encoder(image), texts)
         for own, probabilities in zip(captions, found, strict=True):
             for row, probability in zip(own, probabilities, strict=True):
                 row["probability"] = round(probability, 4)

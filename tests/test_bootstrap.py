@@ -88,7 +88,7 @@ def test_a_folder_of_another_plan_is_refused(tmp_path):
         keep_plan(tmp_path, Plan())
 
 
-def test_the_order_is_told_with_the_seeds_in_which_it_holds():
+def test_the_order_is_reported_with_the_number_of_seeds():
     rows = {"none": [1.0, 2.0], "filter": [3.0, 1.0], "captioner": [4.0, 4.0], "both": [5.0, 5.0]}
     columns = ("CIDEr", "exact captions (%)", "text R@1", "image R@1")
     line = order_lines({name: dict.fromkeys(columns, row) for name, row in rows.items()})[0]

@@ -108,7 +108,7 @@ def test_e_options_stand_anywhere():
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         ("caption a.jpg --checkpoint m --temperature 0", "expected a number above 0"),
         ("caption a.jpg --checkpoint m --top_p nan", "expected a number above 0, at most 1"),
@@ -118,10 +118,10 @@ def test_e_options_stand_anywhere():
         ("", "the following arguments are required: caption|vqa"),
     ],
 )
-def test_e_options_that_cannot_be(words, told, capsys):
+def test_e_options_that_cannot_be(words, expected, capsys):
     with pytest.raises(SystemExit) as stop:
         parse("", words.split())
-    assert stop.value.code == 2 and told in capsys.readouterr().err
+    assert stop.value.code == 2 and expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", ["mps", "xpu"])
@@ -279,7 +279,7 @@ def test_e_a_batch_that_does_not_fit_is_halved(capsys):
     assert capsys.readouterr().err.count("do not fit into memory") == 2
 
 
-def test_e_one_image_that_does_not_fit_is_told():
+def test_e_one_image_that_does_not_fit_is_reported():
     model = LittleMemory()
 
     def predict(image, names):

@@ -124,7 +124,7 @@ def test_upload_click_read(browser, address, images, tmp_path):
     assert len(Image.open(tmp_path / "page.png").convert("RGB").getcolors(1 << 24)) > 1000  # more than a blank page
 
 
-def test_a_file_that_is_no_image_is_told(browser, address, tmp_path):
+def test_a_file_that_is_no_image_is_reported(browser, address, tmp_path):
     (tmp_path / "fake.jpg").write_bytes(b"this is a text")
     browser.get(address)
     wait_for(browser, lambda b: b.find_elements("id", "caption-button"))
@@ -158,7 +158,7 @@ def test_ask_match_and_search(client, images):
         (("0.png", ""), "/match", "text is empty"),
     ],
 )
-def test_what_is_missing_is_told(client, images, inputs, name, said):
+def test_what_is_missing_is_reported(client, images, inputs, name, said):
     inputs = [uploaded(images[0] / value) if value == "0.png" else value for value in inputs]
     with pytest.raises(gradio_client.exceptions.AppError, match=said):
         client.predict(*inputs, api_name=name)
@@ -182,7 +182,7 @@ def test_a_bomb_is_refused(client, tmp_path):
 
 
 def test_ten_people_at_once(client, images):
-    """Everyone gets the answer to his own image."""
+    """Each client gets the answer to its own image."""
 
     def ask(number):
         return cells(client.predict(uploaded(images[0] / f"{number % 3}.png"), False, 1, api_name="/caption")[0])[0]
@@ -198,7 +198,7 @@ def test_files_outside_the_page_are_out_of_reach(address):
             urllib.request.urlopen(f"{address}/gradio_api/file={path}", timeout=10)
 
 
-# People who mean harm.
+# Hostile requests.
 
 
 def memory(page, name):

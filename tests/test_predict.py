@@ -193,7 +193,7 @@ def test_an_empty_question_is_refused(answerer, world):
 # Matches and search.
 
 
-def test_matches_tell_right_from_wrong(matcher, world):
+def test_right_texts_match_better_than_wrong_ones(matcher, world):
     right = 0
     for number in range(9):
         items = world[1][number].items
@@ -391,7 +391,7 @@ def test_images_are_read_upright_and_whole(tmp_path):
 
 
 @pytest.mark.parametrize("content", ['[{"image": 5}]', '{"images": []}', "[", '[{"file": "a.jpg"}]'])
-def test_a_list_of_something_else_is_told(tmp_path, monkeypatch, capsys, content):
+def test_a_list_of_something_else_is_refused(tmp_path, monkeypatch, capsys, content):
     (tmp_path / "list.json").write_text(content)
     assert command(monkeypatch, "caption", tmp_path / "list.json", "--checkpoint", MODEL) == 2
     assert "list.json" in capsys.readouterr().err.splitlines()[-1]
@@ -514,7 +514,7 @@ def test_mistakes_end_in_one_line(world, monkeypatch, capsys, words, said):
     assert last.startswith("error: ") and (said in last)
 
 
-def test_a_pretraining_checkpoint_is_told_from_one_that_answers(world, monkeypatch, capsys):
+def test_a_pretraining_checkpoint_is_distinguished_from_a_vqa_checkpoint(world, monkeypatch, capsys):
     assert command(monkeypatch, "vqa", image(world), "--question", "why?", "--checkpoint", MODEL) == 0
     assert "it has not learned to answer" in capsys.readouterr().err
 
