@@ -13,15 +13,14 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from inference import load
 from inference.explain import explain_rows
+from inference.feature_files import FeatureFile
 from inference.inputs import find_images, read_texts
 from inference.options import ROWS, parse
 from inference.predictor import Predictor, Row
-from inference.results import Flat, Rows, begin, digest_of, refuse_existing, save_features, track_rows
-from inference.search import Index, find_images_by_text, find_texts_by_image
+from inference.results import Flat, Rows, begin, digest_of, refuse_existing, track_rows
+from inference.search import Index, find_images_by_image, find_images_by_text, find_texts_by_image
 from inference.sidecars import Sidecars
 from inference.tasks import CAPTION_DEFAULTS
 from utils import UserError, user_message
@@ -36,13 +35,15 @@ def main() -> int:
     """Run a command; returns the exit code."""
     args = parse(__doc__ or "", sys.argv[1:])
     try:
-        refuse_existing(args.output, getattr(args, "resume", False), args.overwrite)
+        if args.command != "features":
+            refuse_existing(args.output, getattr(args, "resume", False), args.overwrite)
         args.images = find_images(args.images, args.recursive) if args.images else []
         COMMANDS[args.command](args)
         return 0
     except KeyboardInterrupt:
         resumable = args.command in ROWS and args.output and not args.output.endswith(".csv")
         kept = f"; finished rows are in {args.output}, go on with --resume" if resumable else ""
+        kept = "; finished rows are kept, go on with --resume" if args.command == "features" else kept
         print(f"\ninterrupted{kept}", file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -98,9 +99,9 @@ def match(args: argparse.Namespace) -> None:
 
 
 def search(args: argparse.Namespace) -> None:
-    """Find images by text, or texts by image."""
-    if bool(args.text) == bool(args.texts):
-        raise UserError("give either --text, to find images, or --texts with a file, to find texts for images")
+    """Find images by text or by image, or texts by image."""
+    if bool(args.text) + bool(args.texts) + bool(args.like) != 1:
+        raise UserError("give either --text or --like, to find images, or --texts with a file, to find texts")
     if args.texts and not args.images:
         raise UserError("give the images that texts are to be found for")
     model = load_model(args, "match", first_token=args.first_token)
@@ -114,24 +115,37 @@ def search(args: argparse.Namespace) -> None:
         indexing = Rows()
         indexing.failed, indexing.total = index.add(model, args.images, **reading(args)), len(args.images)
         indexing.report()
-        collection = index.part(args.images)
-        if not collection[0]:
+        collection = index.part(args.images, args.exact)
+        if not collection.names:
             raise UserError("there is nothing to search; give images, or an --index that has some")
-        results.write(find_images_by_text(model, collection, args.text, args.k_test, args.top, args.batch_size))
+        if args.like:
+            results.write(find_images_by_image(model, collection, find_images(args.like), args.top, **reading(args)))
+        else:
+            results.write(find_images_by_text(model, collection, args.text, args.k_test, args.top, args.batch_size))
     results.report()
 
 
 def features(args: argparse.Namespace) -> None:
-    """Save features, with the images' names."""
-    output = Path(args.output)
-    if output.suffix not in (".safetensors", ".npy"):
-        raise UserError(f"--output is {args.output!r}; expected a file ending in .safetensors or .npy")
-    model, results = load_model(args, "features"), Rows()
-    rows = track_rows(model.each_features(args.images, args.kind, **reading(args)), len(args.images), "features")
-    good = [row for row in results.count(rows) if "error" not in row]
+    """Save features of images or texts, with their names."""
+    texts = [*args.text, *(read_texts(Path(args.texts), "caption") if args.texts else ())]
+    of_texts = args.kind == "text"
+    if bool(texts) != (args.kind in ("text", "multimodal")) or bool(args.images) == of_texts:
+        raise UserError("--kind text needs texts alone (--text, --texts), multimodal images and texts, others images")
+    model = load_model(args, "features")
+    items = list(dict.fromkeys(texts)) if of_texts else [str(image) for image in args.images]
+    record = {"command": "features", "weights": model.fingerprint(), "amp": args.amp, "kind": args.kind}
+    record |= {"texts": digest_of(texts)}
+    file = FeatureFile(Path(args.output), record, items, args.resume, args.retry_failed, args.overwrite)
+    left = [item for item in items if item not in file.done]
+    if of_texts:
+        rows = model.each_text(left, args.batch_size) if left else iter(())
+    else:
+        rows = model.each_features(left, args.kind, texts, **reading(args))
+    results = Rows()
+    file.write(results.count(track_rows(rows, len(left), "features")))
     results.report()
-    save_features(output, [row["image"] for row in good], np.stack([row["features"] for row in good]))
-    print(f"wrote {len(good)} rows to {output}", file=sys.stderr)
+    file.finish()
+    print(f"wrote {len(file.names)} rows to {file.output}", file=sys.stderr)
 
 
 COMMANDS = {"caption": caption, "vqa": vqa, "match": match, "search": search, "features": features}

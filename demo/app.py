@@ -20,6 +20,7 @@ from demo.limits import BodyLimit, check_sizes, read_image, read_shown, read_tex
 from inference import load
 from inference.explain import explain, sheet
 from inference.inputs import find_images
+from inference.neighbours import Collection
 from inference.predictor import Predictor
 from inference.search import Index, find_images_by_text
 from miniature.scene import draw_scene, render
@@ -105,21 +106,21 @@ class Page:
             model = self.models["match"]
             check_sizes(files or ())
             collection, errors = self.images(model, files)
-            if not collection[0]:
+            if not collection.names:
                 raise UserError("there is no image to search; upload some")
             found = find_images_by_text(model, collection, [text], top=8)[0]["images"]
         gallery = [(unique(read_shown(Path(row["image"]))), f"{row['probability']:.1%}") for row in found]
         left_out = f", {len(errors)} could not be read" if errors else ""
-        return f"searched {len(collection[0])} images{left_out}", gallery
+        return f"searched {len(collection.names)} images{left_out}", gallery
 
-    def images(self, model: Any, files: Sequence[str] | None) -> tuple[tuple[list[str], Any], list[dict]]:
-        """Return names and features of uploaded images or of the page's folder, which is indexed once; and errors."""
+    def images(self, model: Any, files: Sequence[str] | None) -> tuple[Collection, list[dict]]:
+        """Return the uploaded images, or those of the page's folder, which is indexed once; and errors."""
         if files:
             index, paths = Index(None, ""), [Path(name) for name in files]
         else:
             index, paths = self.index, find_images([self.folder]) if self.folder else []
         errors = index.add(model, paths)
-        return (index.part(paths) if paths else ([], None)), errors
+        return (index.part(paths) if paths else Index(None, "").part()), errors
 
     def about(self) -> str:
         """Return HTML that lists the models and the device."""

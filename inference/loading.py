@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import nn
 
+from inference.features import Extractor, feature_model
 from inference.predictor import Predictor
-from inference.tasks import Answerer, Captioner, Extractor, Matcher
+from inference.tasks import Answerer, Captioner, Matcher
 from models.architecture import settings_of
-from models.blip import blip_decoder, blip_feature_extractor
+from models.blip import blip_decoder
 from models.blip_itm import blip_itm
 from models.blip_vqa import blip_vqa
 from models.cpu_products import use_cpu_products
@@ -20,7 +21,7 @@ TASKS: dict[str, tuple[type[Predictor], Callable[..., nn.Module]]] = {
     "caption": (Captioner, blip_decoder),
     "vqa": (Answerer, blip_vqa),
     "match": (Matcher, blip_itm),
-    "features": (Extractor, blip_feature_extractor),
+    "features": (Extractor, feature_model),
 }
 
 
@@ -56,7 +57,7 @@ def load(
         arguments.setdefault("prompt", config["prompt"])
     if task == "match":
         arguments.setdefault("first_token", "enc")  # as the head was trained; "cls" is what the released demo does
-    else:
+    elif task != "features":
         arguments.pop("embed_dim", None)
     allow_tf32(tf32)
     model = factory(pretrained=source, allow_pickle=allow_pickle, **arguments)

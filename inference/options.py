@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+from inference.features import KINDS
 from inference.sidecars import MODES
 
 EXAMPLES = {
@@ -13,17 +14,19 @@ EXAMPLES = {
     "match": "python predict.py match cat.jpg --text 'a cat on a sofa' --checkpoint model_base_retrieval_coco.pth",
     "search": "python predict.py search holiday/ --text 'a sunset' --checkpoint model_base_retrieval_coco.pth "
     "--index holiday.safetensors",
-    "features": "python predict.py features holiday/ --output features.safetensors --checkpoint model_base.pth",
+    "features": "python predict.py features holiday/ --kind image --output features.safetensors "
+    "--checkpoint model_base_retrieval_coco.pth",
 }
 PURPOSES = {
     "caption": "write captions",
     "vqa": "answer questions",
     "match": "score how well texts describe images",
-    "search": "find images by text, or texts by image",
-    "features": "save features of images, as .safetensors or .npy",
+    "search": "find images by text or by image, or texts by image",
+    "features": "save features of images or texts, as .safetensors or .npy",
 }
 IMAGES = "images, folders of them, URLs, lists (.txt, .json, .jsonl), or - for a list on standard input"
 ROWS = ("caption", "vqa", "match")  # commands that write a row for each image as soon as it is known
+RESUMED = (*ROWS, "features")
 ENDINGS = {"features": "needed: ending in .safetensors or .npy", "caption": ".jsonl or .csv; default: printed"}
 
 
@@ -58,14 +61,15 @@ def _parser(command: str) -> argparse.ArgumentParser:
     ADD_OWN[command](parser)
     if command in ("match", "search"):
         add("--first_token", choices=("enc", "cls"), help="cls as the released demo (default: enc)")
-    add("images", nargs="*" if command == "search" else "+", help=IMAGES)
+    add("images", nargs="*" if command in ("search", "features") else "+", help=IMAGES)
     add("--no_recursive", dest="recursive", action="store_false", help="do not search the subfolders of a folder")
     add("--checkpoint", required=True, help="weights: a path, a URL, or hf:owner/name")
     add("--output", default="", help=f"file of the results ({ENDINGS.get(command, 'default: printed')})")
     add("--overwrite", action="store_true", help="replace an --output that exists")
-    if command in ROWS:
+    if command in RESUMED:
         add("--resume", action="store_true", help="leave out images that --output already has")
         add("--retry_failed", action="store_true", help="with --resume: try images that failed again")
+    if command in ROWS:
         add("--explain", default="", metavar="FOLDER", help="write maps of what the model looks at")
         add("--method", choices=("gradcam", "attention"), default="gradcam", help="kind of map")
         add("--layer", type=whole(0), help="layer the maps come from, 0 first (default: 2/3 up)")
@@ -119,14 +123,20 @@ def _add_match(parser: argparse.ArgumentParser) -> None:
 def _add_search(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--text", action="append", default=[], help="find images by this; may be given many times")
+    add("--like", action="append", default=[], metavar="IMAGE", help="find images like this; may be given many times")
     add("--texts", default="", help="file of texts, .txt or .json: find the best for each image")
+    add("--exact", action="store_true", help="compare with every image, also in an index of more than 100,000")
     add("--index", default="", help="file of the images' features, kept for the next search")
     add("--k_test", type=whole(1), default=16, help="candidates that matching re-ranks (default: 16)")
     add("--top", type=whole(1), default=5, help="results of each query (default: 5)")
 
 
 def _add_features(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kind", choices=("cls", "tokens"), default="cls", help="[CLS] token or all (default: cls)")
+    add = parser.add_argument
+    add("--kind", choices=KINDS, default="cls", help="[CLS] token or all tokens of images; unit-length contrastive "
+        "feature of images or of texts; or [ENC] token of texts and images together (default: cls)")  # fmt: skip
+    add("--text", action="append", default=[], help="text of --kind text or multimodal; may be given many times")
+    add("--texts", default="", help="file of such texts, .txt or .json")
 
 
 ADD_OWN: dict[str, Callable[[argparse.ArgumentParser], None]] = {

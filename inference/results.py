@@ -13,9 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-import numpy as np
-from safetensors.numpy import save as to_safetensors
-
 from files import why_not_written, write_whole
 from inference.predictor import Row
 from utils import ProgressLine, UserError, note
@@ -92,7 +89,7 @@ def digest_of(texts: Sequence[str]) -> str:
 def _check_record(output: Path, first: Row, record: Row) -> None:
     """Refuse a file whose first row, its record, differs from the one given; older files have none."""
     if "made_by" not in first:
-        if "error" not in first and RESULT_OF[record["command"]] not in first:
+        if "error" not in first and RESULT_OF.get(record["command"]) not in first:
             raise UserError(f"{output} holds results of another command; {CHOOSE}")
         note(f"{output} has no record of its settings; they are taken to be the same")
         return
@@ -181,19 +178,3 @@ def track_rows(rows: Iterable[Row], total: int, title: str) -> Iterator[Row]:
         yield row
         line.update(done, f"{done / (time.monotonic() - start):.2f} images/s")
     line.close()
-
-
-def save_features(output: Path, names: list[str], features: np.ndarray) -> None:
-    """Write features and names: .safetensors with "names" in its metadata, or .npy with .names.json beside it.
-
-    Raises:
-        UserError: they could not be written.
-    """
-    os.makedirs(output.parent, exist_ok=True)
-    with write_whole(output, "wb") as file:
-        if output.suffix == ".npy":
-            np.save(file, features)
-            with write_whole(output.with_suffix(".names.json")) as list_of_names:
-                json.dump(names, list_of_names)
-        else:
-            file.write(to_safetensors({"features": features}, {"names": json.dumps(names)}))

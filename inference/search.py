@@ -13,6 +13,7 @@ from safetensors.torch import save as to_safetensors
 
 from data.images import ImageSource, image_batches, is_url
 from files import write_whole
+from inference.neighbours import LARGE, Collection, approximate
 from inference.predictor import Row
 from inference.tasks import Matcher
 from models.losses import similarity
@@ -45,7 +46,10 @@ class Index:
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                names, stamps, hashes = (json.loads(metadata.get(key, "[]")) for key in ("names", "stamps", "hashes"))
+                lists = metadata  # of earlier versions; readers limit it to 100 MB
+                if "lists" in file.keys():  # noqa: SIM118
+                    lists = json.loads(file.get_tensor("lists").numpy().tobytes())
+                names, stamps, hashes = (self._list(lists.get(key, [])) for key in ("names", "stamps", "hashes"))
                 feats, model = file.get_tensor("image_feat"), metadata["model"]
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             raise UserError(f"{path} is no index of images ({error}); choose another --index") from None
@@ -57,6 +61,10 @@ class Index:
         if gone := len(names) - len(self.known):
             note(f"{gone} images of index {path} no longer exist and are left out")
 
+    @staticmethod
+    def _list(values: list[str] | str) -> list[str]:
+        return json.loads(values) if isinstance(values, str) else values
+
     def save(self) -> None:
         """Write the index, whole or not at all.
 
@@ -66,11 +74,11 @@ class Index:
         if self.path is None or not self.known:
             return
         stamps, hashes, feats = zip(*self.known.values(), strict=True)
-        lists = {"names": list(self.known), "stamps": stamps, "hashes": hashes}
-        metadata = {key: json.dumps(values) for key, values in lists.items()} | {"model": self.model}
+        lists = json.dumps({"names": list(self.known), "stamps": stamps, "hashes": hashes}).encode()
+        tensors = {"image_feat": torch.stack(feats), "lists": torch.frombuffer(bytearray(lists), dtype=torch.uint8)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with write_whole(self.path, "wb") as file:
-            file.write(to_safetensors({"image_feat": torch.stack(feats)}, metadata))
+            file.write(to_safetensors(tensors, {"model": self.model}))
 
     def add(
         self, matcher: Matcher, images: Sequence[Path | str], batch_size: int = 16, num_workers: int = 0
@@ -121,11 +129,14 @@ class Index:
                 fresh[name] = (mark, digest)
         return fresh
 
-    def part(self, images: Sequence[Path | str] = ()) -> tuple[list[str], torch.Tensor]:
-        """Return names and features (images, embed_dim) of some images, or of all."""
-        names = [name_of(image) for image in images] if images else list(self.known)
-        names = [name for name in names if name in self.known]
-        return names, torch.stack([self.known[name][2] for name in names]) if names else torch.empty(0)
+    def part(self, images: Sequence[Path | str] = (), exact: bool = False) -> Collection:
+        """Return some of the images, or all, which are searched approximately if they are many, unless `exact`."""
+        wanted = {name_of(image) for image in images} if images else self.known.keys()
+        names = [name for name in self.known if name in wanted]
+        feats = torch.stack([self.known[name][2] for name in names]) if names else torch.empty(0)
+        large = len(names) > LARGE and len(names) == len(self.known)
+        index = approximate(feats, self.path) if large and self.path is not None and not exact else None
+        return Collection(names, feats, index)
 
 
 def name_of(image: Path | str) -> str:
@@ -164,7 +175,7 @@ def encode(matcher: Matcher, image: torch.Tensor) -> tuple[torch.Tensor, torch.T
 @torch.no_grad()
 def find_images_by_text(
     matcher: Matcher,
-    collection: tuple[list[str], torch.Tensor],
+    collection: Collection,
     texts: Sequence[str],
     k_test: int = 16,
     top: int = 5,
@@ -174,7 +185,7 @@ def find_images_by_text(
 
     Args:
         matcher: from `inference.load("match", ...)`.
-        collection: names and features of the images, from `Index.part`.
+        collection: the images, from `Index.part`.
         texts: what to look for.
         k_test: most similar images that the matching head re-ranks; at least `top`.
         top: images to return.
@@ -185,13 +196,15 @@ def find_images_by_text(
         matching logit plus cosine; and {"image", "error"} for each candidate that cannot be read any more. The next
         most similar image replaces it.
     """
-    names, feats = collection
-    cosine = similarity(matcher.text_feat(texts), feats.to(matcher.device))
+    names, queries = collection.names, matcher.text_feat(texts)
     found: list[dict[int, tuple[float, Row]]] = [{} for _ in texts]
     errors: dict[int, Row] = {}
     while True:
-        nearest = cosine.topk(min(max(k_test, top) + len(errors), len(names)), dim=1).indices.tolist()
-        usable = [[i for i in row if i not in errors][: max(k_test, top)] for row in nearest]
+        nearest = (x.tolist() for x in collection.nearest(queries, max(k_test, top) + len(errors)))
+        usable = [
+            dict([(i, cosine) for cosine, i in zip(*row, strict=True) if i not in errors][: max(k_test, top)])
+            for row in zip(*nearest, strict=True)
+        ]
         missing = sorted({i for row, scores in zip(usable, found, strict=True) for i in row if i not in scores})
         if not missing:
             break
@@ -201,14 +214,14 @@ def find_images_by_text(
             if not good:
                 continue
             tokens, _ = encode(matcher, batch["image"])
-            for number, (text, row) in enumerate(zip(texts, usable, strict=True)):
-                here = [i for i, image in enumerate(good) if image in set(row) - found[number].keys()]
+            for text, cosines, scores in zip(texts, usable, found, strict=True):
+                here = [i for i, image in enumerate(good) if image in cosines.keys() - scores.keys()]
                 if here:
                     images = [good[i] for i in here]
                     with autocast(matcher.amp, matcher.device):
-                        logits = matcher.match_logits(tokens[here], [text])[:, 0]
-                    rows = [{"image": names[i]} for i in images]
-                    found[number] |= zip(images, scored(logits, cosine[number, images], rows), strict=True)
+                        logits = matcher.match_logits(tokens[here], [text])[:, 0].cpu()
+                    cosine, rows = torch.tensor([cosines[i] for i in images]), [{"image": names[i]} for i in images]
+                    scores |= zip(images, scored(logits, cosine, rows), strict=True)
     rows = [{"text": text, "images": best([*scores.values()], top)} for text, scores in zip(texts, found, strict=True)]
     return [*rows, *errors.values()]
 
@@ -242,6 +255,33 @@ def find_texts_by_image(
         for i, near in enumerate(cosine.topk(min(max(k_test, top), len(texts)), dim=1).indices.tolist()):
             logits = matcher.match_logits(tokens[i : i + 1], [texts[t] for t in near])[0]
             rows.append({"texts": best(scored(logits, cosine[i, near], [{"text": texts[t]} for t in near]), top)})
+        return rows
+
+    yield from matcher.rows(images, predict, batch_size, num_workers)
+
+
+def find_images_by_image(
+    matcher: Matcher,
+    collection: Collection,
+    images: Iterable[ImageSource],
+    top: int = 5,
+    batch_size: int = 16,
+    num_workers: int = 0,
+) -> Iterator[Row]:
+    """Yield for each image {"image", "images": [{"image", "cosine"}, ...]}, the most similar others, or an "error".
+
+    Args:
+        images, batch_size, num_workers: as for `Predictor.rows`.
+        collection, top: as for `find_images_by_text`.
+    """
+
+    def predict(image: torch.Tensor, names: list[str]) -> list[Row]:
+        nearest = (x.tolist() for x in collection.nearest(encode(matcher, image)[1], top + 1))
+        rows = []
+        for name, cosines, numbers in zip(names, *nearest, strict=True):
+            pairs = [(collection.names[i], cosine) for cosine, i in zip(cosines, numbers, strict=True)]
+            others = [{"image": other, "cosine": round(c, 4)} for other, c in pairs if other != name_of(name)]
+            rows.append({"images": others[:top]})
         return rows
 
     yield from matcher.rows(images, predict, batch_size, num_workers)

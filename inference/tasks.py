@@ -1,4 +1,4 @@
-"""The four tasks of inference: captions, answers, matches and features, a row for each image."""
+"""Three tasks of inference: captions, answers and matches, a row for each image."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -270,34 +270,3 @@ class Matcher(Predictor):
     def image_feat(self, tokens: torch.Tensor) -> torch.Tensor:
         """Unit features (images, embed_dim) of images' tokens."""
         return unit_features(self.model.vision_proj, tokens[:, 0])
-
-
-class Extractor(Predictor):
-    """Features of images."""
-
-    def features(self, images: Images, **settings: Any) -> list[Row]:
-        """Return features; arguments as for `each_features`, which yields them as they come."""
-        return list(self.each_features(images, **settings))
-
-    def each_features(
-        self, images: Images, kind: str = "cls", batch_size: int = 16, num_workers: int = 0
-    ) -> Iterator[Row]:
-        """Yield {"image", "features"}, float32.
-
-        Args:
-            images: as for `Captioner.captions`.
-            kind: "cls": the [CLS] token (width,); "tokens": all tokens (1 + patches, width).
-            batch_size: images at once.
-            num_workers: processes that read images.
-
-        Raises:
-            UserError: another kind.
-        """
-        if kind not in ("cls", "tokens"):
-            raise UserError(f"kind is {kind!r}; expected 'cls' or 'tokens'")
-
-        def predict(image: torch.Tensor, names: list[str]) -> list[Row]:
-            tokens = self.model.visual_encoder(image).float().cpu()
-            return [{"features": (row[0] if kind == "cls" else row).numpy()} for row in tokens]
-
-        yield from self.rows(images, predict, batch_size, num_workers)

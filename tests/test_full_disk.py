@@ -19,7 +19,7 @@ from bootstrap.shards import Shards, open_folder, run_shards
 from data.pretrain import build_index
 from files import append, disk_is_full, write_json, write_whole
 from inference.explain import save_image
-from inference.results import save_features
+from inference.feature_files import FeatureFile
 from launch.config import NLVRConfig, save_config
 from launch.run import Run
 from miniature.writing import write_miniature
@@ -47,6 +47,12 @@ def bad_images(path):
     found = pretrain.BadImages(10, Run(path.parent, torch.device("cpu")))
     found.path = path
     found.inspect({"bad": ["a.jpg: cannot be read"]})
+
+
+def features(path):
+    file = FeatureFile(path, {"command": "features"}, ["a"], overwrite=True)
+    file.write([{"image": "a", "features": np.zeros(9)}])
+    file.finish()
 
 
 def report(path):
@@ -85,7 +91,7 @@ OTHERS = [
     ("0000000.jsonl", one_shard),
     ("bootstrapped.jsonl", merged),
     ("map.png", lambda path: save_image(Image.new("RGB", (8, 8)), path)),
-    ("features.npy", lambda path: save_features(path, ["a"], np.zeros((1, 9)))),
+    ("features.npy", features),
 ]
 
 
