@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from inference.onnx_export import WHOLE, export_whole
 from models.export import export, write_checkpoint, write_huggingface
 from utils import UserError, run_command
 
@@ -12,6 +13,7 @@ EXAMPLES = """examples:
   python convert.py --from-hf hf:Salesforce/blip-image-captioning-base --output captioner.safetensors
   python convert.py --to-half output/caption/checkpoint_best.pth --output captioner.safetensors
   python convert.py --to-onnx output/caption/checkpoint_best.pth --part image --output image_encoder.onnx
+  python convert.py --to-onnx output/caption/checkpoint_best.pth --part caption --output captioner/
   python convert.py --to-export model_base_retrieval_coco.pth --part match --output match.pt2
 """
 NOTES = """The processor of transformers' VQA model starts questions with [CLS]; BLIP was trained with [ENC]. Set it
@@ -43,6 +45,8 @@ def convert(args: argparse.Namespace) -> None:
         write_checkpoint(args.from_hf if args.from_hf.startswith("hf:") else f"hf:{args.from_hf}", output, allow_pickle)
     elif args.to_half:
         write_checkpoint(args.to_half, output, allow_pickle, half=True)
+    elif args.to_onnx and args.part in WHOLE:
+        export_whole(args.to_onnx, args.part, output, allow_pickle, args.int8)
     else:
         export(args.to_onnx or args.to_export, args.part, output, bool(args.to_onnx), allow_pickle)
 
@@ -62,7 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--task", choices=("caption", "vqa", "match"), default="", help="model of --to-hf, if several fit"
     )
-    parser.add_argument("--part", choices=("image", "match"), default="image", help="image encoder or matching model")
+    parser.add_argument(
+        "--part", choices=("image", "match", *WHOLE), default="image",
+        help="image encoder or matching model; or, with --to-onnx, the whole captioner or VQA model: a folder",
+    )  # fmt: skip
+    parser.add_argument("--int8", action="store_true", help="8-bit weights of a whole model: a third of the size")
     parser.add_argument("--allow_pickle", action="store_true", help="accept a checkpoint that may run code")
     return parser
 
