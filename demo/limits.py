@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from PIL import Image
 
@@ -39,8 +39,8 @@ def read_image(path: str | None) -> Image.Image:
     return read_shown(Path(path))
 
 
-def megapixels(path: str) -> float:
-    """Return an image's megapixels without decoding it.
+def megapixels(path: str | IO[bytes]) -> float:
+    """Return the megapixels of an image, a path or an open file, without decoding it.
 
     Raises:
         UserError: it is no image, or it is too large.

@@ -70,11 +70,11 @@ class Predictor:
                 good = [i for i in batch["index"] if i not in batch["errors"]]
                 found: dict[int, Row] = {i: {"error": text} for i, text in batch["errors"].items()}
                 if good:
-                    rows = self._predict_in_parts(predict, batch["image"], [given[i] for i in good])
+                    rows = self.predict_in_parts(predict, batch["image"], [given[i] for i in good])
                     found |= dict(zip(good, rows, strict=True))
                 yield from ({"image": given[i], **found[i]} for i in batch["index"])
 
-    def _predict_in_parts(self, predict: Predict, image: torch.Tensor, names: list[str]) -> list[Row]:
+    def predict_in_parts(self, predict: Predict, image: torch.Tensor, names: list[str]) -> list[Row]:
         """Predict a batch; where it does not fit into memory, halve it, and this and all later batches to that size."""
         rows: list[Row] = []
         while len(rows) < len(names):
