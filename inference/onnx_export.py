@@ -156,7 +156,7 @@ def export_whole(source: str, task: str, folder: Path, allow_pickle: bool = Fals
 
 
 def quantize(path: Path) -> None:
-    """Quantize the weights of a graph to int8 in place; activations are quantized as they come.
+    """Quantize the weights of a graph to 8 bits in place; activations are quantized as they come.
 
     Raises:
         UserError: onnxruntime is not installed.
@@ -166,7 +166,7 @@ def quantize(path: Path) -> None:
     except ImportError as error:
         raise UserError(f"int8 needs a package that is absent ({error}); pip install onnxruntime") from None
     whole = path.rename(path.with_suffix(".float32"))
-    quantize_dynamic(whole, path, weight_type=QuantType.QInt8, per_channel=True)
+    quantize_dynamic(whole, path, weight_type=QuantType.QUInt8, per_channel=True)  # signed sums saturate on AVX2
     whole.unlink()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +15,9 @@ from scripts import ROOT
 import convert
 from inference import load
 from inference.onnx import OnnxModel
+from inference.onnx_export import quantize
 from miniature.scene import draw_scene, render
+from miniature.text import caption_is_exact
 from models.tokenizer import decode, init_tokenizer
 
 pytest.importorskip("onnxruntime")
@@ -69,6 +72,21 @@ def test_log_probabilities_are_the_models_own(folders, images):
     rows = load("caption", CHECKPOINTS["caption"], "cpu").caption(images[:8])
     expected = [row["captions"][0]["log_prob"] for row in rows]
     assert [text.log_prob for text in texts] == pytest.approx(expected, abs=1e-3)
+
+
+def test_int8_has_a_third_of_the_size_and_like_scores(folders, images, tmp_path):
+    scenes, rng = [], random.Random(11)
+    for number in range(500):
+        scenes.append([(item.color, item.shape) for item in draw_scene(rng, 1 + number % 4).items])
+    exact, sizes = [], []
+    shutil.copytree(folders / "caption", tmp_path / "int8")
+    for path in (tmp_path / "int8").glob("*.onnx"):
+        quantize(path)
+    for folder in (folders / "caption", tmp_path / "int8"):
+        captions = OnnxModel(folder, 1).caption(images)
+        exact.append(sum(map(caption_is_exact, captions, scenes)) / 500)
+        sizes.append(sum(path.stat().st_size for path in folder.iterdir()))
+    assert sizes[1] < sizes[0] / 3 and exact[1] > exact[0] - 0.005, (sizes, exact)
 
 
 def test_the_runner_needs_no_torch(folders, images, tmp_path):
