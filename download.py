@@ -40,10 +40,8 @@ def cached(url: str, check: Callable[[Path], str] | None = None) -> Path:
 def fetch(url: str, path: Path, check: Callable[[Path], str] | None = None) -> Path:
     """Download a file unless it exists; one process or thread at a time.
 
-    Args:
-        url: http or https.
-        path: file to write; a partial download is called `<path>.part`, and a later call continues it.
-        check: returns what is wrong with a downloaded file, '' for nothing; a wrong file is deleted.
+    A partial download is called `<path>.part`, and a later call continues it. `check` returns what is wrong with a
+    downloaded file, '' for nothing; a wrong file is deleted.
 
     Raises:
         UserError: the download failed; the message has the reason, and the path for a file from elsewhere.
@@ -59,9 +57,8 @@ def fetch(url: str, path: Path, check: Callable[[Path], str] | None = None) -> P
         if disk_is_full(error):
             where = path.parent.absolute()
             raise UserError(f"{path} could not be written (the disk is full: free space in {where})") from None
-        reason = " ".join(str(getattr(error, "reason", None) or error).split())
-        if isinstance(error, http.client.HTTPException):
-            reason = f"malformed answer: {reason}"
+        malformed = "malformed answer: " if isinstance(error, http.client.HTTPException) else ""
+        reason = malformed + " ".join(str(getattr(error, "reason", None) or error).split())
         raise UserError(f"{url} could not be downloaded ({reason}); get it elsewhere and put it at {path}") from None
     return path
 
@@ -92,10 +89,7 @@ def _download(url: str, path: Path, check: Callable[[Path], str] | None) -> None
 def _continue(url: str, part: Path, version: Path) -> None:
     """Download the rest of a file; raises one of FAILURES when the connection breaks or crawls.
 
-    Args:
-        url: of the file.
-        part: the partial file, if there is one.
-        version: file with the server's tag of the partial file, so that parts of two versions are never joined.
+    The file `version` holds the server's tag of the partial file, so that parts of two versions are never joined.
     """
     have = part.stat().st_size if part.is_file() else 0
     headers = {"Range": f"bytes={have}-"} if have else {}
@@ -133,8 +127,7 @@ def _receive(response: http.client.HTTPResponse, part: Path, have: int, line: Pr
                 raise ValueError(f"it does not end: more than {LARGEST_BYTES} bytes came")
             if line.total:  # 0 if the server has not announced a size
                 line.update(have, first=first)
-            seconds = time.monotonic() - since
-            if seconds > PATIENCE_SECONDS:
+            if (seconds := time.monotonic() - since) > PATIENCE_SECONDS:
                 if (have - checked) / seconds < LEAST_BYTES_PER_SECOND:
                     raise OSError(f"slower than {LEAST_BYTES_PER_SECOND} bytes per second")
                 since, checked = time.monotonic(), have

@@ -15,13 +15,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def write_whole(path: Path, mode: str = "w", shared: bool = False) -> Iterator[IO[Any]]:
-    """Open a file under a temporary name; it replaces `path` when it is complete and on the disk.
+    """Open a file ("w", in UTF-8, or "wb") under a temporary name; it replaces `path` when it is whole on the disk.
 
-    Args:
-        path: in a folder that exists.
-        mode: "w", then in UTF-8, or "wb".
-        shared: other processes may write the same file; the temporary name then has the process id, and the caller
-            deletes what killed processes left. Otherwise the next write replaces it.
+    If other processes may write the same file (`shared`), the temporary name has the process id, and the caller deletes
+    what killed processes left. Otherwise the next write replaces it.
 
     Raises:
         UserError: it could not be written, for instance because the disk is full; an earlier file is unchanged.
@@ -43,11 +40,7 @@ def write_whole(path: Path, mode: str = "w", shared: bool = False) -> Iterator[I
 
 
 def append(path: Path, text: str) -> None:
-    """Add text to the end of a file, whole or not at all.
-
-    Raises:
-        UserError: it could not be added; the file is as it was.
-    """
+    """Add text to the end of a file, whole or not at all."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with open(path, "a", encoding="utf-8") as file:
@@ -59,11 +52,7 @@ def append(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> Path:
-    """Write a result file.
-
-    Raises:
-        UserError: the disk is full or the folder may not be written.
-    """
+    """Write a result file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -76,11 +65,7 @@ def write_json(path: Path, content: Any) -> Path:
 def to_json(content: Any) -> str:
     """Return JSON in UTF-8, or in ASCII where a text holds lone surrogates, which UTF-8 cannot encode."""
     text = json.dumps(content, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return json.dumps(content)
-    return text
+    return text if text.encode(errors="ignore").decode() == text else json.dumps(content)
 
 
 def read_json(path: Path) -> Any:
@@ -97,9 +82,8 @@ def read_rows(path: Path) -> list[Any]:
 def why_not_written(path: Path, error: BaseException) -> str:
     """Return the message for a file that could not be written."""
     kept = "the previous one is intact" if path.exists() else "nothing was left behind"
-    if disk_is_full(error):
-        return f"{path} could not be written (the disk is full: {to_free(path.parent)}; {kept})"
-    return f"{path} could not be written ({' '.join(str(error).split())}; {kept})"
+    reason = f"the disk is full: {to_free(path.parent)}" if disk_is_full(error) else " ".join(str(error).split())
+    return f"{path} could not be written ({reason}; {kept})"
 
 
 def to_free(folder: Path) -> str:

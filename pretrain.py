@@ -12,7 +12,7 @@ from launch.config import PretrainConfig
 from launch.run import Run, launch
 from models.blip_pretrain import BLIP_Pretrain, blip_pretrain
 from models.momentum import TEMPERATURE_RANGE, Candidates, copy_params
-from models.pretrained import load_bert, load_deit, load_vit_in21k
+from models.pretrained import DEIT_URL, VIT_IN21K, load_bert, load_vit
 from training.contrast import compute_candidates
 from training.loop import Losses, Task, fit
 from training.optimizer import step_lr, warmup_lr
@@ -136,7 +136,7 @@ def build_model(config: PretrainConfig) -> BLIP_Pretrain:
     if config.init == "released" and not config.pretrained:
         if config.vit not in ("base", "large"):
             raise UserError(f"init: released has weights for vit base and large, not {config.vit!r}; set init: random")
-        (load_deit if config.vit == "base" else load_vit_in21k)(model.visual_encoder)
+        load_vit(model.visual_encoder, DEIT_URL if config.vit == "base" else VIT_IN21K)
         load_bert(model.text_encoder)
         load_bert(model.text_decoder.bert)
         copy_params(model)

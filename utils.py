@@ -1,7 +1,4 @@
-"""Errors, processes and their collectives, meters and the progress line.
-
-All collectives of the project are here. They take tensors of any device: NCCL accepts tensors of the rank's GPU only.
-"""
+"""Errors, processes and their collectives, which take tensors of any device, the meter and the progress line."""
 
 import os
 import re
@@ -9,6 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -29,10 +27,8 @@ def user_message(error: BaseException) -> str | None:
     """Return the line of a UserError, also of one that a data worker re-raised; None for other errors."""
     if not isinstance(error, UserError):
         return None
-    lines = str(error).strip().splitlines()
     # torch's data workers put the traceback first and "module.UserError: message" last
-    found = [line.split(MARK, 1)[1] for line in lines if MARK in line]
-    return found[-1] if found else " ".join(lines)
+    return " ".join(str(error).rpartition(MARK)[2].splitlines()).strip()
 
 
 def allow_tf32(enabled: bool) -> None:
@@ -116,37 +112,30 @@ def all_gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
 
 def all_gather_object(item: Item) -> list[Item]:
     """Return every rank's picklable object, in order of rank."""
-    if get_world_size() == 1:
-        return [item]
-    items: list[Any] = [None] * get_world_size()
-    dist.all_gather_object(items, item)
+    items: list[Any] = [item] * get_world_size()
+    if len(items) > 1:
+        dist.all_gather_object(items, item)
     return items
 
 
 def gather_results(items: Sequence[Item]) -> list[Item]:
     """Join the ranks' lists of results on every rank, in the order of the dataset (rank r holds r, r + world ...)."""
     shards = all_gather_object(list(items))
-    longest = max(len(shard) for shard in shards)
-    return [shard[i] for i in range(longest) for shard in shards if i < len(shard)]
+    return [shard[i] for i in range(max(map(len, shards))) for shard in shards if i < len(shard)]
 
 
-def all_reduce(tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
-    """Return the sum over ranks, or the result of another operation, in a new tensor; without gradient."""
+def all_reduce(tensor: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
+    """Return the sum over ranks, or "MAX", in a new tensor; without gradient."""
     if get_world_size() == 1:
         return tensor.detach()
     total = to_group_device(tensor.detach().clone())
-    dist.all_reduce(total, operation)
+    dist.all_reduce(total, getattr(dist.ReduceOp, operation))
     return total.to(tensor.device)
 
 
 def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
     """Return the mean over ranks, without gradient."""
     return all_reduce(tensor) / get_world_size()
-
-
-def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the maximum over ranks, without gradient."""
-    return all_reduce(tensor, dist.ReduceOp.MAX)
 
 
 @torch.no_grad()
@@ -162,26 +151,22 @@ def broadcast_(tensors: Iterable[torch.Tensor]) -> None:
 
 def on_main_process(function: Callable[[], Item]) -> Item:
     """Run a function on rank 0 only and return its result, or raise its UserError, on every rank."""
-    result, message = None, None
+    result: Any = None
     if is_main_process():
         try:
             result = function()
         except UserError as error:
-            message = str(error)
-    result, message = all_gather_object((result, message))[0]
-    if message is not None:
-        raise UserError(message)
+            result = error
+    result = all_gather_object(result)[0]
+    if isinstance(result, UserError):
+        raise result
     return result
 
 
 def choose_device(name: str) -> torch.device:
     """Return this process's device, and make it the current one.
 
-    Args:
-        name: cuda, xpu, mps or cpu, perhaps with an index; "" for cuda where there is a GPU.
-
-    Raises:
-        UserError: there is no such device.
+    `name` is cuda, xpu, mps or cpu, perhaps with an index, or "" for cuda where there is a GPU.
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -204,7 +189,7 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-# Meters.
+# The meter and the progress line.
 
 
 class Mean:
@@ -225,9 +210,6 @@ class Mean:
     def value(self) -> float:
         """Return the mean, 0 of nothing (waits for the device)."""
         return float(self.total) / max(self.count, 1)
-
-
-# The progress line.
 
 
 def memory_used(device: torch.device) -> float:
@@ -252,19 +234,13 @@ def duration(seconds: float) -> str:
 
 
 class ProgressLine:
-    """A line on rank 0, rewritten in place on a terminal and printed every few seconds elsewhere.
-
-    Args:
-        total: number of items.
-        title: of the line.
-        interval: least seconds between two lines where there is no terminal.
-    """
+    """A line on rank 0, rewritten in place on a terminal, and printed every `interval` seconds elsewhere."""
 
     def __init__(self, total: int, title: str, interval: float = 10.0):
-        self.total, self.title, self.start = total, title, time.monotonic()
+        self.total, self.title, self.width = total, title, 0
+        self.start = self.last = time.monotonic()
         self.live = sys.stderr.isatty()
-        self.interval, self.last = (0.2 if self.live else interval), self.start
-        self.width = 0
+        self.interval = 0.2 if self.live else interval
 
     def update(self, done: int, details: str = "", first: int = 0) -> None:
         """Show that `done` items are done, `first` of them before this start."""
@@ -274,9 +250,7 @@ class ProgressLine:
         self.last = now
         rate = max(done - first, 0) / max(now - self.start, 1e-9)
         left = duration((self.total - done) / rate) if rate else "?"
-        self._show(f"{self.title}  {done}/{self.total}  {details}  {left} left".replace("    ", "  "))
-
-    def _show(self, line: str) -> None:
+        line = f"{self.title}  {done}/{self.total}  {details}  {left} left".replace("    ", "  ")
         if self.live:
             line = line[: shutil.get_terminal_size().columns - 1]
             print(f"\r{line.ljust(self.width)}", end="", file=sys.stderr, flush=True)
@@ -305,17 +279,16 @@ def note(text: str) -> None:
         print(f"note: {text}", file=sys.stderr, flush=True)
 
 
-def id_text(value: Any) -> str:
-    """Return the text of an image's or question's id, which is the same for 1, 1.0 and "1".
+note_once = cache(note)
 
-    Raises:
-        UserError: it is no whole number and no text, or an empty one.
-    """
+
+def id_text(value: Any) -> str:
+    """Return the text of an image's or question's id, which is the same for 1, 1.0 and "1"."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
         raise UserError(f"an id is {value!r:.40}; expected a whole number or a text")
-    return value if isinstance(value, str) else str(value)
+    return str(value)
 
 
 def is_listed(value: Any) -> bool:

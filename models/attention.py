@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.med_config import MedConfig
+
 KeyValue = tuple[torch.Tensor, torch.Tensor]  # each (sources, heads, source length, head width)
 FEW_QUERIES = 16  # for fewer, plain products on a CPU are faster than the fused kernel, which repacks the keys
 
@@ -61,10 +63,9 @@ class Reads:
 
 @dataclass
 class LayerCache:
-    """Room for the keys and values of one layer, each (rows, heads, capacity, head width).
+    """The keys and values of one layer of a `TextCache`, each (rows, heads, capacity, head width).
 
     Attributes:
-        key, value: views of the buffer of a `TextCache`.
         start, stop: the positions that are written next.
         positions: the same as a tensor, for a static cache; None otherwise.
     """
@@ -98,26 +99,14 @@ class TextCache:
     static: bool
     length: int = 0
 
-    @property
-    def rows(self) -> int:
-        """Number of texts."""
-        return self.buffer.shape[2]
-
-    @property
-    def capacity(self) -> int:
-        """Number of positions there is room for."""
-        return self.buffer.shape[-2]
-
     def at(self, layer: int, positions: torch.Tensor) -> LayerCache:
         """Return the cache of one layer, to be extended at `positions`, int64 (new,)."""
-        key, value = self.buffer[layer].unbind()
-        return LayerCache(
-            key, value, self.length, self.length + len(positions), positions if self.static else None
-        )
+        stop = self.length + len(positions)
+        return LayerCache(*self.buffer[layer], self.length, stop, positions if self.static else None)
 
     def mask(self, positions: torch.Tensor) -> torch.Tensor:
         """Return the causal mask of a static cache, bool (new, capacity)."""
-        return torch.arange(self.capacity, device=positions.device) <= positions[:, None]
+        return torch.arange(self.buffer.shape[-2], device=positions.device) <= positions[:, None]
 
     def select(self, index: torch.Tensor) -> None:
         """Keep the rows `index`, int64: reorders, drops and repeats texts."""
@@ -130,11 +119,11 @@ class TextCache:
 
 
 class Heads(nn.Module):
-    """Query, key and value layers of an attention, from `width` and `states_width` to heads."""
+    """Query, key and value layers of an attention, from the text's width and `states_width` to heads."""
 
-    def __init__(self, width: int, num_heads: int, states_width: int):
+    def __init__(self, config: MedConfig, states_width: int):
         super().__init__()
-        self.num_heads = num_heads
+        width, self.num_heads = config.hidden_size, config.num_attention_heads
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(states_width, width)
         self.value = nn.Linear(states_width, width)
@@ -151,11 +140,11 @@ class Heads(nn.Module):
 class Output(nn.Module):
     """Linear layer, dropout, residual and norm at the end of attention and feed-forward."""
 
-    def __init__(self, in_width: int, width: int, norm_eps: float, dropout: float):
+    def __init__(self, config: MedConfig, in_width: int):
         super().__init__()
-        self.dense = nn.Linear(in_width, width)
-        self.LayerNorm = nn.LayerNorm(width, eps=norm_eps)
-        self.dropout = nn.Dropout(dropout)
+        self.dense = nn.Linear(in_width, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Return norm(residual + dropout(dense(x)))."""
@@ -165,13 +154,14 @@ class Output(nn.Module):
 class TwoImageOutput(nn.Module):
     """The same for the two images of NLVR2, averaged or merged by a linear layer (section 4.4)."""
 
-    def __init__(self, width: int, norm_eps: float, dropout: float, merge: bool):
+    def __init__(self, config: MedConfig, merge: bool):
         super().__init__()
-        self.LayerNorm = nn.LayerNorm(width, eps=norm_eps)
+        width = config.hidden_size
+        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dense0 = nn.Linear(width, width)
         self.dense1 = nn.Linear(width, width)
         self.merge_layer = nn.Linear(2 * width, width) if merge else None
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x0: torch.Tensor, x1: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Return norm(residual + dropout(merge(dense0(x0), dense1(x1))))."""
@@ -183,20 +173,18 @@ class TwoImageOutput(nn.Module):
 class SelfAttention(nn.Module):
     """Self-attention of texts."""
 
-    def __init__(self, width: int, num_heads: int, norm_eps: float, dropout: float, attention_dropout: float):
+    def __init__(self, config: MedConfig):
         super().__init__()
-        self.self = Heads(width, num_heads, width)
-        self.output = Output(width, width, norm_eps, dropout)
-        self.attention_dropout = attention_dropout
+        self.self = Heads(config, config.hidden_size)
+        self.output = Output(config, config.hidden_size)
+        self.dropout_p = config.attention_probs_dropout_prob
 
-    def forward(
-        self, hidden: torch.Tensor, mask: torch.Tensor | None, cache: LayerCache | None
-    ) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor | None, cache: LayerCache | None) -> torch.Tensor:
         """Attend within texts (rows, length, width), including cached positions."""
         query, (key, value) = self.self.split(self.self.query(hidden)), self.self.key_value(hidden)
         if cache is not None:
             key, value = cache.extend(key, value)
-        dropout = self.attention_dropout if self.training else 0.0
+        dropout = self.dropout_p if self.training else 0.0
         context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
         return self.output(merge_heads(context), hidden)
 
@@ -204,13 +192,11 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of texts to one set of states: image tokens, or question states."""
 
-    def __init__(
-        self, width: int, num_heads: int, states_width: int, norm_eps: float, dropout: float, attention_dropout: float
-    ):
+    def __init__(self, config: MedConfig):
         super().__init__()
-        self.self = Heads(width, num_heads, states_width)
-        self.output = Output(width, width, norm_eps, dropout)
-        self.attention_dropout = attention_dropout
+        self.self = Heads(config, config.encoder_width)
+        self.output = Output(config, config.hidden_size)
+        self.dropout_p = config.attention_probs_dropout_prob
         self.recording: list[torch.Tensor] | None = None  # if a list, every forward appends its attention
 
     def project(self, states: list[torch.Tensor]) -> list[KeyValue]:
@@ -219,33 +205,19 @@ class CrossAttention(nn.Module):
 
     def forward(self, hidden: torch.Tensor, reads: Reads) -> torch.Tensor:
         """Attend from texts (sources * readers, length, width) to projected states."""
-        if self.recording is not None:
-            context, attention = read_with_weights(self.self, hidden, reads, reads.sets[0])
-            self.recording.append(attention)
-            return self.output(context, hidden)
-        dropout = self.attention_dropout if self.training else 0.0
-        context = read(self.self, hidden, reads, reads.sets[0], dropout)
-        return self.output(context, hidden)
+        dropout = self.dropout_p if self.training else 0.0
+        return self.output(read(self.self, hidden, reads, reads.sets[0], dropout, self.recording), hidden)
 
 
 class TwoImageCrossAttention(nn.Module):
     """Attention of statements to two images with separate weights (NLVR2, section 4.4)."""
 
-    def __init__(
-        self,
-        width: int,
-        num_heads: int,
-        states_width: int,
-        norm_eps: float,
-        dropout: float,
-        attention_dropout: float,
-        merge: bool,
-    ):
+    def __init__(self, config: MedConfig, merge: bool):
         super().__init__()
-        self.self0 = Heads(width, num_heads, states_width)
-        self.self1 = Heads(width, num_heads, states_width)
-        self.output = TwoImageOutput(width, norm_eps, dropout, merge)
-        self.attention_dropout = attention_dropout
+        self.self0 = Heads(config, config.encoder_width)
+        self.self1 = Heads(config, config.encoder_width)
+        self.output = TwoImageOutput(config, merge)
+        self.dropout_p = config.attention_probs_dropout_prob
 
     def project(self, states: list[torch.Tensor]) -> list[KeyValue]:
         """Project the states of the left and the right image."""
@@ -253,35 +225,36 @@ class TwoImageCrossAttention(nn.Module):
 
     def forward(self, hidden: torch.Tensor, reads: Reads) -> torch.Tensor:
         """Attend from texts (pairs * readers, length, width) to both images."""
-        dropout = self.attention_dropout if self.training else 0.0
-        left, right = reads.sets
-        context0 = read(self.self0, hidden, reads, left, dropout)
-        context1 = read(self.self1, hidden, reads, right, dropout)
+        dropout = self.dropout_p if self.training else 0.0
+        context0 = read(self.self0, hidden, reads, reads.sets[0], dropout)
+        context1 = read(self.self1, hidden, reads, reads.sets[1], dropout)
         return self.output(context0, context1, hidden)
 
 
-def read(heads: Heads, hidden: torch.Tensor, reads: Reads, key_value: KeyValue, dropout: float) -> torch.Tensor:
-    """Attend from texts to projected states; texts of one source are folded into one query sequence."""
-    query = heads.split(fold(heads.query(hidden), reads.readers))
-    if uses_plain_products(query) and not dropout:
-        context, _ = attend(query, key_value, reads.mask)
+def read(
+    heads: Heads,
+    hidden: torch.Tensor,
+    reads: Reads,
+    key_value: KeyValue,
+    dropout: float,
+    recording: list[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Attend from texts to projected states; texts of one source are folded into one query sequence.
+
+    A recording receives the attention (sources, heads, readers * length, source length), computed without dropout.
+    """
+    query = heads.query(hidden)
+    if reads.readers > 1:  # (sources * readers, length, width) -> (sources, readers * length, width)
+        query = query.reshape(-1, reads.readers * query.shape[1], query.shape[2])
+    query = heads.split(query)
+    few = not torch.compiler.is_compiling() and query.device.type == "cpu" and query.shape[2] < FEW_QUERIES
+    if recording is not None or (few and not dropout):
+        context, attention = attend(query, key_value, reads.mask)
+        if recording is not None:
+            recording.append(attention)
     else:
         context = F.scaled_dot_product_attention(query, *key_value, attn_mask=reads.mask, dropout_p=dropout)
     return merge_heads(context).reshape(hidden.shape)
-
-
-def uses_plain_products(query: torch.Tensor) -> bool:
-    """Return True for few queries on a CPU, in eager mode (a graph should not depend on their number)."""
-    return not torch.compiler.is_compiling() and query.device.type == "cpu" and query.shape[2] < FEW_QUERIES
-
-
-def read_with_weights(
-    heads: Heads, hidden: torch.Tensor, reads: Reads, key_value: KeyValue
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `read` without dropout; also return the attention (sources, heads, readers * length, source length)."""
-    query = heads.split(fold(heads.query(hidden), reads.readers))
-    context, attention = attend(query, key_value, reads.mask)
-    return merge_heads(context).reshape(hidden.shape), attention
 
 
 def attend(
@@ -294,11 +267,6 @@ def attend(
         scores = scores.masked_fill(~mask, -torch.inf)
     attention = scores.softmax(dim=-1)
     return attention @ value, attention
-
-
-def fold(x: torch.Tensor, readers: int) -> torch.Tensor:
-    """(sources * readers, length, width) -> (sources, readers * length, width)."""
-    return x if readers == 1 else x.reshape(x.shape[0] // readers, readers * x.shape[1], x.shape[2])
 
 
 def merge_heads(context: torch.Tensor) -> torch.Tensor:

@@ -5,13 +5,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Text:
-    """A text in progress.
-
-    Attributes:
-        tokens: with the prompt.
-        score: sum of the constrained log-probabilities of what follows the prompt.
-        log_prob: the same without constraints.
-    """
+    """A text: its tokens, prompt included, and the sums of constrained and own log-probabilities of what follows it."""
 
     tokens: list[int]
     score: float = 0.0
@@ -70,8 +64,8 @@ class Beams:
             del self.finished[worst]
         self.finished.append((score, text))
 
-    def best(self, number: int) -> list[tuple[float, Text]]:
+    def best(self, number: int) -> list[Text]:
         """Return the best finished texts, best first, the latest first among equals; running ones compete too."""
         for text in self.texts:
             self.finish(text)
-        return sorted(self.finished, key=lambda found: found[0])[: -number - 1 : -1]
+        return [text for _, text in sorted(self.finished, key=lambda found: found[0])[: -number - 1 : -1]]

@@ -1,14 +1,13 @@
 """The feature extractor and the captioner."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
-from torch import nn
 
+from models.base import ImageTextModel
 from models.generation import GenerationConfig, generate
 from models.med import TextDecoder, TextTransformer
-from models.med_config import MED_CONFIG, create_text_config
+from models.med_config import MED_CONFIG, MedSource
 from models.pretrained import load_checkpoint, load_pretrained
 from models.tokenizer import decode, init_tokenizer, tokenize
 from models.vit import create_vit
@@ -16,40 +15,22 @@ from released import door
 from utils import UserError
 
 __all__ = [
-    "BLIP_Base",
-    "BLIP_Decoder",
-    "blip_decoder",
-    "blip_feature_extractor",
-    "create_vit",
-    "init_tokenizer",
+    "BLIP_Base", "BLIP_Decoder", "blip_decoder", "blip_feature_extractor", "create_vit", "init_tokenizer",
     "load_checkpoint",
-]
+]  # fmt: skip
 
 MAX_CAPTION_TOKENS = 40
 
 
-class BLIP_Base(nn.Module):
-    """Image encoder and text encoder, for features of images, of texts, and of both together.
-
-    Args:
-        med_config: configuration of the text transformer, a JSON path or a mapping.
-        image_size: side of the square input in pixels.
-        vit: "tiny", "small", "base", "large" or a mapping of sizes (see `models.vit.create_vit`).
-        vit_grad_ckpt, vit_ckpt_layer: recompute the last `vit_ckpt_layer` ViT blocks in the backward pass.
-    """
+class BLIP_Base(ImageTextModel):
+    """Image and text encoder, for features of images, of texts, and of both together; arguments as the base's."""
 
     def __init__(
-        self,
-        med_config: str | Path | Mapping = MED_CONFIG,
-        image_size: int = 224,
-        vit: str | Mapping = "base",
-        vit_grad_ckpt: bool = False,
-        vit_ckpt_layer: int = 0,
-    ):
-        super().__init__()
-        self.visual_encoder, vision_width = create_vit(vit, image_size, vit_grad_ckpt, vit_ckpt_layer)
-        self.tokenizer, config = create_text_config(med_config, vision_width)
-        self.text_encoder = TextTransformer(config)
+        self, med_config: MedSource = MED_CONFIG, image_size: int = 224, vit: str | Mapping = "base",
+        vit_grad_ckpt: bool = False, vit_ckpt_layer: int = 0,
+    ):  # fmt: skip
+        super().__init__(med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer)
+        self.text_encoder = TextTransformer(self.text_config)
 
     def forward(self, image: torch.Tensor, caption: str | Sequence[str], mode: str) -> torch.Tensor:
         """Return token features.
@@ -74,29 +55,22 @@ class BLIP_Base(nn.Module):
         raise UserError(f"mode is {mode!r}; expected 'image', 'text' or 'multimodal'")
 
 
-class BLIP_Decoder(nn.Module):
+class BLIP_Decoder(ImageTextModel):
     """The captioner: image encoder and image-grounded text decoder (sections 3.1 and 5.2).
 
     Args:
-        med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer: as `BLIP_Base`.
+        med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer: as `ImageTextModel`.
         prompt: start of every caption; its tokens are left out of the loss.
         smooth_padding: label smoothing includes padding and prompt, as in the released training.
     """
 
     def __init__(
-        self,
-        med_config: str | Path | Mapping = MED_CONFIG,
-        image_size: int = 384,
-        vit: str | Mapping = "base",
-        vit_grad_ckpt: bool = False,
-        vit_ckpt_layer: int = 0,
-        prompt: str = "a picture of ",
+        self, med_config: MedSource = MED_CONFIG, image_size: int = 384, vit: str | Mapping = "base",
+        vit_grad_ckpt: bool = False, vit_ckpt_layer: int = 0, prompt: str = "a picture of ",
         smooth_padding: bool = True,
-    ):
-        super().__init__()
-        self.visual_encoder, vision_width = create_vit(vit, image_size, vit_grad_ckpt, vit_ckpt_layer)
-        self.tokenizer, config = create_text_config(med_config, vision_width)
-        self.text_decoder = TextDecoder(config)
+    ):  # fmt: skip
+        super().__init__(med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer)
+        self.text_decoder = TextDecoder(self.text_config)
         self.prompt = prompt
         self.prompt_length = len(self.tokenizer(prompt).input_ids) - 1  # without [SEP]
         self.smooth_padding = smooth_padding
@@ -114,29 +88,10 @@ class BLIP_Decoder(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self,
-        image: torch.Tensor,
-        sample: bool = False,
-        num_beams: int = 3,
-        max_length: int = 30,
-        min_length: int = 10,
-        top_p: float = 0.9,
-        repetition_penalty: float | None = None,
-    ) -> list[str]:
-        """Caption images.
-
-        Args:
-            image: float (batch, 3, H, W).
-            sample: nucleus sampling with `top_p` instead of beam search.
-            num_beams: width of the search; 1 is greedy.
-            max_length, min_length: in tokens, including [DEC] and the prompt.
-            top_p: probability mass of the nucleus.
-            repetition_penalty: values above 1 discourage tokens that occur already; None is the released default:
-                1.1 in sampling, 1.0 in search.
-
-        Returns:
-            A caption per image, without the prompt.
-        """
+        self, image: torch.Tensor, sample: bool = False, num_beams: int = 3, max_length: int = 30, min_length: int = 10,
+        top_p: float = 0.9, repetition_penalty: float | None = None,
+    ) -> list[str]:  # fmt: skip
+        """Return a caption for each image (batch, 3, H, W), without the prompt; settings as `GenerationConfig`'s."""
         config = GenerationConfig(
             max_length, min_length, num_beams, sample, top_p=top_p, repetition_penalty=repetition_penalty
         )

@@ -1,47 +1,37 @@
 """Classification of an image and a text, such as visual entailment (not in the paper; after LAVIS)."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.base import ImageTextModel
 from models.med import TextTransformer
-from models.med_config import MED_CONFIG, create_text_config
+from models.med_config import MED_CONFIG, MedSource
 from models.pretrained import load_pretrained
 from models.tokenizer import tokenize
-from models.vit import create_vit
 
 MAX_TEXT_TOKENS = 40
 
 
-class BLIP_Classification(nn.Module):
+class BLIP_Classification(ImageTextModel):
     """Image-grounded text encoder and a classifier on its first token.
 
     Args:
-        med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer: as `models.blip.BLIP_Base`.
+        med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer, drop_path_rate: as `ImageTextModel`.
         num_classes: number of classes.
-        drop_path_rate: stochastic depth of the ViT.
         first_token: "enc", as in pretraining's matching, or "cls", as in LAVIS.
     """
 
     def __init__(
-        self,
-        med_config: str | Path | Mapping = MED_CONFIG,
-        image_size: int = 384,
-        vit: str | Mapping = "base",
-        vit_grad_ckpt: bool = False,
-        vit_ckpt_layer: int = 0,
-        num_classes: int = 3,
-        drop_path_rate: float = 0.0,
-        first_token: str = "enc",
-    ):
-        super().__init__()
-        self.visual_encoder, vision_width = create_vit(vit, image_size, vit_grad_ckpt, vit_ckpt_layer, drop_path_rate)
-        self.tokenizer, config = create_text_config(med_config, vision_width)
-        self.text_encoder = TextTransformer(config)
-        width = config.hidden_size
+        self, med_config: MedSource = MED_CONFIG, image_size: int = 384, vit: str | Mapping = "base",
+        vit_grad_ckpt: bool = False, vit_ckpt_layer: int = 0, num_classes: int = 3,
+        drop_path_rate: float = 0.0, first_token: str = "enc",
+    ):  # fmt: skip
+        super().__init__(med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer, drop_path_rate)
+        self.text_encoder = TextTransformer(self.text_config)
+        width = self.text_config.hidden_size
         self.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, num_classes))
         self.first_token = first_token
 

@@ -1,49 +1,42 @@
 """Image-text matching."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from models.base import ImageTextModel
 from models.losses import similarity, unit_features
 from models.med import TextTransformer
-from models.med_config import MED_CONFIG, create_text_config
+from models.med_config import MED_CONFIG, MedSource
 from models.pretrained import load_pretrained
 from models.tokenizer import tokenize
-from models.vit import create_vit
 from utils import UserError
 
 MAX_TEXT_TOKENS = 35
 
 
-class BLIP_ITM(nn.Module):
+class BLIP_ITM(ImageTextModel):
     """Matching head and contrastive projections over the two encoders.
 
     Args:
-        med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer: as `models.blip.BLIP_Base`.
+        med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer: as `ImageTextModel`.
         embed_dim: width of the contrastive features.
         first_token: first token of a text for the matching head: "cls" as in the released model, or "enc" as in
             training, which gives better scores.
     """
 
     def __init__(
-        self,
-        med_config: str | Path | Mapping = MED_CONFIG,
-        image_size: int = 384,
-        vit: str | Mapping = "base",
-        vit_grad_ckpt: bool = False,
-        vit_ckpt_layer: int = 0,
-        embed_dim: int = 256,
+        self, med_config: MedSource = MED_CONFIG, image_size: int = 384, vit: str | Mapping = "base",
+        vit_grad_ckpt: bool = False, vit_ckpt_layer: int = 0, embed_dim: int = 256,
         first_token: str = "cls",
-    ):
-        super().__init__()
+    ):  # fmt: skip
         if first_token not in ("cls", "enc"):
             raise UserError(f"first_token is {first_token!r}; expected 'cls' (as released) or 'enc' (as trained)")
-        self.visual_encoder, vision_width = create_vit(vit, image_size, vit_grad_ckpt, vit_ckpt_layer)
-        self.tokenizer, config = create_text_config(med_config, vision_width)
+        super().__init__(med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer)
+        config = self.text_config
         self.text_encoder = TextTransformer(config)
-        self.vision_proj = nn.Linear(vision_width, embed_dim)
+        self.vision_proj = nn.Linear(config.encoder_width, embed_dim)
         self.text_proj = nn.Linear(config.hidden_size, embed_dim)
         self.itm_head = nn.Linear(config.hidden_size, 2)
         self.first_token = first_token

@@ -1,44 +1,29 @@
 """NLVR2: classify a statement about two images as true or false (section 4.4)."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.base import ImageTextModel
 from models.med import TextTransformer
-from models.med_config import MED_CONFIG, create_text_config
+from models.med_config import MED_CONFIG, MedSource
 from models.pretrained import load_pretrained
 from models.tokenizer import tokenize
-from models.vit import create_vit
 from released import door
 
 
-class BLIP_NLVR(nn.Module):
-    """A text encoder that attends to two images in each layer, and a two-way classifier.
-
-    Args:
-        med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer: as `models.blip.BLIP_Base`.
-        drop_path_rate: stochastic depth of the ViT.
-    """
+class BLIP_NLVR(ImageTextModel):
+    """A text encoder that attends to two images in each layer, and a two-way classifier; arguments as the base's."""
 
     def __init__(
-        self,
-        med_config: str | Path | Mapping = MED_CONFIG,
-        image_size: int = 480,
-        vit: str | Mapping = "base",
-        vit_grad_ckpt: bool = False,
-        vit_ckpt_layer: int = 0,
-        drop_path_rate: float = 0.1,
-    ):
-        super().__init__()
-        self.visual_encoder, vision_width = create_vit(
-            vit, image_size, vit_grad_ckpt, vit_ckpt_layer, drop_path_rate
-        )
-        self.tokenizer, config = create_text_config(med_config, vision_width)
-        self.text_encoder = TextTransformer(config, two_images=True)
-        width = config.hidden_size
+        self, med_config: MedSource = MED_CONFIG, image_size: int = 480, vit: str | Mapping = "base",
+        vit_grad_ckpt: bool = False, vit_ckpt_layer: int = 0, drop_path_rate: float = 0.1,
+    ):  # fmt: skip
+        super().__init__(med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer, drop_path_rate)
+        self.text_encoder = TextTransformer(self.text_config, two_images=True)
+        width = self.text_config.hidden_size
         self.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
 
     def forward(

@@ -1,17 +1,16 @@
 """Pretraining with ITC, ITM and LM (section 3.2)."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 
 from models.attention import Projection
 from models.losses import draw_negatives
 from models.med import TextDecoder
-from models.med_config import BERT_CONFIG
+from models.med_config import BERT_CONFIG, MedSource
 from models.momentum import Candidates, MomentumModel, enqueue
 from models.pretrained import load_pretrained
-from models.tokenizer import TokenBatch
+from models.tokenizer import TokenBatch, tokenize
 from released import door
 
 MAX_TEXT_TOKENS = 30
@@ -32,18 +31,10 @@ class BLIP_Pretrain(MomentumModel):
     max_text_tokens = MAX_TEXT_TOKENS
 
     def __init__(
-        self,
-        med_config: str | Path | Mapping = BERT_CONFIG,
-        image_size: int = 224,
-        vit: str | Mapping = "base",
-        vit_grad_ckpt: bool = False,
-        vit_ckpt_layer: int = 0,
-        embed_dim: int = 256,
-        queue_size: int = 57600,
-        momentum: float = 0.995,
-        smooth_padding: bool = True,
-        itc_all_ranks: bool = False,
-    ):
+        self, med_config: MedSource = BERT_CONFIG, image_size: int = 224, vit: str | Mapping = "base",
+        vit_grad_ckpt: bool = False, vit_ckpt_layer: int = 0, embed_dim: int = 256, queue_size: int = 57600,
+        momentum: float = 0.995, smooth_padding: bool = True, itc_all_ranks: bool = False,
+    ):  # fmt: skip
         super().__init__(
             med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer, embed_dim, queue_size, momentum, itc_all_ranks
         )
@@ -63,12 +54,12 @@ class BLIP_Pretrain(MomentumModel):
             candidates: from `MomentumModel.candidates`, in a step of several batches; None in a step of one.
         """
         if self.forward_begins_step:
-            self._begin_step()
-        tokens = self.tokenize(caption, MAX_TEXT_TOKENS, torch.device("cpu"))
+            self.begin_step(by_loop=False)
+        tokens = tokenize(self.tokenizer, caption, "cls", MAX_TEXT_TOKENS)
         text = tokens.to(image.device)
         image_embeds = self.visual_encoder(image)
         feats = self.image_feat(image_embeds), self.text_feat(text)
-        candidates = candidates or self._candidates([(image, text, None)])[0]
+        candidates = candidates or self.candidates([(image, text, None)])[0]
         own = torch.arange(candidates.first_row, candidates.first_row + len(image), device=image.device)
         columns = torch.arange(len(candidates.image) + self.queue_size, device=image.device)
         hard_targets = (own[:, None] == columns).float()

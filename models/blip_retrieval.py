@@ -1,15 +1,14 @@
 """Fine-tuning for image-text retrieval: ITC and ITM (section 4.1)."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 
 from models.losses import draw_negatives, similarity
-from models.med_config import MED_CONFIG
+from models.med_config import MED_CONFIG, MedSource
 from models.momentum import Candidates, MomentumModel, enqueue
 from models.pretrained import load_pretrained
-from models.tokenizer import TokenBatch
+from models.tokenizer import TokenBatch, tokenize
 from released import door
 from utils import all_gather, all_gather_with_grad, get_world_size
 
@@ -27,18 +26,10 @@ class BLIP_Retrieval(MomentumModel):
     max_text_tokens = MAX_TEXT_TOKENS
 
     def __init__(
-        self,
-        med_config: str | Path | Mapping = MED_CONFIG,
-        image_size: int = 384,
-        vit: str | Mapping = "base",
-        vit_grad_ckpt: bool = False,
-        vit_ckpt_layer: int = 0,
-        embed_dim: int = 256,
-        queue_size: int = 57600,
-        momentum: float = 0.995,
-        negative_all_rank: bool = False,
-        itc_all_ranks: bool = False,
-    ):
+        self, med_config: MedSource = MED_CONFIG, image_size: int = 384, vit: str | Mapping = "base",
+        vit_grad_ckpt: bool = False, vit_ckpt_layer: int = 0, embed_dim: int = 256, queue_size: int = 57600,
+        momentum: float = 0.995, negative_all_rank: bool = False, itc_all_ranks: bool = False,
+    ):  # fmt: skip
         super().__init__(
             med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer, embed_dim, queue_size, momentum, itc_all_ranks
         )
@@ -47,13 +38,9 @@ class BLIP_Retrieval(MomentumModel):
         self.register_buffer("ptr_queue", torch.zeros(1, dtype=torch.long))
 
     def forward(
-        self,
-        image: torch.Tensor,
-        caption: Sequence[str],
-        alpha: float,
-        idx: torch.Tensor,
+        self, image: torch.Tensor, caption: Sequence[str], alpha: float, idx: torch.Tensor,
         candidates: Candidates | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Return the losses loss_ita and loss_itm, scalars.
 
         Args:
@@ -64,12 +51,12 @@ class BLIP_Retrieval(MomentumModel):
             candidates: from `MomentumModel.candidates`, in a step of several batches; None in a step of one.
         """
         if self.forward_begins_step:
-            self._begin_step()
+            self.begin_step(by_loop=False)
         idx = idx.to(image.device, non_blocking=True)
-        text = self.tokenize(caption, MAX_TEXT_TOKENS, image.device)
+        text = tokenize(self.tokenizer, caption, "cls", MAX_TEXT_TOKENS, image.device)
         image_embeds = self.visual_encoder(image)
         feats = self.image_feat(image_embeds), self.text_feat(text)
-        candidates = candidates or self._candidates([(image, text, idx)])[0]
+        candidates = candidates or self.candidates([(image, text, idx)])[0]
         loss_ita, _, _ = self.contrast(feats, candidates, self.hard_targets(idx, candidates.idx), alpha)
         if candidates.is_last_batch:
             rows = (self.image_queue, candidates.image), (self.text_queue, candidates.text)
@@ -82,11 +69,7 @@ class BLIP_Retrieval(MomentumModel):
         return same / same.sum(dim=1, keepdim=True)
 
     def matching_loss(
-        self,
-        image_embeds: torch.Tensor,
-        text: TokenBatch,
-        feats: tuple[torch.Tensor, torch.Tensor],
-        idx: torch.Tensor,
+        self, image_embeds: torch.Tensor, text: TokenBatch, feats: tuple[torch.Tensor, torch.Tensor], idx: torch.Tensor
     ) -> torch.Tensor:
         """ITM with negatives of other images, from the local batch or from all ranks."""
         text = text.with_first(self.tokenizer.enc_token_id)

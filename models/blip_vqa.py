@@ -2,21 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from models.attention import Projection
+from models.base import ImageTextModel
 from models.generation import GenerationConfig, generate
 from models.losses import IGNORED, lm_sequence_losses, lm_token_losses
 from models.med import TextDecoder, TextTransformer
-from models.med_config import MED_CONFIG, create_text_config
+from models.med_config import MED_CONFIG, MedSource
 from models.prefix_tree import PrefixTree, Trie
 from models.pretrained import load_pretrained
 from models.tokenizer import TokenBatch, decode, tokenize
-from models.vit import create_vit
 from released import door
 from utils import UserError
 
@@ -24,50 +21,33 @@ MAX_QUESTION_TOKENS = 35
 ANSWERS = GenerationConfig(max_length=10, min_length=1, num_beams=3)
 
 
-class BLIP_VQA(nn.Module):
+class BLIP_VQA(ImageTextModel):
     """Question encoder over image tokens, answer decoder over question states.
 
     Args:
-        med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer: as `models.blip.BLIP_Base`.
+        med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer, drop_path_rate: as `ImageTextModel`.
         smooth_padding: label smoothing includes padding, as in the released training and ranking.
-        drop_path_rate: stochastic depth of the ViT.
         mask_padding: generated answers do not attend to padding of the question, so that they do not depend on the
             other questions of a batch; the released code attends to it.
     """
 
     def __init__(
-        self,
-        med_config: str | Path | Mapping = MED_CONFIG,
-        image_size: int = 480,
-        vit: str | Mapping = "base",
-        vit_grad_ckpt: bool = False,
-        vit_ckpt_layer: int = 0,
-        smooth_padding: bool = True,
-        drop_path_rate: float = 0.1,
-        mask_padding: bool = False,
-    ):
-        super().__init__()
-        self.visual_encoder, vision_width = create_vit(
-            vit, image_size, vit_grad_ckpt, vit_ckpt_layer, drop_path_rate
-        )
-        self.tokenizer, config = create_text_config(med_config, vision_width)
+        self, med_config: MedSource = MED_CONFIG, image_size: int = 480, vit: str | Mapping = "base",
+        vit_grad_ckpt: bool = False, vit_ckpt_layer: int = 0, smooth_padding: bool = True,
+        drop_path_rate: float = 0.1, mask_padding: bool = False,
+    ):  # fmt: skip
+        super().__init__(med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer, drop_path_rate)
+        config = self.text_config
         self.text_encoder = TextTransformer(config)
         self.text_decoder = TextDecoder(replace(config, encoder_width=config.hidden_size))
         self.smooth_padding, self.mask_padding = smooth_padding, mask_padding
         self.trie: tuple[torch.Tensor, Trie] | None = None  # of the candidates ranked last
 
     def forward(
-        self,
-        image: torch.Tensor,
-        question: Sequence[str],
-        answer: Any = None,
-        n: Sequence[int] | None = None,
-        weights: torch.Tensor | None = None,
-        train: bool = True,
-        inference: str = "rank",
-        k_test: int = 128,
-    ) -> torch.Tensor | list[str]:
-        """Return the loss of answers, or answer the questions.
+        self, image: torch.Tensor, question: Sequence[str], answer: Any = None, n: Sequence[int] | None = None,
+        weights: torch.Tensor | None = None, train: bool = True, inference: str = "rank", k_test: int = 128,
+    ) -> torch.Tensor | list[str]:  # fmt: skip
+        """Return the loss of answers, a scalar, candidates' indices for "rank", int64 (batch,), or "generate"d answers.
 
         Args:
             image: float (batch, 3, H, W).
@@ -79,9 +59,6 @@ class BLIP_VQA(nn.Module):
             train: return the loss.
             inference: "rank" chooses among candidates, "generate" decodes an answer.
             k_test: number of candidates, chosen by their first token, that are scored in full.
-
-        Returns:
-            A scalar loss; candidate indices int64 (batch,) for "rank"; answers for "generate".
         """
         text = tokenize(self.tokenizer, question, "enc", MAX_QUESTION_TOKENS, image.device)
         states = self.question_states(image, text)
@@ -98,21 +75,15 @@ class BLIP_VQA(nn.Module):
         return self.text_encoder(*text, self.text_encoder.project(self.visual_encoder(image)))
 
     def answer_loss(
-        self,
-        question_states: torch.Tensor,
-        question_atts: torch.Tensor,
-        answer: Sequence[str],
-        n: Sequence[int],
+        self, question_states: torch.Tensor, question_atts: torch.Tensor, answer: Sequence[str], n: Sequence[int],
         weights: torch.Tensor,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # fmt: skip
         """Sum of the weighted losses of the answers, divided by the number of questions."""
         device = question_states.device
         text = tokenize(self.tokenizer, answer, "dec", device=device)
         owner = torch.repeat_interleave(torch.as_tensor(n), output_size=len(answer)).to(device, non_blocking=True)
         projection = self.text_decoder.bert.project(question_states, mask=question_atts).select(owner)
-        hidden = self.text_decoder.hidden_states(
-            text.input_ids, attention_mask=text.attention_mask, projection=projection
-        )
+        hidden = self.text_decoder.hidden_states(*text, projection=projection)
         labels = text.input_ids.masked_fill(text.attention_mask == 0, IGNORED)[:, 1:]
         losses = lm_sequence_losses(self.text_decoder.logits(hidden[:, :-1]), labels, self.smooth_padding)
         return (weights.to(device, non_blocking=True) * losses).sum() / len(question_states)
@@ -134,13 +105,9 @@ class BLIP_VQA(nn.Module):
 
     @torch.no_grad()
     def rank_answer(
-        self,
-        question_states: torch.Tensor,
-        question_atts: torch.Tensor,
-        answer_ids: torch.Tensor,
-        answer_atts: torch.Tensor,
-        k: int,
-    ) -> torch.Tensor:
+        self, question_states: torch.Tensor, question_atts: torch.Tensor, answer_ids: torch.Tensor,
+        answer_atts: torch.Tensor, k: int,
+    ) -> torch.Tensor:  # fmt: skip
         """Return the best candidate of each question, int64 (batch,)."""
         losses, candidates = self.rank_losses(question_states, question_atts, answer_ids, k)
         return candidates.gather(1, losses.argmin(dim=1, keepdim=True)).squeeze(1)
@@ -160,13 +127,20 @@ class BLIP_VQA(nn.Module):
         Returns:
             Token-summed losses (batch, k) and their candidates, int64 (batch, k).
         """
-        projection = self.text_decoder.bert.project(question_states, mask=question_atts)
+        decoder = self.text_decoder
+        projection = decoder.bert.project(question_states, mask=question_atts)
         start = answer_ids[:1, :1].expand(len(question_states), 1)
-        logits = self.text_decoder.logits(self.text_decoder.hidden_states(start, projection=projection)[:, 0])
+        logits = decoder.logits(decoder.hidden_states(start, projection=projection)[:, 0])
         first_probs = logits.float().softmax(dim=1).index_select(1, answer_ids[:, 1])
         candidates = first_probs.topk(min(k, len(answer_ids)), dim=1).indices
-        tree = self.select_trees(answer_ids, candidates)
-        return self.candidate_losses(projection, tree, answer_ids[candidates]), candidates
+        tree = self.select_trees(answer_ids, candidates)  # equal prefixes of candidates are computed once
+        hidden = decoder.hidden_states(
+            tree.input_ids, attention_mask=tree.attends, positions=tree.positions, projection=projection
+        )
+        labels = answer_ids[candidates][:, :, 1:]
+        labels = labels.masked_fill(labels == self.tokenizer.pad_token_id, IGNORED)
+        rows = zip(hidden, tree.node, labels, strict=True)
+        return torch.stack([self.tree_losses(*row) for row in rows]), candidates
 
     def select_trees(self, answer_ids: torch.Tensor, candidates: torch.Tensor) -> PrefixTree:
         """Return the prefix trees of candidates (batch, k); reads them from the device, once per batch."""
@@ -174,16 +148,6 @@ class BLIP_VQA(nn.Module):
             texts, pad = answer_ids[:, :-1].cpu().numpy(), self.tokenizer.pad_token_id
             self.trie = answer_ids, Trie(texts, pad, keep_padding=self.smooth_padding)
         return self.trie[1].select(candidates.cpu().numpy()).to(answer_ids.device)
-
-    def candidate_losses(self, projection: Projection, tree: PrefixTree, texts: torch.Tensor) -> torch.Tensor:
-        """Token-summed losses (batch, k) of candidates (batch, k, length); equal prefixes are computed once."""
-        pad = self.tokenizer.pad_token_id
-        hidden = self.text_decoder.hidden_states(
-            tree.input_ids, attention_mask=tree.attends, positions=tree.positions, projection=projection
-        )
-        labels = texts[:, :, 1:].masked_fill(texts[:, :, 1:] == pad, IGNORED)
-        rows = zip(hidden, tree.node, labels, strict=True)
-        return torch.stack([self.tree_losses(*row) for row in rows])
 
     def tree_losses(self, hidden: torch.Tensor, node: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """One question's losses (k,): states (nodes, width), nodes and labels (k, length - 1)."""

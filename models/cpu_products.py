@@ -1,14 +1,11 @@
 """Linear layers that use oneDNN on AVX-512 CPUs.
 
-PyTorch multiplies float32 matrices with MKL, which on processors of other makers than Intel leaves half of the vector
-unit unused, and is slow for few rows. oneDNN, which PyTorch includes for convolutions and bfloat16, is twice as fast on
-an AMD Zen 5, forward and backward. `torch.compile` uses it too.
+PyTorch multiplies float32 matrices with MKL, which leaves half of the vector unit of AMD processors unused and is slow
+for few rows. oneDNN, part of PyTorch too, is twice as fast on an AMD Zen 5, forward and backward.
 """
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -17,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from utils import UserError, is_main_process
+from utils import UserError, note_once
 
 MIN_MULTIPLICATIONS = 2**21  # in smaller products the call of oneDNN costs more than it saves
 CHOICES = ("auto", "onednn", "torch")
@@ -28,20 +25,13 @@ enabled = True  # False within `pytorch_products`
 def use_cpu_products(model: nn.Module, choice: str = "auto") -> nn.Module:
     """Choose how the linear layers of a model multiply in float32 on a CPU; elsewhere nothing changes.
 
-    Args:
-        model: any module; its `nn.Linear` layers keep their class, names and parameters.
-        choice: "onednn", "torch" for PyTorch's own products, or "auto": oneDNN on a CPU with AVX-512.
-
-    Returns:
-        The model.
-
-    Raises:
-        UserError: another choice.
+    `choice` is "onednn", "torch" for PyTorch's own products, or "auto": oneDNN on a CPU with AVX-512. The layers keep
+    their class, names and parameters. Returns the model.
     """
     if choice not in CHOICES:
         raise UserError(f"cpu_products is {choice!r}; expected {', '.join(CHOICES)}")
     if choice == "onednn" and not has_onednn():
-        note_absence()
+        note_once("cpu_products: onednn has no effect, this PyTorch is built without oneDNN")
     avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     onednn = has_onednn() and (choice == "onednn" or (choice == "auto" and avx512))
     for part in model.modules():
@@ -55,13 +45,6 @@ def use_cpu_products(model: nn.Module, choice: str = "auto") -> nn.Module:
 def has_onednn() -> bool:
     """Return True if this PyTorch has oneDNN's linear layer."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-@cache
-def note_absence() -> None:
-    """Print once that oneDNN is missing."""
-    if is_main_process():
-        print("note: cpu_products: onednn has no effect, this PyTorch is built without oneDNN", file=sys.stderr)
 
 
 def linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from models.blip_itm import blip_itm
 from models.blip_vqa import blip_vqa
 from models.huggingface import to_huggingface
 from models.med_config import load_med_config
-from models.pretrained import checkpoint_kind, describe_kind
+from models.pretrained import checkpoint_kind
 from models.tokenizer import init_tokenizer, tokenize
 from models.vit import vit_sizes
 from models.weights import read_source
@@ -28,17 +28,21 @@ TASK_OF = {"captioning": "caption", "VQA": "vqa", "retrieval": "match"}
 FACTORIES: dict[str, Callable[..., nn.Module]] = {"caption": blip_decoder, "vqa": blip_vqa, "match": blip_itm}
 
 
-def build(source: str, task: str = "", allow_pickle: bool = False) -> tuple[nn.Module, dict[str, Any], str]:
+def build(
+    source: str, task: str = "", allow_pickle: bool = False, otherwise: str = ""
+) -> tuple[nn.Module, dict[str, Any], str]:
     """Build the model of a checkpoint in eval mode; return it, the settings it was built with, and its task.
+
+    Without `task` the checkpoint decides, and `otherwise` where it fits several tasks.
 
     Raises:
         UserError: the checkpoint fits several tasks, and none was given.
     """
     settings, _ = settings_of(source, allow_pickle)
     kind = checkpoint_kind(read_source(source, allow_pickle))
-    task = task or TASK_OF.get(kind, "")
+    task = task or TASK_OF.get(kind, otherwise)
     if task not in FACTORIES:
-        raise UserError(f"{source} is {describe_kind(kind)}; choose the model with --task: caption, vqa or match")
+        raise UserError(f"{source} is of kind {kind}; choose the model with --task: caption, vqa or match")
     arguments = {key: value for key, value in settings.items() if key != "embed_dim" or task == "match"}
     model = FACTORIES[task](pretrained=source, allow_pickle=allow_pickle, **arguments)
     return model.eval(), settings, task
@@ -69,7 +73,7 @@ def write_huggingface(source: str, folder: Path, task: str = "", allow_pickle: b
         )
     other = kinds[task](config)
     unexpected = other.load_state_dict(to_huggingface(model.state_dict()), strict=False).unexpected_keys
-    assert not unexpected, unexpected  # transformers has a place for every parameter
+    assert not unexpected, unexpected
     other.tie_weights()
     other.save_pretrained(folder)
     size = {"height": settings["image_size"], "width": settings["image_size"]}
@@ -108,11 +112,7 @@ def hub_config(settings: dict[str, Any], vocab_size: int) -> Any:
 def write_checkpoint(source: str, output: Path, allow_pickle: bool = False, half: bool = False) -> None:
     """Write a checkpoint with the names of this project and the settings that build its model.
 
-    Args:
-        source: a path, a URL or `hf:owner/name`.
-        output: the file, .safetensors or .pth.
-        allow_pickle: accept a file that may run code when it is read.
-        half: store half precision, without momentum encoders and queues.
+    With `half` in half precision, without momentum encoders and queues.
     """
     settings, config = settings_of(source, allow_pickle)
     settings |= {key: config[key] for key in KEPT if key in config}
@@ -129,18 +129,6 @@ def write_checkpoint(source: str, output: Path, allow_pickle: bool = False, half
 
 
 # ONNX and torch.export.
-
-
-class ImagePart(nn.Module):
-    """Images (batch, 3, H, W) to tokens (batch, 1 + patches, width)."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.visual_encoder = model.visual_encoder
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Encode."""
-        return self.visual_encoder(image)
 
 
 class MatchPart(nn.Module):
@@ -163,34 +151,20 @@ def select_part(source: str, part: str, allow_pickle: bool = False) -> tuple[nn.
     Raises:
         UserError: the checkpoint does not have the part.
     """
-    task = {"image": "", "match": "match"}[part]
-    model, settings, task = build(source, task or _any_task(source, allow_pickle), allow_pickle)
+    model, settings, _ = build(source, "match" if part == "match" else "", allow_pickle, otherwise="caption")
     side, batch = settings["image_size"], torch.export.Dim("batch", min=1, max=1024)
-    image = torch.zeros(2, 3, side, side)
+    image, shapes = torch.zeros(2, 3, side, side), {"image": {0: batch}}
     if part == "image":
-        return ImagePart(model).eval(), (image,), {"image": {0: batch}}
-    text = tokenize(model.tokenizer, ["a picture", "a picture of it"], "enc")
-    shape = {0: batch, 1: torch.export.Dim("length", min=2, max=64)}
-    return (
-        MatchPart(model).eval(),
-        (image, *text),
-        {"image": {0: batch}, "input_ids": shape, "attention_mask": shape},
-    )
-
-
-def _any_task(source: str, allow_pickle: bool) -> str:
-    return TASK_OF.get(checkpoint_kind(read_source(source, allow_pickle)), "caption")
+        return model.visual_encoder, (image,), shapes
+    text = tokenize(model.tokenizer, ["a cat", "a cat on a sofa"], "enc")
+    shapes |= dict.fromkeys(("input_ids", "attention_mask"), {0: batch, 1: torch.export.Dim("length", min=2, max=64)})
+    return MatchPart(model).eval(), (image, *text), shapes
 
 
 def export(source: str, part: str, output: Path, onnx: bool, allow_pickle: bool = False) -> None:
-    """Export the image encoder or the matching model of a checkpoint.
+    """Export the image encoder ("image") or the matching model ("match") of a checkpoint.
 
-    Args:
-        source: a checkpoint.
-        part: "image" or "match".
-        output: the file.
-        onnx: write ONNX (needs the packages onnx and onnxscript) instead of a file for `torch.export.load`.
-        allow_pickle: accept a checkpoint that may run code when it is read.
+    With `onnx` as ONNX, which needs the packages onnx and onnxscript, otherwise for `torch.export.load`.
 
     Raises:
         UserError: a package of the ONNX export is missing.

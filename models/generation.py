@@ -1,8 +1,8 @@
 """Beam search, greedy search and sampling as in transformers 4.15, which made the released captions.
 
-Later versions of transformers normalise a hypothesis by its generated length instead of its whole length (prompt
-included), which changes captions. Minimum length and repetition penalty act on log-probabilities in beam search, and on
-logits in greedy search and sampling.
+Later versions normalise a hypothesis by its generated length instead of its whole length (prompt included), which
+changes captions. Minimum length and repetition penalty act on log-probabilities in beam search, and on logits in greedy
+search and sampling.
 
 The decoder runs on the device over a preallocated cache. Texts are lists on the host: each token costs one transfer
 from the device, and prompts whose texts are finished leave the batch.
@@ -10,7 +10,7 @@ from the device, and prompts whose texts are finished leave the batch.
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ class GenerationConfig:
             probable ones (0: all). The released code sampled from 50, the default of its transformers version.
         repetition_penalty: values above 1 make tokens that occur already, also in the prompt, less probable. None is
             the released default: 1.1 in sampling, 1.0 in search.
-        length_penalty: the score of a text is its log-probability over its length to this power.
+        length_penalty: a search compares texts by their log-probability over their length to this power.
         temperature: divides the logits before sampling.
         num_return: texts per prompt, best first; at most `num_beams` in a beam search.
         banned: sequences of token ids that no text continues with.
@@ -69,13 +69,11 @@ class Generated(NamedTuple):
 
     Attributes:
         ids: token ids of each text, int64 (length,) on the CPU, with the prompt and without the end token.
-        scores: float32 (texts,), sum of the constrained log-probabilities of what follows the prompt, end token
-            included, over length ** length_penalty.
-        log_probs: float32 (texts,), the sum of log-probabilities of the model itself, without constraints.
+        log_probs: float32 (texts,), the sum of the model's own log-probabilities, without constraints, of what follows
+            the prompt, end token included.
     """
 
     ids: list[torch.Tensor]
-    scores: torch.Tensor
     log_probs: torch.Tensor
 
 
@@ -91,7 +89,7 @@ def generate(
     """Continue prompts.
 
     Args:
-        decoder: the text decoder, in eval mode.
+        decoder: in eval mode.
         projection: keys and values that it attends to; prompt row i belongs to source i // readers.
         prompt: int64 (rows, prompt length), without padding, [DEC] first.
         eos_token_id: [SEP].
@@ -102,7 +100,7 @@ def generate(
     Raises:
         UserError: more texts are asked for than the search keeps, or the prompt fills max_length.
     """
-    if config.num_return > 1 and not config.sample and config.num_return > config.num_beams:
+    if not config.sample and config.num_return > config.num_beams:
         raise UserError(
             f"{config.num_return} texts of a beam search of width {config.num_beams} were asked for; "
             "widen the search (num_beams), or sample"
@@ -120,8 +118,10 @@ def generate(
             uniforms = torch.rand(len(prompt), config.max_length, device=prompt.device)
     stepper = Stepper(decoder, projection, eos_token_id, config)
     if config.sample or config.num_beams == 1:
-        return extend_singly(stepper, prompt, uniforms if config.sample else None)
-    return beam_search(stepper, prompt)
+        texts = extend_singly(stepper, prompt, uniforms if config.sample else None)
+    else:
+        texts = beam_search(stepper, prompt)
+    return Generated([torch.tensor(text.tokens) for text in texts], torch.tensor([text.log_prob for text in texts]))
 
 
 class Stepper:
@@ -145,7 +145,7 @@ class Stepper:
 
     def branch(self, num_beams: int) -> None:
         """Repeat every row `num_beams` times, after the shared prompt."""
-        rows = torch.arange(self.cache.rows, device=self.device)
+        rows = torch.arange(self.cache.buffer.shape[2], device=self.device)
         self.cache.select(rows.repeat_interleave(num_beams))
         self.projection = self.projection.read_by(self.projection.readers * num_beams)
 
@@ -182,12 +182,11 @@ class Stepper:
 
     def blocked(self, tokens: list[int]) -> set[int]:
         """Return the next tokens that would complete a banned sequence or repeat an n-gram."""
-        found = {ids[-1] for ids in self.config.banned if tuple(tokens[len(tokens) - len(ids) + 1 :]) == ids[:-1]}
-        if size := self.config.no_repeat_ngram_size:
-            begun = tokens[len(tokens) - size + 1 :]
-            found |= {
-                tokens[i + size - 1] for i in range(len(tokens) - size + 1) if tokens[i : i + size - 1] == begun
-            }
+        length, size = len(tokens), self.config.no_repeat_ngram_size
+        found = {ids[-1] for ids in self.config.banned if tuple(tokens[length - len(ids) + 1 :]) == ids[:-1]}
+        if size:
+            begun = tokens[length - size + 1 :]
+            found |= {tokens[i + size - 1] for i in range(length - size + 1) if tokens[i : i + size - 1] == begun}
         return found
 
 
@@ -197,17 +196,10 @@ def unfinished_sources(done: Sequence[bool], per_source: int) -> list[int]:
     return [source for source, group in enumerate(groups) if not all(group)]
 
 
-def collect(texts: Iterable[tuple[float, Text]]) -> Generated:
-    """Return finished texts with their scores."""
-    scores, texts = zip(*texts, strict=True)
-    ids = [torch.tensor(text.tokens) for text in texts]
-    return Generated(ids, torch.tensor(scores), torch.tensor([text.log_prob for text in texts]))
-
-
 # Greedy search and sampling.
 
 
-def extend_singly(stepper: Stepper, prompt: torch.Tensor, uniforms: torch.Tensor | None) -> Generated:
+def extend_singly(stepper: Stepper, prompt: torch.Tensor, uniforms: torch.Tensor | None) -> list[Text]:
     """Extend each text by its most probable token, or by a token drawn by `uniforms`, until all have ended."""
     config, tokens, length = stepper.config, prompt, prompt.shape[1]
     texts = [Text(row) for row in prompt.tolist()]
@@ -217,10 +209,10 @@ def extend_singly(stepper: Stepper, prompt: torch.Tensor, uniforms: torch.Tensor
         logits = stepper.logits(tokens)
         scores = stepper.constrain(logits, [texts[i] for i in running])
         token = scores.argmax(dim=1) if uniforms is None else draw(scores, uniforms[:, length], config)
-        for i, (chosen, score, log_prob) in zip(running, read_choices(token, scores, logits), strict=True):
+        for i, (chosen, log_prob) in zip(running, read_choices(token, logits), strict=True):
             texts[i].tokens.append(int(chosen))
             if i not in ends:
-                texts[i].score, texts[i].log_prob = texts[i].score + score, texts[i].log_prob + log_prob
+                texts[i].log_prob += log_prob
                 if chosen == stepper.eos_token_id:
                     ends[i] = length
         length += 1
@@ -234,13 +226,13 @@ def extend_singly(stepper: Stepper, prompt: torch.Tensor, uniforms: torch.Tensor
         tokens = token[:, None]
     for i, text in enumerate(texts):
         del text.tokens[ends.get(i, length) :]
-    return collect((text.score / len(text.tokens) ** config.length_penalty, text) for text in texts)
+    return texts
 
 
-def read_choices(token: torch.Tensor, scores: torch.Tensor, logits: torch.Tensor) -> list[list[float]]:
-    """Return tokens (rows,) with their constrained and their own log-probability, in one transfer to the host."""
-    parts = [x.log_softmax(dim=1).gather(1, token[:, None])[:, 0] for x in (scores, logits)]
-    return torch.stack([x.double() for x in (token, *parts)], dim=1).tolist()
+def read_choices(token: torch.Tensor, logits: torch.Tensor) -> list[list[float]]:
+    """Return tokens (rows,) with their log-probability, in one transfer to the host."""
+    token = token[:, None]
+    return torch.cat((token.double(), logits.log_softmax(dim=1).gather(1, token).double()), dim=1).tolist()
 
 
 def seeded_uniforms(seed: int, names: Sequence[str], texts: int, length: int, device: torch.device) -> torch.Tensor:
@@ -267,7 +259,7 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, config: GenerationConfig) 
 # Beam search.
 
 
-def beam_search(stepper: Stepper, prompt: torch.Tensor) -> Generated:
+def beam_search(stepper: Stepper, prompt: torch.Tensor) -> list[Text]:
     """Beam search over `num_beams` texts of each prompt."""
     config, prompt_length = stepper.config, prompt.shape[1]
     num_beams, prompts_per_source = config.num_beams, stepper.projection.readers
@@ -290,7 +282,7 @@ def beam_search(stepper: Stepper, prompt: torch.Tensor) -> Generated:
             rows = stepper.keep(sources)
             running = [running[row // num_beams] for row in rows[::num_beams]]
         logits = stepper.logits(stepper.send([[text.tokens[-1]] for search in running for text in search.texts]))
-    return collect(found for search in searches for found in search.best(config.num_return))
+    return [text for search in searches for text in search.best(config.num_return)]
 
 
 def find_candidates(stepper: Stepper, logits: torch.Tensor, texts: Sequence[Text]) -> list[list[list[float]]]:

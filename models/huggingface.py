@@ -5,10 +5,15 @@ encoder (1e-6 is right). transformers' VQA model starts questions with [CLS], wh
 with [ENC]. Its generation divides a score by the generated length only.
 """
 
+import json
 import re
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
+
+from models.med_config import BASE_VOCABULARY
 
 # our name and theirs; {} is the index of a block; names of text transformers and projections are equal
 NAMES = (
@@ -49,3 +54,20 @@ def from_huggingface(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Rename a state dict from transformers' names; its `position_ids` and `logit_scale` are dropped."""
     kept = {k: v for k, v in state.items() if not k.endswith("position_ids") and k != "logit_scale"}
     return {_rename(key, [(theirs, ours) for ours, theirs in NAMES]): value for key, value in kept.items()}
+
+
+def settings_of_folder(folder: Path) -> dict[str, Any]:
+    """Translate those parts of transformers' configuration that weights do not show."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text, vision = config.get("text_config", {}), config.get("vision_config", {})
+    heads = text.get("num_attention_heads")
+    if (text.get("hidden_size", 768), heads) == (768, 8):
+        heads = 12  # Differs from the Hub: its configurations say 8, and the weights were trained with 12
+    settings: dict[str, Any] = {}
+    if "num_attention_heads" in vision:
+        settings["vit"] = {"num_heads": vision["num_attention_heads"]}
+    if heads:
+        settings["med_config"] = {"num_attention_heads": heads}
+    if text.get("vocab_size", 30524) not in BASE_VOCABULARY and (folder / "vocab.txt").is_file():
+        settings.setdefault("med_config", {})["vocab_file"] = str((folder / "vocab.txt").resolve())
+    return settings

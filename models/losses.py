@@ -26,9 +26,7 @@ def similarity(features: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         return features.float() @ others.float().T
 
 
-def soft_targets(
-    similarity_m: torch.Tensor, hard_targets: torch.Tensor, alpha: float | torch.Tensor
-) -> torch.Tensor:
+def soft_targets(similarity_m: torch.Tensor, hard_targets: torch.Tensor, alpha: float | torch.Tensor) -> torch.Tensor:
     """Mix the momentum model's softmax into the hard targets; all (batch, candidates), rows sum to 1."""
     return alpha * F.softmax(similarity_m, dim=1) + (1 - alpha) * hard_targets
 
@@ -36,17 +34,13 @@ def soft_targets(
 def itc_loss(
     sim_i2t: torch.Tensor, sim_t2i: torch.Tensor, targets_i2t: torch.Tensor, targets_t2i: torch.Tensor
 ) -> torch.Tensor:
-    """Image-text contrastive loss: mean of both directions' cross-entropy with soft targets.
+    """Image-text contrastive loss, a scalar: mean of both directions' cross-entropy with soft targets.
 
     Args:
         sim_i2t, sim_t2i: similarities over temperature (batch, candidates).
         targets_i2t, targets_t2i: the same shape, rows sum to 1.
-
-    Returns:
-        A scalar.
     """
-    loss_i2t = -(F.log_softmax(sim_i2t, dim=1) * targets_i2t).sum(dim=1).mean()
-    loss_t2i = -(F.log_softmax(sim_t2i, dim=1) * targets_t2i).sum(dim=1).mean()
+    loss_i2t, loss_t2i = F.cross_entropy(sim_i2t, targets_i2t), F.cross_entropy(sim_t2i, targets_t2i)
     return (loss_i2t + loss_t2i) / 2
 
 
@@ -71,19 +65,13 @@ def draw_negatives(similarities: torch.Tensor, same: torch.Tensor, floor: float 
     if similarities.shape[1] < 2:
         raise UserError("a batch of one pair has no negatives for matching; use a batch of at least 2 per process")
     weights = (F.softmax(similarities.float(), dim=1) + floor).masked_fill(same, 0)
-    nothing_left = weights.sum(dim=1, keepdim=True) == 0
-    weights = weights + nothing_left
+    weights = weights + (weights.sum(dim=1, keepdim=True) == 0)
     times = torch.empty_like(weights).exponential_() / weights
     return times.masked_fill(weights == 0, torch.inf).argmin(dim=1)
 
 
 def itm_loss(logits_positive: torch.Tensor, logits_negative: torch.Tensor) -> torch.Tensor:
-    """Image-text matching loss: cross-entropy of "match" (class 1) for positives and 0 for negatives.
-
-    Args:
-        logits_positive: (batch, 2).
-        logits_negative: (2 * batch, 2).
-    """
+    """Image-text matching loss of positives (batch, 2), of class 1, and negatives (2 * batch, 2), of class 0."""
     logits = torch.cat((logits_positive, logits_negative))
     labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     labels[: len(logits_positive)] = 1
@@ -91,14 +79,9 @@ def itm_loss(logits_positive: torch.Tensor, logits_negative: torch.Tensor) -> to
 
 
 def lm_token_losses(
-    log_z: torch.Tensor,
-    mean: torch.Tensor,
-    chosen: torch.Tensor,
-    labels: torch.Tensor,
-    smooth_padding: bool = True,
-    smoothing: float = LABEL_SMOOTHING,
+    log_z: torch.Tensor, mean: torch.Tensor, chosen: torch.Tensor, labels: torch.Tensor, smooth_padding: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each position's likelihood term and smoothing term.
+    """Return each position's likelihood term, 0.9 * -log p(label), and smoothing term, 0.1 * the mean of -log p.
 
     Args:
         log_z, mean, chosen: float32, of each position's logits the logarithm of the summed exponentials, the
@@ -106,15 +89,10 @@ def lm_token_losses(
         labels: int64, the same shape, IGNORED where the likelihood does not count.
         smooth_padding: ignored positions keep their smoothing term, as under PyTorch 1.10, with which the
             released weights were trained.
-        smoothing: share of the target spread evenly over the vocabulary.
-
-    Returns:
-        Two tensors of that shape: (1 - smoothing) * -log p(label), and smoothing * mean over the vocabulary
-        of -log p.
     """
     labelled = labels != IGNORED
-    likelihood = (1 - smoothing) * (log_z - chosen) * labelled
-    smooth = smoothing * (log_z - mean)
+    likelihood = (1 - LABEL_SMOOTHING) * (log_z - chosen) * labelled
+    smooth = LABEL_SMOOTHING * (log_z - mean)
     return likelihood, smooth if smooth_padding else smooth * labelled
 
 
@@ -131,15 +109,12 @@ def summarize_logits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.
 
 
 def lm_loss(logits: torch.Tensor, labels: torch.Tensor, smooth_padding: bool = True) -> torch.Tensor:
-    """Mean language-modelling loss over labelled positions, labels smoothed by 0.1.
+    """Mean language-modelling loss over labelled positions, a scalar; labels are smoothed by 0.1.
 
     Args:
         logits: (..., vocabulary), each at the position before its label's.
         labels: int64 (...), IGNORED where the likelihood does not count.
         smooth_padding: the smoothing term is averaged over all positions instead, ignored ones too.
-
-    Returns:
-        A scalar.
     """
     likelihood, smooth = lm_token_losses(*summarize_logits(logits, labels), labels, smooth_padding)
     num_labelled = (labels != IGNORED).sum().clamp_min(1)

@@ -66,24 +66,18 @@ class Layer(nn.Module):
 
     def __init__(self, config: MedConfig, index: int, two_images: bool):
         super().__init__()
-        width, num_heads, eps = config.hidden_size, config.num_attention_heads, config.layer_norm_eps
-        dropout, attention_dropout = config.hidden_dropout_prob, config.attention_probs_dropout_prob
-        self.attention = SelfAttention(width, num_heads, eps, dropout, attention_dropout)
-        cross = (width, num_heads, config.encoder_width, eps, dropout, attention_dropout)
-        self.crossattention = (
-            TwoImageCrossAttention(*cross, merge=index >= FIRST_MERGE_LAYER) if two_images else CrossAttention(*cross)
-        )
-        if two_images:  # the released order of parameters, by which the state of an optimizer is saved
+        self.attention = SelfAttention(config)
+        if two_images:
+            self.crossattention: nn.Module = TwoImageCrossAttention(config, merge=index >= FIRST_MERGE_LAYER)
+            # the released order of parameters, by which the state of an optimizer is saved
             self.attention.output.dense = self.attention.output._modules.pop("dense")
+        else:
+            self.crossattention = CrossAttention(config)
         self.intermediate = Intermediate(config)
-        self.output = Output(config.intermediate_size, width, eps, dropout)
+        self.output = Output(config, config.intermediate_size)
 
     def forward(
-        self,
-        hidden: torch.Tensor,
-        mask: torch.Tensor | None,
-        reads: Reads | None,
-        cache: LayerCache | None,
+        self, hidden: torch.Tensor, mask: torch.Tensor | None, reads: Reads | None, cache: LayerCache | None
     ) -> torch.Tensor:
         """Transform hidden states (rows, length, width)."""
         hidden = self.attention(hidden, mask, cache)
@@ -93,7 +87,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The stack of layers, named as in the released parameter names."""
+    """The stack of layers."""
 
     def __init__(self, config: MedConfig, two_images: bool):
         super().__init__()
@@ -101,12 +95,7 @@ class Encoder(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """BERT with cross-attention.
-
-    Args:
-        config: sizes.
-        two_images: cross-attention reads two images (NLVR2).
-    """
+    """BERT with cross-attention, to two images for NLVR2."""
 
     def __init__(self, config: MedConfig, two_images: bool = False):
         super().__init__()
@@ -119,23 +108,17 @@ class TextTransformer(nn.Module):
     def project(self, *states: torch.Tensor, mask: torch.Tensor | None = None) -> Projection:
         """Project states to the keys and values of every layer, once for all texts that read them.
 
-        Args:
-            states: one tensor (sources, length, encoder width); two for a two-image transformer.
-            mask: int or bool (sources, length), 0 at states that no text attends to.
+        The states are (sources, length, encoder width), of two images for NLVR2; `mask` (sources, length) is 0 at
+        states that no text attends to.
         """
         layers = [layer.crossattention.project(list(states)) for layer in self.encoder.layer]
         return Projection(layers, None if mask is None else mask.bool()[:, None, None, :])
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        projection: Projection | None = None,
-        causal: bool = False,
-        positions: torch.Tensor | None = None,
-        cache: TextCache | None = None,
-        **released: Any,
-    ) -> Any:
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None,
+        projection: Projection | None = None, causal: bool = False, positions: torch.Tensor | None = None,
+        cache: TextCache | None = None, **released: Any,
+    ) -> Any:  # fmt: skip
         """Transform texts.
 
         Args:
@@ -192,21 +175,13 @@ class LMHead(nn.Module):
 
     def __init__(self, config: MedConfig, word_embeddings: nn.Embedding):
         super().__init__()
-        self.transform = nn.ModuleDict(
-            {
-                "dense": nn.Linear(config.hidden_size, config.hidden_size),
-                "LayerNorm": nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
-            }
-        )
+        width = config.hidden_size
+        norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.transform = nn.ModuleDict({"dense": nn.Linear(width, width), "LayerNorm": norm})
         init_weights(self, config.initializer_range)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
-        self.tie(word_embeddings)
-
-    def tie(self, word_embeddings: nn.Embedding) -> None:
-        """Share the output weight with the word embeddings, and the output bias with `bias`."""
-        self.decoder.weight = word_embeddings.weight
-        self.decoder.bias = self.bias
+        self.decoder = nn.Linear(width, config.vocab_size)
+        self.decoder.weight, self.decoder.bias = word_embeddings.weight, self.bias
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., width) -> logits (..., vocabulary)."""
@@ -217,9 +192,7 @@ class LMHead(nn.Module):
 class TextDecoder(nn.Module):
     """A causal text transformer (`bert`) with a language-modelling head (`cls.predictions`).
 
-    Args:
-        config: sizes.
-        shared_with: an encoder whose embeddings, cross-attention and feed-forward are shared (section 3.2).
+    Embeddings, cross-attention and feed-forward are those of the encoder `shared_with`, if any (section 3.2).
     """
 
     def __init__(self, config: MedConfig, shared_with: TextTransformer | None = None):
@@ -231,9 +204,9 @@ class TextDecoder(nn.Module):
         self.cls = nn.ModuleDict({"predictions": LMHead(config, self.bert.embeddings.word_embeddings)})
         self.static_cache = False  # see `create_cache`
 
-    def hidden_states(self, input_ids: torch.Tensor, **kwargs) -> torch.Tensor:
+    def hidden_states(self, *text: torch.Tensor, **kwargs) -> torch.Tensor:
         """Decode (rows, length) to hidden states; arguments as `TextTransformer.forward`."""
-        return self.bert(input_ids, causal=True, **kwargs)
+        return self.bert(*text, causal=True, **kwargs)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., width) -> (..., vocabulary)."""
@@ -244,7 +217,7 @@ class TextDecoder(nn.Module):
 
         On a GPU, or with `static_cache`, shapes are the same for every token, as CUDA graphs and compiled layers need.
         """
-        layers, heads, width = (self.config.num_hidden_layers, self.config.num_attention_heads, self.config.hidden_size)
+        layers, heads, width = self.config.num_hidden_layers, self.config.num_attention_heads, self.config.hidden_size
         dtype = self.bert.embeddings.word_embeddings.weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
@@ -254,13 +227,10 @@ class TextDecoder(nn.Module):
     def next_token_loss(
         self, text: TokenBatch, projection: Projection, smooth_padding: bool, prompt_length: int = 0
     ) -> torch.Tensor:
-        """Mean language-modelling loss of texts, a scalar.
+        """Mean language-modelling loss of texts without their first `prompt_length` tokens, a scalar.
 
-        Args:
-            text: on the CPU, where labelled positions are counted without waiting for the device.
-            projection: keys and values of the images.
-            smooth_padding: as `models.losses.lm_loss`; without it the LM head runs on labelled positions only.
-            prompt_length: number of first tokens that are left out of the loss.
+        The text is on the CPU, where labelled positions are counted without waiting for the device; without
+        `smooth_padding` (see `models.losses.lm_loss`) the LM head runs on these positions only.
         """
         device = projection.layers[0][0][0].device
         labels = text.input_ids.masked_fill(text.attention_mask == 0, IGNORED)
@@ -286,9 +256,7 @@ def share_all_but_self_attention(decoder: TextTransformer, encoder: TextTransfor
     """Replace the decoder's embeddings, cross-attention and feed-forward with the encoder's."""
     decoder.embeddings = encoder.embeddings
     for own, other in zip(decoder.encoder.layer, encoder.encoder.layer, strict=True):
-        own.crossattention = other.crossattention
-        own.intermediate = other.intermediate
-        own.output = other.output
+        own.crossattention, own.intermediate, own.output = other.crossattention, other.intermediate, other.output
 
 
 @torch.no_grad()

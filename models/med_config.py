@@ -12,6 +12,8 @@ from utils import UserError
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 MED_CONFIG = CONFIG_FOLDER / "med_config.json"
 BERT_CONFIG = CONFIG_FOLDER / "bert_config.json"
+BASE_VOCABULARY = (30522, 30524)  # bert-base-uncased's, without and with [DEC] and [ENC]
+MedSource = str | Path | Mapping | None  # a JSON file or a mapping; '' and None for configs/med_config.json
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class MedConfig:
     vocab_file: str = ""
 
 
-def create_text_config(med_config: str | Path | Mapping | None, encoder_width: int) -> tuple[Any, MedConfig]:
+def create_text_config(med_config: MedSource, encoder_width: int) -> tuple[Any, MedConfig]:
     """Return the tokenizer and the configuration of a text transformer whose vocabulary includes [DEC] and [ENC].
 
     Args:
@@ -51,7 +53,7 @@ def create_text_config(med_config: str | Path | Mapping | None, encoder_width: i
     return tokenizer, replace(config, encoder_width=encoder_width, vocab_size=vocab_size)
 
 
-def load_med_config(med_config: str | Path | Mapping | None) -> MedConfig:
+def load_med_config(med_config: MedSource) -> MedConfig:
     """Read a configuration from a JSON file or a mapping; '' and None select configs/med_config.json.
 
     A relative path such as 'configs/med_config.json' that does not exist in the working directory is looked up beside

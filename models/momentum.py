@@ -1,8 +1,7 @@
 """Base of pretraining and retrieval: momentum encoders, feature queues, ITC and ITM (section 3.2, after ALBEF)."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,11 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.attention import Projection
+from models.base import ImageTextModel
 from models.losses import itc_loss, itm_loss, similarity, soft_targets, unit_features
 from models.med import TextTransformer
-from models.med_config import create_text_config
-from models.tokenizer import TokenBatch, tokenize
-from models.vit import create_vit, vit_sizes
+from models.med_config import MedSource
+from models.tokenizer import TokenBatch
+from models.vit import create_vit
 from utils import all_gather, get_rank
 
 MOMENTUM_PARTS = ("visual_encoder", "vision_proj", "text_encoder", "text_proj")
@@ -40,11 +40,11 @@ class Candidates:
     is_last_batch: bool
 
 
-class MomentumModel(nn.Module):
+class MomentumModel(ImageTextModel):
     """Image and text encoders, their momentum encoders, queues of momentum features, and a matching head.
 
     Args:
-        med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer: as `models.blip.BLIP_Base`.
+        med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer: as `ImageTextModel`.
         embed_dim: width of the contrastive features.
         queue_size: number of past features of each kind that ITC compares with.
         momentum: share of the momentum weights that a step keeps.
@@ -56,22 +56,12 @@ class MomentumModel(nn.Module):
     max_text_tokens: int
 
     def __init__(
-        self,
-        med_config: str | Path | Mapping,
-        image_size: int,
-        vit: str | Mapping,
-        vit_grad_ckpt: bool,
-        vit_ckpt_layer: int,
-        embed_dim: int,
-        queue_size: int,
-        momentum: float,
-        itc_all_ranks: bool = False,
-    ):
-        super().__init__()
-        self.tokenizer, config = create_text_config(med_config, vit_sizes(vit)["embed_dim"])
-        self.text_config = config
+        self, med_config: MedSource, image_size: int, vit: str | Mapping, vit_grad_ckpt: bool, vit_ckpt_layer: int,
+        embed_dim: int, queue_size: int, momentum: float, itc_all_ranks: bool = False,
+    ):  # fmt: skip
+        super().__init__(med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer)
+        config, vision_width = self.text_config, self.text_config.encoder_width
         # the released order of parameters, by which the state of an optimizer is saved
-        self.visual_encoder, vision_width = create_vit(vit, image_size, vit_grad_ckpt, vit_ckpt_layer)
         self.text_encoder = TextTransformer(config)
         self.vision_proj = nn.Linear(vision_width, embed_dim)
         self.text_proj = nn.Linear(config.hidden_size, embed_dim)
@@ -82,8 +72,8 @@ class MomentumModel(nn.Module):
         self.text_proj_m = nn.Linear(config.hidden_size, embed_dim)
         self.temp = nn.Parameter(torch.tensor(INITIAL_TEMPERATURE))
         self.queue_size, self.momentum, self.itc_all_ranks = queue_size, momentum, itc_all_ranks
-        self.register_buffer("image_queue", random_queue(embed_dim, queue_size))
-        self.register_buffer("text_queue", random_queue(embed_dim, queue_size))
+        for name in ("image_queue", "text_queue"):
+            self.register_buffer(name, F.normalize(torch.randn(embed_dim, queue_size), dim=0))
         self.forward_begins_step = True  # until `begin_step` is called
         copy_params(self)
         self.register_load_state_dict_pre_hook(rename_pointer)
@@ -98,21 +88,18 @@ class MomentumModel(nn.Module):
         return unit_features(getattr(self, "text_proj" + suffix), hidden[:, 0])
 
     @torch.no_grad()
-    def begin_step(self) -> None:
+    def begin_step(self, by_loop: bool = True) -> None:
         """Clamp the temperature and move the momentum encoders.
 
         A training loop calls this once per optimizer step, before the first forward of the step. Loops written for
         the released package never do; until the first call, every forward begins a step.
         """
-        self.forward_begins_step = False
-        self._begin_step()
+        self.forward_begins_step &= not by_loop
+        self.temp.clamp_(*TEMPERATURE_RANGE)
+        momentum_params, params = zip(*momentum_pairs(self), strict=True)
+        torch._foreach_lerp_(list(momentum_params), list(params), 1 - self.momentum)
 
-    def _begin_step(self) -> None:
-        with torch.no_grad():
-            self.temp.clamp_(*TEMPERATURE_RANGE)
-            momentum_params, params = zip(*momentum_pairs(self), strict=True)
-            torch._foreach_lerp_(list(momentum_params), list(params), 1 - self.momentum)
-
+    @torch.no_grad()
     def candidates(
         self, batches: Iterable[tuple[torch.Tensor, TokenBatch, torch.Tensor | None]]
     ) -> list[Candidates]:
@@ -122,12 +109,6 @@ class MomentumModel(nn.Module):
             batches: images, texts that begin with [CLS], and idx or None, of equally many pairs each; all batches
                 of the step, in order.
         """
-        return self._candidates(batches)
-
-    @torch.no_grad()
-    def _candidates(
-        self, batches: Iterable[tuple[torch.Tensor, TokenBatch, torch.Tensor | None]]
-    ) -> list[Candidates]:
         rows = [
             (self.image_feat(self.visual_encoder_m(image), "_m"), self.text_feat(text, "_m"), idx)
             for image, text, idx in batches
@@ -139,11 +120,7 @@ class MomentumModel(nn.Module):
         return [Candidates(image, text, idx, start + i * size, i == len(rows) - 1) for i in range(len(rows))]
 
     def contrast(
-        self,
-        feats: tuple[torch.Tensor, torch.Tensor],
-        candidates: Candidates,
-        hard_targets: torch.Tensor,
-        alpha: float,
+        self, feats: tuple[torch.Tensor, torch.Tensor], candidates: Candidates, hard_targets: torch.Tensor, alpha: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """ITC against the momentum features of the candidates and of the queues.
 
@@ -169,11 +146,7 @@ class MomentumModel(nn.Module):
         return itc_loss(sim_i2t, sim_t2i, targets_i2t, targets_t2i), sim_i2t, sim_t2i
 
     def match(
-        self,
-        text: TokenBatch,
-        projection: Projection,
-        text_negative: TokenBatch,
-        negative_projection: Projection,
+        self, text: TokenBatch, projection: Projection, text_negative: TokenBatch, negative_projection: Projection
     ) -> torch.Tensor:
         """ITM of each pair, of each image with its negative text, and of each text with its negative image.
 
@@ -188,10 +161,6 @@ class MomentumModel(nn.Module):
         positive, negative_text = both.unflatten(0, (-1, 2)).unbind(dim=1)
         negative_image = self.text_encoder(*text, negative_projection)[:, 0]
         return itm_loss(self.itm_head(positive), self.itm_head(torch.cat((negative_image, negative_text))))
-
-    def tokenize(self, texts: str | Sequence[str], max_length: int, device: torch.device) -> TokenBatch:
-        """Tokenize texts with [CLS] as the first token."""
-        return tokenize(self.tokenizer, texts, "cls", max_length, device)
 
 
 def rename_pointer(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -213,11 +182,6 @@ def copy_params(model: nn.Module) -> None:
     for momentum_parameter, parameter in momentum_pairs(model):
         momentum_parameter.copy_(parameter)
         momentum_parameter.requires_grad_(False)
-
-
-def random_queue(embed_dim: int, queue_size: int) -> torch.Tensor:
-    """Return a queue of random unit features (embed_dim, queue_size)."""
-    return F.normalize(torch.randn(embed_dim, queue_size), dim=0)
 
 
 @torch.no_grad()

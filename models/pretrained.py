@@ -1,7 +1,8 @@
 """Load checkpoints into models, report every entry, and refuse checkpoints that lack what a task needs."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,51 +55,42 @@ class LoadReport:
     left_over: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def lines(self) -> list[str]:
-        """Return the report as lines of text."""
-        found = [f"weights from {self.source}: {len(self.loaded)} entries loaded"]
+    def show(self) -> None:
+        """Print the report on the main process."""
+        lines = [f"weights from {self.source}: {len(self.loaded)} entries loaded"]
         for title, keys in (("resized", self.resized), ("fresh", self.fresh), ("left over", self.left_over)):
-            if keys:
-                found.append(f"  {title}: {grouped(keys)}")
-        return found + [f"  note: {note}" for note in self.notes]
+            lines += [f"  {title}: {grouped(keys)}"] if keys else []
+        lines += [f"  note: {note}" for note in self.notes]
+        if is_main_process():
+            print("\n".join(lines), flush=True)
 
 
 def grouped(keys: Iterable[str]) -> str:
     """Return keys counted by their first part: "text_encoder (197), temp"."""
-    counts: dict[str, int] = {}
-    for key in keys:
-        counts[key.split(".")[0]] = counts.get(key.split(".")[0], 0) + 1
+    counts = Counter(key.split(".")[0] for key in keys)
     return ", ".join(name if count == 1 else f"{name} ({count})" for name, count in counts.items())
 
 
 def load_pretrained(model: nn.Module, source: str, task: str, allow_pickle: bool = False) -> nn.Module:
-    """Load weights into a model for a task, and print a report on the main process.
+    """Load weights into a model for a task of MAY_BE_FRESH, print a report on the main process, and return the model.
 
     Args:
         model: any of the BLIP models.
         source: a path, a URL, `hf:owner/name` (or `hf:` and a local folder), or '' for none.
-        task: "caption", "features", "itm", "retrieval", "vqa", "nlvr" or "pretrain".
+        task: what the checkpoint must suffice for.
         allow_pickle: accept a file that may run code when it is read.
-
-    Returns:
-        The model.
 
     Raises:
         UserError: the file is missing, damaged or refused, of another architecture, or lacks what the task needs.
     """
     if source:
-        report = model.load_report = load_state(model, read_source(source, allow_pickle), source, task)
-        if is_main_process():
-            print("\n".join(report.lines()), flush=True)
+        model.load_report = load_state(model, read_source(source, allow_pickle), source, task)
+        model.load_report.show()
     return model
 
 
 def refuse_fresh_parts(model: nn.Module) -> None:
-    """Refuse a model to evaluate or predict with, parts of which its checkpoint lacks.
-
-    Raises:
-        UserError: parts other than those of momentum and queues have fresh random weights.
-    """
+    """Refuse to evaluate or predict with fresh random weights, other than those of momentum and queues."""
     report = getattr(model, "load_report", None)
     fresh = [key for key in report.fresh if not re.search(MOMENTUM, key)] if report else []
     if fresh:
@@ -121,16 +113,28 @@ def load_checkpoint(model: nn.Module, url_or_filename: str) -> tuple[nn.Module, 
 
 def load_state(model: nn.Module, state: State, source: str, task: str) -> LoadReport:
     """Load a state dict as `load_pretrained` does."""
-    report = LoadReport(source)
-    kind = checkpoint_kind(state)
-    state = fit_to(model, state, report)
-    own = model.state_dict()
-    _refuse_other_shapes(own, state, report, task, kind)
+    report, kind, optional = LoadReport(source), checkpoint_kind(state), MAY_BE_FRESH[task]
+    described = "a checkpoint of unknown kind" if kind == "unknown" else f"a {kind} checkpoint"
+    state, own = fit_to(model, state, report), model.state_dict()
+    for key in [key for key in state if key in own and state[key].shape != own[key].shape]:
+        if not re.search(optional, key):
+            raise UserError(
+                f"{source} is {described} of another architecture: {key} is {tuple(state[key].shape)} there and "
+                f"{tuple(own[key].shape)} here; set vit, med_config and embed_dim as in its training"
+            )
+        del state[key]
     report.loaded = [key for key in own if key in state]
     report.left_over = [key for key in state if key not in own]
-    _refuse_missing(own, state, report, task, kind)
+    report.fresh = _untouched(own, report.loaded)
+    if needed := [key for key in report.fresh if not re.search(optional, key)]:
+        raise UserError(
+            f"{source} is {described} and lacks what the task ({task}) needs: {grouped(needed)}, "
+            f"for instance {needed[0]}; give a checkpoint of the task or of pretraining"
+        )
     model.load_state_dict({key: state[key] for key in report.loaded}, strict=False)
-    start_momentum(model, state)
+    for name, module in model.named_children():  # momentum encoders that the checkpoint lacks
+        if name.endswith("_m") and not any(key.startswith(f"{name}.") for key in state):
+            module.load_state_dict(getattr(model, name.removesuffix("_m")).state_dict())
     if (task, kind) in NOTES:
         report.notes.append(NOTES[task, kind])
     return report
@@ -146,11 +150,6 @@ def checkpoint_kind(state: State) -> str:
     return "unknown"
 
 
-def describe_kind(kind: str) -> str:
-    """Return a kind of checkpoint as messages name it."""
-    return "a checkpoint of unknown kind" if kind == "unknown" else f"a {kind} checkpoint"
-
-
 def fit_to(model: nn.Module, state: State, report: LoadReport) -> State:
     """Adapt entries to the model: position embeddings, vocabulary, the two cross-attentions of NLVR2."""
     own = model.state_dict()
@@ -164,19 +163,20 @@ def fit_to(model: nn.Module, state: State, report: LoadReport) -> State:
         if state[key].shape[-1] == own[key].shape[-1]:
             state[key] = interpolate_pos_embed(state[key], getattr(model, name))
             report.resized.append(key)
-    for key in list(state):
-        if key in own and _lacks_added_tokens(key, state[key], own[key]):
-            state[key] = torch.cat((state[key], own[key][len(state[key]) :].to(state[key].dtype)))
-            report.resized.append(key)
+    _add_tokens(own, state, report)
     if any(".crossattention.self0." in key for key in own) and not any(".self0." in key for key in state):
         state = two_image_attention(state)
     return state
 
 
-def _lacks_added_tokens(key: str, value: torch.Tensor, own: torch.Tensor) -> bool:
-    """Return True if an entry belongs to a vocabulary without [DEC] and [ENC]."""
-    vocabulary = "word_embeddings" in key or "cls.predictions." in key
-    return vocabulary and value.shape[1:] == own.shape[1:] and len(value) == len(own) - 2
+def _add_tokens(own: State, state: State, report: LoadReport) -> None:
+    """Append the rows of [DEC] and [ENC] to entries of a vocabulary without them."""
+    for key in [key for key in own if key in state]:
+        value, target = state[key], own[key]
+        of_vocabulary = "word_embeddings" in key or "cls.predictions." in key
+        if of_vocabulary and value.shape[1:] == target.shape[1:] and len(value) == len(target) - 2:
+            state[key] = torch.cat((value, target[len(value) :].to(value.dtype)))
+            report.resized.append(key)
 
 
 def two_image_attention(state: State) -> State:
@@ -192,41 +192,10 @@ def two_image_attention(state: State) -> State:
     return result
 
 
-def _refuse_other_shapes(own: State, state: State, report: LoadReport, task: str, kind: str) -> None:
-    wrong = [key for key in state if key in own and state[key].shape != own[key].shape]
-    for key in wrong:
-        if not re.search(MAY_BE_FRESH[task], key):
-            raise UserError(
-                f"{report.source} is {describe_kind(kind)} of another architecture: {key} is "
-                f"{tuple(state[key].shape)} there and {tuple(own[key].shape)} here; set vit, med_config and embed_dim "
-                "as in its training"
-            )
-    for key in wrong:
-        del state[key]
-
-
-def _refuse_missing(own: State, state: State, report: LoadReport, task: str, kind: str) -> None:
-    missing = _untouched(own, report.loaded)
-    needed = [key for key in missing if not re.search(MAY_BE_FRESH[task], key)]
-    if needed:
-        raise UserError(
-            f"{report.source} is {describe_kind(kind)} and lacks what the task ({task}) needs: {grouped(needed)}, "
-            f"for instance {needed[0]}; give a checkpoint of the task or of pretraining"
-        )
-    report.fresh = missing
-
-
 def _untouched(own: State, loaded: list[str]) -> list[str]:
     """Return entries of a model that were not loaded and share no memory with a loaded one."""
     storages = {own[key].data_ptr() for key in loaded}
     return [key for key, value in own.items() if value.data_ptr() not in storages]
-
-
-def start_momentum(model: nn.Module, state: State) -> None:
-    """Copy the loaded encoders to momentum encoders that the checkpoint lacks."""
-    for name, module in model.named_children():
-        if name.endswith("_m") and not any(key.startswith(f"{name}.") for key in state):
-            module.load_state_dict(getattr(model, name.removesuffix("_m")).state_dict())
 
 
 # Starting weights of pretraining.
@@ -235,17 +204,13 @@ def start_momentum(model: nn.Module, state: State) -> None:
 def load_part(module: nn.Module, state: State, source: str) -> None:
     """Load the entries of another kind of checkpoint that fit a part of a model by name and shape; print a report."""
     own, report = module.state_dict(), LoadReport(source)
-    for key in list(state):
-        if key in own and _lacks_added_tokens(key, state[key], own[key]):
-            state[key] = torch.cat((state[key], own[key][len(state[key]) :]))
-            report.resized.append(key)
+    _add_tokens(own, state, report)
     report.loaded = [key for key in own if key in state and state[key].shape == own[key].shape]
     report.fresh = _untouched(own, report.loaded)
     if not report.loaded:
         raise UserError(f"{source} shares no parameter with the model; set vit and med_config to its architecture")
     module.load_state_dict({key: state[key] for key in report.loaded}, strict=False)
-    if is_main_process():
-        print("\n".join(report.lines()), flush=True)
+    report.show()
 
 
 def load_bert(text: nn.Module, source: str = BERT) -> None:
@@ -263,33 +228,24 @@ def load_bert(text: nn.Module, source: str = BERT) -> None:
     load_part(text, state, source)
 
 
-def load_deit(visual_encoder: nn.Module, source: str = DEIT_URL) -> None:
-    """Load DeiT-B/16 (224 px) into the base image encoder."""
-    _load_vit(visual_encoder, read_source(source), source)
-
-
-def load_vit_in21k(visual_encoder: nn.Module, source: str = VIT_IN21K) -> None:
-    """Load ViT-L/16 trained on ImageNet-21k into the large image encoder; `source` is a timm name or a file."""
+def load_vit(visual_encoder: nn.Module, source: str) -> None:
+    """Load an image encoder of DeiT or timm; `source` is a checkpoint (DEIT_URL) or a timm name (VIT_IN21K)."""
     if Path(source).is_file() or source.startswith(("http", "hf:")):
-        _load_vit(visual_encoder, read_source(source), source)
-        return
-    state: State = {}
-    on_main_process(lambda: state.update(_timm_weights(source)))
-    _load_vit(visual_encoder, state or _timm_weights(source), source)  # the other processes read timm's cache
+        state = read_source(source)
+    else:
+        state = {}
+        on_main_process(lambda: state.update(_timm_weights(source)))
+        state = state or _timm_weights(source)  # the other processes read timm's cache
+    if "pos_embed" in state:
+        state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], visual_encoder)
+    load_part(visual_encoder, state, source)
 
 
 def _timm_weights(name: str) -> State:
     import timm
 
-    load: Callable[..., nn.Module] = timm.create_model
     try:
-        return load(name, pretrained=True, num_classes=0).state_dict()
+        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:150]
         raise UserError(f"timm's {name} could not be loaded ({reason}); set init: random, or pretrained") from None
-
-
-def _load_vit(visual_encoder: nn.Module, state: State, source: str) -> None:
-    if "pos_embed" in state:
-        state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], visual_encoder)
-    load_part(visual_encoder, state, source)

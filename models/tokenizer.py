@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import transformers
 from transformers import BertTokenizer
 
@@ -59,9 +60,7 @@ class TokenBatch(NamedTuple):
 
     def to(self, device: torch.device) -> "TokenBatch":
         """Return the batch on `device`."""
-        return TokenBatch(
-            self.input_ids.to(device, non_blocking=True), self.attention_mask.to(device, non_blocking=True)
-        )
+        return TokenBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
     def with_first(self, token_id: int) -> "TokenBatch":
         """Return the batch with `token_id` at position 0 of each text."""
@@ -76,20 +75,14 @@ class TokenBatch(NamedTuple):
     def padded_to(self, length: int, pad_token_id: int) -> "TokenBatch":
         """Return the batch padded on the right to at least `length` positions."""
         extra = (0, max(length - self.input_ids.shape[1], 0))
-        return TokenBatch(
-            torch.nn.functional.pad(self.input_ids, extra, value=pad_token_id),
-            torch.nn.functional.pad(self.attention_mask, extra),
-        )
+        return TokenBatch(F.pad(self.input_ids, extra, value=pad_token_id), F.pad(self.attention_mask, extra))
 
 
 def tokenize(
-    tokenizer: Any,
-    texts: str | Sequence[str],
-    first: str = "cls",
-    max_length: int | None = None,
+    tokenizer: Any, texts: str | Sequence[str], first: str = "cls", max_length: int | None = None,
     device: torch.device | str = "cpu",
-) -> TokenBatch:
-    """Tokenize texts, padded to the longest.
+) -> TokenBatch:  # fmt: skip
+    """Tokenize texts, padded to the longest: (batch, longest).
 
     Args:
         tokenizer: from `init_tokenizer`.
@@ -98,9 +91,6 @@ def tokenize(
             "dec" for decoding.
         max_length: longer texts are cut to this many tokens, [SEP] kept; None cuts at the end of the position table.
         device: where the result goes.
-
-    Returns:
-        Token ids (batch, longest).
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     texts = [text.encode("utf-8", "replace").decode() for text in texts]  # JSON may hold lone surrogates

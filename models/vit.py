@@ -33,13 +33,9 @@ class VisionTransformer(vision_transformer.VisionTransformer):
     """
 
     def __init__(
-        self,
-        img_size: int = 224,
-        patch_size: int = 16,
-        use_grad_checkpointing: bool = False,
-        ckpt_layer: int = 0,
+        self, img_size: int = 224, patch_size: int = 16, use_grad_checkpointing: bool = False, ckpt_layer: int = 0,
         **settings: Any,
-    ):
+    ):  # fmt: skip
         settings |= {"num_classes": 0, "global_pool": ""}
         settings["norm_layer"] = settings.get("norm_layer") or partial(nn.LayerNorm, eps=1e-6)
         super().__init__(img_size, patch_size, **settings)
@@ -69,24 +65,19 @@ class VisionTransformer(vision_transformer.VisionTransformer):
 
 
 def create_vit(
-    vit: str | Mapping,
-    image_size: int,
-    use_grad_checkpointing: bool = False,
-    ckpt_layer: int = 0,
+    vit: str | Mapping, image_size: int, use_grad_checkpointing: bool = False, ckpt_layer: int = 0,
     drop_path_rate: float = 0.0,
-) -> tuple[nn.Module, int]:
+) -> tuple[nn.Module, int]:  # fmt: skip
     """Build the image encoder.
 
     Args:
         vit: "tiny", "small", "base", "large", or a mapping with embed_dim, depth, num_heads, patch_size.
         image_size: side of the square input in pixels; a multiple of the patch size.
-        use_grad_checkpointing: recompute the last `ckpt_layer` blocks in the backward pass, to save memory.
-        ckpt_layer: number of final blocks to checkpoint.
+        use_grad_checkpointing, ckpt_layer: as `VisionTransformer`.
         drop_path_rate: stochastic depth of the last block (0 to 1), growing linearly from 0 at the first block.
 
     Returns:
-        The encoder, mapping images (batch, 3, H, W) to tokens (batch, 1 + patches, width) after the final
-        norm, and its width.
+        The encoder and its width.
 
     Raises:
         UserError: unknown variant, missing or surplus size, or an image size that is no multiple of the patch size.
@@ -97,20 +88,15 @@ def create_vit(
             f"image_size {image_size} is not a multiple of the ViT's patch size {sizes['patch_size']}; "
             f"use {image_size - image_size % sizes['patch_size']} instead"
         )
-    encoder = VisionTransformer(
-        img_size=image_size,
-        drop_path_rate=drop_path_rate or (LARGE_DROP_PATH_RATE if vit == "large" else 0.0),
-        use_grad_checkpointing=use_grad_checkpointing,
-        ckpt_layer=ckpt_layer,
-        **sizes,
-    )
-    return encoder, sizes["embed_dim"]
+    sizes["drop_path_rate"] = drop_path_rate or (LARGE_DROP_PATH_RATE if vit == "large" else 0.0)
+    sizes |= {"use_grad_checkpointing": use_grad_checkpointing, "ckpt_layer": ckpt_layer}
+    return VisionTransformer(image_size, **sizes), sizes["embed_dim"]
 
 
-def vit_sizes(vit: str | Mapping) -> dict[str, int]:
+def vit_sizes(vit: str | Mapping) -> dict[str, Any]:
     """Return embed_dim, depth, num_heads and patch_size of a named variant or a mapping."""
     if isinstance(vit, str) and vit in VARIANTS:
-        return VARIANTS[vit]
+        return dict(VARIANTS[vit])
     if isinstance(vit, Mapping) and set(vit) == set(VARIANTS["base"]):
         return {key: int(value) for key, value in vit.items()}
     raise UserError(
@@ -120,18 +106,11 @@ def vit_sizes(vit: str | Mapping) -> dict[str, int]:
 
 
 def interpolate_pos_embed(pos_embed_checkpoint: torch.Tensor, visual_encoder: nn.Module) -> torch.Tensor:
-    """Resize position embeddings to the encoder's grid, bicubically; the [CLS] position is kept.
-
-    Args:
-        pos_embed_checkpoint: (1, 1 + grid * grid, width), any float dtype.
-        visual_encoder: the encoder that will use them.
-
-    Returns:
-        (1, 1 + new_grid * new_grid, width); the argument itself if the sizes agree.
-    """
-    num_extra = visual_encoder.pos_embed.shape[-2] - visual_encoder.patch_embed.num_patches
+    """Resize position embeddings (1, 1 + grid * grid, width) to the encoder's grid, bicubically; [CLS] is kept."""
+    num_patches = visual_encoder.patch_embed.num_patches
+    num_extra = visual_encoder.pos_embed.shape[-2] - num_patches
     old_grid = int((pos_embed_checkpoint.shape[-2] - num_extra) ** 0.5)
-    new_grid = int(visual_encoder.patch_embed.num_patches**0.5)
+    new_grid = int(num_patches**0.5)
     if old_grid == new_grid:
         return pos_embed_checkpoint
     extra, grid = pos_embed_checkpoint.split([num_extra, old_grid**2], dim=1)

@@ -1,30 +1,39 @@
 """Read checkpoints from a path, a URL or the Hub, downloaded once per machine, without running code in them."""
 
+import json
 import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from download import cached
-from models.huggingface import from_huggingface, is_huggingface
+from models.huggingface import from_huggingface, is_huggingface, settings_of_folder
 from utils import UserError, barrier, on_main_process
 
 State = dict[str, torch.Tensor]
+Config = dict[str, Any]
 
 
 def read_source(source: str, allow_pickle: bool = False) -> State:
     """Return the state dict of a path, URL or `hf:` name, with the names of this project."""
+    return read_checkpoint(source, allow_pickle)[0]
+
+
+def read_checkpoint(source: str, allow_pickle: bool = False) -> tuple[State, Config]:
+    """Return the state dict of a source, with the names of this project, and the settings saved with it, or {}."""
     state: State = {}
+    config: Config = {}
     for path in resolve(source):
-        state |= read_state_dict(path, allow_pickle)
-    return from_huggingface(state) if is_huggingface(state) else state
+        tensors, settings = read_file(path, allow_pickle)
+        state |= tensors
+        config |= settings
+    return (from_huggingface(state) if is_huggingface(state) else state), config
 
 
 def resolve(source: str) -> list[Path]:
@@ -75,20 +84,38 @@ def _hub_folder(name: str) -> Path:
         raise UserError(f"hf:{name} is no local folder and could not be downloaded ({reason})") from None
 
 
-def read_state_dict(path: Path, allow_pickle: bool = False) -> State:
-    """Read the weights of a .pth or .safetensors file; other entries, such as the optimizer state, stay on disk."""
+def read_file(path: Path, allow_pickle: bool = False) -> tuple[State, Config]:
+    """Read the weights of a file and its settings; other entries, such as the optimizer state, stay on disk."""
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read ({error}); download it again") from None
+        return _read_safetensors(path)
     content = torch_load(path, allow_pickle)
+    config = content.get("config") if isinstance(content, dict) else None
+    config = dict(config) if isinstance(config, Mapping) else {}
+    if isinstance(config.get("model"), Mapping):  # LAVIS nests settings by topic
+        config |= config["model"]
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(torch.is_tensor(value) for value in content.values()):
         raise UserError(f"{path} holds no state dict; expected {{'model': state dict}} or a state dict alone")
-    return content
+    return content, config
+
+
+def _read_safetensors(path: Path) -> tuple[State, Config]:
+    """Read tensors, mapped from disk, and the settings in the file or in config.json beside it."""
+    try:
+        with safe_open(path, "pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}); download it again") from None
+    beside = path.with_name("config.json")
+    try:
+        if "config" in metadata:
+            return state, dict(json.loads(metadata["config"]))
+        return state, settings_of_folder(path.parent) if beside.is_file() else {}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"the configuration of {path} cannot be read ({error}); download it again") from None
 
 
 def torch_load(path: Path, allow_pickle: bool = False) -> Any:

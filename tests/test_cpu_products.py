@@ -10,7 +10,7 @@ from formula import build, img
 from models import cpu_products
 from models.cpu_products import MIN_MULTIPLICATIONS, has_onednn, is_supported, pytorch_products, use_cpu_products
 from models.vit import create_vit
-from utils import UserError
+from utils import UserError, note_once
 
 needs_onednn = pytest.mark.skipif(not has_onednn(), reason="this PyTorch is built without oneDNN")
 ROWS, IN, OUT = 150, 160, 140  # above the least number of multiplications
@@ -104,7 +104,7 @@ def test_choices(monkeypatch, capsys):
     with pytest.raises(UserError, match="cpu_products is 'mkl'; expected auto, onednn, torch"):
         use_cpu_products(nn.Linear(2, 3), "mkl")
     monkeypatch.setattr(cpu_products, "has_onednn", lambda: False)
-    cpu_products.note_absence.cache_clear()
+    note_once.cache_clear()
     for _ in range(2):
         assert "forward" not in use_cpu_products(nn.Linear(2, 3), "onednn").__dict__
     assert capsys.readouterr().err.count("onednn has no effect") == 1

@@ -164,7 +164,7 @@ def test_a_token_of_decoding(fake, kind, amp):
         scores = stepper.constrain(logits.log_softmax(dim=1), texts)
         assert scores.view(2, -1).topk(6).values.device.type == "cuda"
         with pytest.raises(Exception, match="_local_scalar_dense"):
-            read_choices(scores.argmax(dim=1), scores, logits)  # the one transfer
+            read_choices(scores.argmax(dim=1), logits)  # the one transfer
         assert stepper.keep([1]) == [3, 4, 5]
         assert stepper.logits(stepper.send([[9]] * 3)).shape == (3, logits.shape[1])
 

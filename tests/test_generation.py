@@ -139,7 +139,7 @@ def test_beams_keep_the_best_and_stop_when_no_running_text_can_win():
     assert beams.finished == [(-0.5, Text([7, 1], -1.0, -1.0))] and not beams.done
     origins = beams.advance([[-3.0, 19, -1.0], [-3.5, 13, -1.5], [-4.0, 2, -3.5], [-5.0, 9, -4.5]], 10, 9)
     assert origins == [1, 0] and beams.done  # the end token among the last candidates does not count
-    assert [score for score, _ in beams.best(2)] == [-0.5, -1.0]
+    assert beams.best(2) == [Text([7, 1], -1.0, -1.0), Text([7, 1, 4], -3.0, -3.0)]
 
 
 @pytest.mark.parametrize("mask_padding", [True, False])

@@ -25,13 +25,13 @@ from data.video import VideoDataset
 from data.vqa import VQATrain
 from models.architecture import settings_of
 from models.pretrained import load_pretrained
-from models.weights import read_state_dict
+from models.weights import read_file
 from training.checkpoint import load_last
 from utils import UserError
 
 CPU = torch.device("cpu")
 READERS = {
-    "weights": read_state_dict,
+    "weights": read_file,
     "settings": lambda path: settings_of(str(path)),
     "model": lambda path: load_pretrained(torch.nn.Linear(1, 1), str(path), "caption"),
     "resume": lambda path: load_last(path, CPU),
@@ -110,8 +110,8 @@ def test_an_archive_that_was_compressed_again_is_not_read_as_weights(tmp_path):
     deflated(tmp_path / "model.pth", 0, content)
     assert not torch.equal(torch.load(tmp_path / "model.pth", mmap=True)["a"], content["a"])
     with pytest.raises(UserError, match="is compressed"):
-        read_state_dict(tmp_path / "model.pth")
-    assert torch.equal(read_state_dict(tmp_path / "plain.pth")["a"], content["a"])
+        read_file(tmp_path / "model.pth")
+    assert torch.equal(read_file(tmp_path / "plain.pth")[0]["a"], content["a"])
 
 
 @contextmanager
@@ -165,7 +165,7 @@ def test_safetensors_that_lie(tmp_path, lie):
                 READERS[reader](path)
             assert "\n" not in str(error.value)
     path.write_bytes(safetensors(entry([4], 0, 16)))
-    assert read_state_dict(path)["a"].tolist() == [0] * 4  # so the format is not what was refused
+    assert read_file(path)[0]["a"].tolist() == [0] * 4  # so the format is not what was refused
 
 
 # Paths.

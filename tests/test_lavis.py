@@ -88,7 +88,7 @@ def test_features(tmp_path, images):
     close(found.image_embeds_proj[:, 0], ours.image_feat(found.image_embeds))
     assert found.image_embeds_proj.shape == (2, 10, 16) and found.text_embeds is None
     found = model.extract_features({"text_input": TEXTS}, mode="text")
-    close(found.text_embeds_proj[:, 0], ours.text_feat(ours.tokenize(TEXTS, 30, "cpu")))
+    close(found.text_embeds_proj[:, 0], ours.text_feat(tokenize(ours.tokenizer, TEXTS)))
     found = model.extract_features(samples)
     text = tokenize(ours.tokenizer, TEXTS, "enc")
     close(found.multimodal_embeds, ours.text_encoder(*text, ours.text_encoder.project(ours.visual_encoder(images))))

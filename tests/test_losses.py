@@ -7,6 +7,7 @@ import torch
 from formula import build, img
 from models.losses import IGNORED, draw_negatives, labelled_positions, similarity
 from models.prefix_tree import Trie
+from models.tokenizer import tokenize
 from utils import UserError
 
 
@@ -49,7 +50,7 @@ def test_17_10_similarities_are_float32_under_autocast():
 def test_17_10_contrast_under_autocast_is_that_of_the_same_features_in_float32():
     model = build("pretrain")
     with torch.autocast("cpu", torch.bfloat16):
-        text = model.tokenize(["a red ring", "two stars"], 30, torch.device("cpu"))
+        text = tokenize(model.tokenizer, ["a red ring", "two stars"])
         feats = model.image_feat(model.visual_encoder(img("precise"))), model.text_feat(text)
         candidates = model.candidates([(img("precise"), text, None)])[0]
         hard = torch.eye(2, 2 + model.queue_size)

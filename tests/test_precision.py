@@ -9,7 +9,7 @@ import torch
 from launch.config import NLVRConfig
 from launch.run import launch
 from models import precision
-from utils import UserError
+from utils import UserError, note_once
 
 CPU = torch.device("cpu")
 CONFIG = "configs/miniature/nlvr.yaml"
@@ -17,7 +17,7 @@ CONFIG = "configs/miniature/nlvr.yaml"
 
 @pytest.fixture(autouse=True)
 def unchanged():
-    precision.note_slow_bfloat16.cache_clear()
+    note_once.cache_clear()
     kept = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = kept

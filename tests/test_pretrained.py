@@ -18,7 +18,7 @@ from models.blip_pretrain import blip_pretrain
 from models.blip_retrieval import blip_retrieval
 from models.blip_vqa import blip_vqa
 from models.huggingface import to_huggingface
-from models.pretrained import checkpoint_kind, load_bert, load_deit, refuse_fresh_parts
+from models.pretrained import checkpoint_kind, load_bert, load_vit, refuse_fresh_parts
 from utils import UserError
 
 SIZES = dict(med_config=json.loads(MED_CONFIG.read_text()), image_size=48, vit=golden()["spec"]["vit"])
@@ -45,10 +45,10 @@ def same(model, other, prefix=""):
 MEASURE = """
 import re, sys
 from pathlib import Path
-from models.weights import read_state_dict
+from models.weights import read_file
 peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
 before = peak()
-total = sum(float(value.sum()) for value in read_state_dict(Path(sys.argv[1])).values())
+total = sum(float(value.sum()) for value in read_file(Path(sys.argv[1]))[0].values())
 print(total, (peak() - before) / 1024)
 """
 
@@ -214,7 +214,7 @@ def test_starting_weights(tmp_path, capsys):
     deit = {k: torch.randn_like(v) for k, v in model.visual_encoder.state_dict().items()}
     deit["pos_embed"], deit["head.weight"] = torch.randn(1, 37, 48), torch.randn(10, 48)
     torch.save({"model": deit}, tmp_path / "deit.pth")
-    load_deit(model.visual_encoder, str(tmp_path / "deit.pth"))
+    load_vit(model.visual_encoder, str(tmp_path / "deit.pth"))
     assert torch.equal(model.visual_encoder.norm.weight, deit["norm.weight"])
     assert "left over" not in capsys.readouterr().out
 

@@ -31,7 +31,7 @@ from metrics.vqa import normalize_answer, vqa_accuracy
 from models.architecture import settings_of
 from models.pretrained import load_pretrained
 from models.tokenizer import init_tokenizer, tokenize
-from models.weights import read_state_dict
+from models.weights import read_file
 from training.checkpoint import load_last, save_last
 from utils import UserError, user_message
 
@@ -324,4 +324,4 @@ def test_logs_with_a_damaged_end(tail):
 def test_unreadable_state_dicts_end_in_one_line(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(UserError, match="cannot be read"):
-        read_state_dict(tmp_path / "a.safetensors")
+        read_file(tmp_path / "a.safetensors")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from utils import UserError, all_gather_object, all_reduce_max, get_rank
+from utils import UserError, all_gather_object, all_reduce, get_rank
 
 
 class StepCheck:
@@ -47,7 +47,7 @@ class StepCheck:
         counted = values[:-1] if self.overflow_is_normal else values
         bad = 1.0 - torch.isfinite(counted).all().float()
         stop = torch.full_like(bad, float(self.stop_requested or bool(self.problem)))
-        flags = all_reduce_max(torch.stack((bad, stop)))
+        flags = all_reduce(torch.stack((bad, stop)), "MAX")
         is_first = (self.bad_step < 0) & (flags[0] > 0)
         self.bad_step = torch.where(is_first, float(step), self.bad_step)
         self.values = values if self.values is None else torch.where(is_first, values, self.values)

@@ -10,6 +10,7 @@ stay means over the batches, with hard negatives from the same batch.
 from typing import Any
 
 from models.momentum import Candidates, MomentumModel
+from models.tokenizer import tokenize
 
 
 def compute_candidates(model: MomentumModel, batches: list[dict[str, Any]]) -> list[Candidates]:
@@ -20,6 +21,5 @@ def compute_candidates(model: MomentumModel, batches: list[dict[str, Any]]) -> l
         batches: on the model's device, with "image" and "caption", for retrieval also "idx"; all of the same size.
     """
     device, length = batches[0]["image"].device, model.max_text_tokens
-    return model.candidates(
-        (batch["image"], model.tokenize(batch["caption"], length, device), batch.get("idx")) for batch in batches
-    )
+    texts = [tokenize(model.tokenizer, batch["caption"], "cls", length, device) for batch in batches]
+    return model.candidates((b["image"], text, b.get("idx")) for b, text in zip(batches, texts, strict=True))
