@@ -6,6 +6,7 @@ from pathlib import Path
 
 from inference.onnx_export import WHOLE, export_whole
 from models.export import export, write_checkpoint, write_huggingface
+from models.weights import HUB, RELEASED_HUB
 from utils import UserError, run_command
 
 EXAMPLES = """examples:
@@ -16,6 +17,8 @@ EXAMPLES = """examples:
   python convert.py --to-onnx output/caption/checkpoint_best.pth --part caption --output captioner/
   python convert.py --to-export model_base_retrieval_coco.pth --part match --output match.pt2
 """
+WEIGHTS = (".safetensors", ".pth")
+ENDINGS = {"to_hf": (), "from_hf": WEIGHTS, "to_half": WEIGHTS, "to_onnx": (".onnx",), "to_export": (".pt2",)}
 NOTES = """The processor of transformers' VQA model starts questions with [CLS]; BLIP was trained with [ENC]. Set it
 yourself: inputs["input_ids"][:, 0] = processor.tokenizer.convert_tokens_to_ids("[ENC]").
 transformers divides the score of a caption by its generated length, the released code by its whole length: pass
@@ -37,18 +40,32 @@ def main() -> None:
 def convert(args: argparse.Namespace) -> None:
     """Convert one checkpoint."""
     output, allow_pickle = Path(args.output), args.allow_pickle
+    conversion = next(name for name in ENDINGS if getattr(args, name))
+    endings = () if conversion == "to_onnx" and args.part in WHOLE else ENDINGS[conversion]
+    refuse_output(output, conversion, endings, args.overwrite)
     output.parent.mkdir(parents=True, exist_ok=True)
     if args.to_hf:
         write_huggingface(args.to_hf, output, args.task, allow_pickle)
         print(NOTES)
     elif args.from_hf:
-        write_checkpoint(args.from_hf if args.from_hf.startswith("hf:") else f"hf:{args.from_hf}", output, allow_pickle)
+        source = args.from_hf if args.from_hf.startswith((HUB, RELEASED_HUB)) else HUB + args.from_hf
+        write_checkpoint(source, output, allow_pickle)
     elif args.to_half:
         write_checkpoint(args.to_half, output, allow_pickle, half=True)
     elif args.to_onnx and args.part in WHOLE:
         export_whole(args.to_onnx, args.part, output, allow_pickle, args.int8)
     else:
         export(args.to_onnx or args.to_export, args.part, output, bool(args.to_onnx), allow_pickle)
+
+
+def refuse_output(output: Path, conversion: str, endings: tuple[str, ...], overwrite: bool) -> None:
+    """Refuse an output that exists, or has not the ending of its format; a folder has none."""
+    if output.suffix not in endings and (endings or output.suffix in (*WEIGHTS, ".bin", ".onnx", ".pt2")):
+        expected = " or ".join(endings) or "a folder"
+        raise UserError(f"--output is {output}; --{conversion.replace('_', '-')} writes {expected}, choose such a name")
+    used = any(output.iterdir()) if output.is_dir() else output.exists()
+    if used and not overwrite:
+        raise UserError(f"{output} exists; give another --output, or --overwrite")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,11 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--to-hf", metavar="CHECKPOINT", help="write a folder for transformers' from_pretrained")
-    what.add_argument("--from-hf", metavar="FOLDER", help="read such a folder, or hf:owner/name")
+    what.add_argument("--from-hf", metavar="FOLDER", help="read such a folder, hf:owner/name or hf-released:owner/name")
     what.add_argument("--to-half", metavar="CHECKPOINT", help="write half precision, no momentum encoders")
     what.add_argument("--to-onnx", metavar="CHECKPOINT", help="write ONNX")
     what.add_argument("--to-export", metavar="CHECKPOINT", help="write a .pt2 file for torch.export.load")
-    parser.add_argument("--output", required=True, help="file, or folder for --to-hf")
+    parser.add_argument("--output", required=True, help="folder for --to-hf; file ending in .safetensors, .pth, ...")
     parser.add_argument(
         "--task", choices=("caption", "vqa", "match"), default="", help="model of --to-hf, if several fit"
     )
@@ -71,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         help="image encoder or matching model; or, with --to-onnx, the whole captioner or VQA model: a folder",
     )  # fmt: skip
     parser.add_argument("--int8", action="store_true", help="8-bit weights of a whole model: a third of the size")
+    parser.add_argument("--overwrite", action="store_true", help="replace an --output that exists")
     parser.add_argument("--allow_pickle", action="store_true", help="accept a checkpoint that may run code")
     return parser
 

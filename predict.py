@@ -16,7 +16,7 @@ from typing import Any
 from inference import load
 from inference.explain import explain_rows
 from inference.feature_files import FeatureFile
-from inference.inputs import find_images, read_texts
+from inference.inputs import find_images, read_prompts, read_texts
 from inference.options import ROWS, parse
 from inference.predictor import Predictor, Row
 from inference.results import Flat, Rows, begin, digest_of, refuse_existing, track_rows
@@ -37,6 +37,7 @@ def main() -> int:
     try:
         if args.command != "features":
             refuse_existing(args.output, getattr(args, "resume", False), args.overwrite)
+        args.prompts = read_prompts(args.images) if args.command == "caption" else {}
         args.images = find_images(args.images, args.recursive) if args.images else []
         COMMANDS[args.command](args)
         return 0
@@ -70,13 +71,15 @@ def caption(args: argparse.Namespace) -> None:
     if args.rank_by:
         ranker = load_model(args, "match", args.rank_by, image_size=model.image_size, vit=None, med_config=None)
         record |= {"rank_by": ranker.fingerprint()}
-    prefix = args.prefix + (model.model.prompt if args.keep_prompt else "")
-    sidecars = Sidecars(args.sidecar_ending, args.sidecar_mode, prefix, args.suffix, bool(ranker))
+    if args.prompts:
+        record |= {"prompts": digest_of([f"{image} {text}" for image, text in args.prompts.items()])}
+    affixes = args.prefix, args.suffix, bool(ranker), model.model.prompt, args.keep_prompt
+    sidecars = Sidecars(args.sidecar_ending, args.sidecar_mode, *affixes)
     if args.sidecar:
         args.images = sidecars.left(args.images)
 
     def predict(images: list[Path | str]) -> Iterator[Row]:
-        rows = model.captions(images, **settings, rank_by=ranker, **reading(args))
+        rows = model.captions(images, **settings, rank_by=ranker, prompts=args.prompts, **reading(args))
         return sidecars.write(rows) if args.sidecar else rows
 
     write_rows(args, model, predict, record, sidecars.lines)

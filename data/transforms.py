@@ -4,6 +4,7 @@ import math
 import struct
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -69,19 +70,22 @@ def train_transform(
     return Transform(steps, smallest, upright)
 
 
-def test_transform(image_size: int, upright: bool = False) -> Transform:
-    """Resize to the square, bicubically; `upright` as `open_image`."""
-    resize = T.Resize((image_size, image_size), interpolation=InterpolationMode.BICUBIC)
-    return Transform([resize, to_tensor], upright=upright)
+def test_transform(
+    image_size: int, upright: bool = False, image_mean: Sequence[float] = MEAN, image_std: Sequence[float] = STD,
+    resample: str = "bicubic",
+) -> Transform:  # fmt: skip
+    """Resize to the square; `upright` as `open_image`, `resample` a value of torchvision's InterpolationMode."""
+    resize = T.Resize((image_size, image_size), interpolation=InterpolationMode(resample))
+    return Transform([resize, partial(to_tensor, mean=image_mean, std=image_std)], upright=upright)
 
 
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """Turn an RGB image to a float32 tensor (3, H, W): values / 255, less `MEAN`, by `STD`."""
+def to_tensor(image: Image.Image, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> torch.Tensor:
+    """Turn an RGB image to a float32 tensor (3, H, W): values / 255, less the mean, by the deviation."""
     planes = np.empty((3, image.height, image.width), np.uint8)
     for plane, band in zip(planes, image.split(), strict=True):  # as bytes, three times faster than as floats
         plane[...] = band
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    return torch.from_numpy(planes).float().div_(255).sub_(mean).div_(std)
+    centre, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    return torch.from_numpy(planes).float().div_(255).sub_(centre).div_(scale)
 
 
 def open_image(path: Path, upright: bool = False, smallest: int = 0) -> Image.Image:

@@ -42,7 +42,7 @@ def explain(
         model: a `Captioner`, `Matcher` or `Answerer`.
         image: a path, or an open image.
         text: the caption, the text matched, or the question.
-        answer: what was answered, for an `Answerer`.
+        answer: what was answered, for an `Answerer`; the caption's own prompt, if any, for a `Captioner`.
         method: "gradcam", or "attention", the mean over heads.
         layer: of the text transformer that reads the image, 0 first; None takes the one 2/3 up.
 
@@ -57,20 +57,22 @@ def explain(
     pixels = model.transform(as_rgb(image))[None].to(model.device)
     with torch.enable_grad():
         if isinstance(model, Captioner):
-            return with_whole(_explain_caption(model, pixels, text, method, layer))
+            return with_whole(_explain_caption(model, pixels, text, answer or model.model.prompt, method, layer))
         if isinstance(model, Matcher | Answerer):
             return with_whole(_explain_text(model, pixels, text, answer, method, layer))
     raise UserError(f"a {type(model).__name__} reads no text; explain captions, matches or answers")
 
 
-def _explain_caption(model: Captioner, pixels: torch.Tensor, caption: str, method: str, layer: int | None) -> Maps:
+def _explain_caption(
+    model: Captioner, pixels: torch.Tensor, caption: str, prompt: str, method: str, layer: int | None
+) -> Maps:
     net = model.model
-    text = tokenize(net.tokenizer, net.prompt + caption, "dec", device=model.device)
+    text = tokenize(net.tokenizer, prompt + caption, "dec", device=model.device)
     with recorded(net.text_decoder.bert, layer) as recording:
         projection = net.text_decoder.bert.project(net.visual_encoder(pixels))
         log_probs = token_log_probs(net.text_decoder, text.input_ids, projection)
     maps = []
-    for word, places in words_of(net.tokenizer, text, net.prompt_length):
+    for word, places in words_of(net.tokenizer, text, len(net.tokenizer(prompt).input_ids) - 1):
         before = [place - 1 for place in places]  # a token is predicted at the position before it
         relevance = weigh(recording[0], log_probs[before].sum(), method)
         maps.append((word, to_grid(relevance[before])))
@@ -242,7 +244,7 @@ def save_image(image: Image.Image, path: Path) -> None:
 def _explained(row: Row) -> Iterator[tuple[str, str, str]]:
     """Yield text, answer and title for each text of a row."""
     if "captions" in row:
-        yield row["captions"][0]["caption"], "", row["captions"][0]["caption"]
+        yield row["captions"][0]["caption"], row.get("prompt", ""), row["captions"][0]["caption"]
     for found in row.get("answers", ()):
         yield found["question"], found["answer"], f"{found['question']}  {found['answer']}"
     for found in row.get("matches", ()):

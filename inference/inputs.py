@@ -68,6 +68,22 @@ def find_images(names: Iterable[str | Path], recursive: bool = True) -> list[Pat
     return list(found)
 
 
+def read_prompts(names: Iterable[str | Path]) -> dict[str, str]:
+    """Return the "prompt" of each image that JSON lists among these names give one, by the image's name.
+
+    Raises:
+        UserError: one is no text.
+    """
+    found = {}
+    for path in [Path(name) for name in names if str(name).lower().endswith((".json", ".jsonl"))]:
+        rows = read_list(path) if path.is_file() else []
+        for row in [row for row in rows if isinstance(row, dict) and "prompt" in row and row.get("image")]:
+            if not isinstance(row["prompt"], str):
+                raise UserError(f"list {path} has the prompt {row['prompt']!r:.40}; expected a text")
+            found |= {str(image): row["prompt"] for image in _to_images([row["image"]], path.parent)}
+    return found
+
+
 def _to_images(lines: Iterable[str], folder: Path | None = None) -> Iterator[Path | str]:
     """Yield the paths, relative to a folder, and URLs of a list."""
     for line in filter(None, lines):

@@ -137,6 +137,9 @@ def export_whole(source: str, task: str, folder: Path, allow_pickle: bool = Fals
         UserError: the checkpoint does not fit the task, or a package of the ONNX export is missing.
     """
     model = load(task, source, "cpu", allow_pickle=allow_pickle, cpu_products="torch")
+    vocab_file = model.model.text_config.vocab_file
+    if "resample" in model.pixels or (vocab_file and Path(vocab_file).is_dir()):
+        raise UserError(f"{source} has a tokenizer or resampling of its own, which the ONNX runner does not follow")
     folder.mkdir(parents=True, exist_ok=True)
     for name, (module, inputs, outputs) in graphs(model).items():
         shapes = {key: dict.fromkeys(sizes, Dim.DYNAMIC) for key, (_, sizes) in inputs.items()}
@@ -174,7 +177,8 @@ def settings(model: Predictor) -> dict[str, Any]:
     """Return what the runner needs to know."""
     net, tokenizer = model.model, model.model.tokenizer
     found = {
-        "task": "vqa", "image_size": model.image_size, "mean": MEAN, "std": STD, "prompt": "",
+        "task": "vqa", "image_size": model.image_size, "prompt": "",
+        "mean": model.pixels.get("image_mean", MEAN), "std": model.pixels.get("image_std", STD),
         "prompt_ids": [tokenizer.bos_token_id], "end_id": tokenizer.sep_token_id, "enc_id": tokenizer.enc_token_id,
         "special_ids": sorted(tokenizer.all_special_ids), "deleted": PUNCTUATION, "max_words": MAX_WORDS,
         "max_question_tokens": MAX_QUESTION_TOKENS, "generation": ANSWER_DEFAULTS,

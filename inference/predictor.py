@@ -14,6 +14,7 @@ from torch import nn
 from data.images import FORMS, ImageSource, from_base64, image_batches
 from data.text import pre_caption
 from data.transforms import test_transform
+from models.hub import PIXELS
 from models.precision import autocast
 from models.tokenizer import tokenize
 from utils import UserError, note
@@ -39,7 +40,8 @@ class Predictor:
     def __init__(self, model: nn.Module, image_size: int, amp: str = "", config: Mapping[str, Any] | None = None):
         self.model, self.image_size, self.amp, self.config = model, image_size, amp, config or {}
         self.device = next(model.parameters()).device
-        self.transform = test_transform(image_size)
+        self.pixels = {key: self.config[key] for key in PIXELS if key in self.config}
+        self.transform = test_transform(image_size, **self.pixels)
         self.largest_batch = sys.maxsize  # found as batches turn out too large
 
     @torch.no_grad()
@@ -108,8 +110,9 @@ class Predictor:
             torch.cuda.empty_cache()
 
     def fingerprint(self) -> str:
-        """Return a hash of the weights and the image size: what features and texts depend on besides settings."""
-        digest = hashlib.blake2b(str(self.image_size).encode(), digest_size=16)
+        """Return a hash of the weights and of how images are read: what rows depend on besides settings."""
+        read = f"{self.image_size}{self.pixels or ''}"
+        digest = hashlib.blake2b(read.encode(), digest_size=16)
         for name, value in self.model.state_dict().items():
             digest.update(name.encode())
             digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())

@@ -21,6 +21,7 @@ class Sidecars:
         mode: of those that exist: "skip" leaves their images out, "overwrite", or "append" a line.
         prefix, suffix: put before and after each caption.
         best_only: write an image's first caption only, instead of one a line.
+        prompt, keep_prompt: put the prompt before each caption, the image's own if its row has one.
     """
 
     ending: str = ".txt"
@@ -28,6 +29,8 @@ class Sidecars:
     prefix: str = ""
     suffix: str = ""
     best_only: bool = False
+    prompt: str = ""
+    keep_prompt: bool = False
 
     def path(self, image: str | Path) -> Path:
         """Return the text file of an image."""
@@ -54,7 +57,8 @@ class Sidecars:
     def texts(self, row: Row) -> list[str]:
         """Return the texts of a row of captions."""
         captions = row["captions"][:1] if self.best_only else row["captions"]
-        return [f"{self.prefix}{found['caption']}{self.suffix}" for found in captions]
+        prefix = self.prefix + (row.get("prompt", self.prompt) if self.keep_prompt else "")
+        return [f"{prefix}{found['caption']}{self.suffix}" for found in captions]
 
     def lines(self, row: Row) -> list[tuple[str, str]]:
         """Return the lines of a row in a .csv file: image, caption."""

@@ -1,6 +1,6 @@
 """Three tasks of inference: captions, answers and matches, a row for each image."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -46,6 +46,7 @@ class Captioner(Predictor):
         batch_size: int = 16,
         num_workers: int = 0,
         names: Sequence[str] | None = None,
+        prompts: Mapping[str, str] | None = None,
     ) -> Iterator[Row]:
         """Yield {"image", "captions": [{"caption", "log_prob"}, ...]}, the best caption first.
 
@@ -67,6 +68,7 @@ class Captioner(Predictor):
             seed: of sampling; an image's captions depend on it and on the image's name only.
             rank_by: a matching model that takes images of the same size; the captions come in the order of the
                 "probability" that they match the image, which their rows then have.
+            prompts: by name of an image, what its captions continue in place of the model's prompt; its row has it.
 
         Raises:
             UserError: settings that do not go together, such as more captions than beams.
@@ -78,23 +80,28 @@ class Captioner(Predictor):
             length_penalty=length_penalty, num_return=num_captions, no_repeat_ngram_size=no_repeat_ngram_size,
             banned=self.token_ids(banned),
         )  # fmt: skip
-        predict = partial(self._write, config=config, seed=seed, rank_by=rank_by)
+        if rank_by and rank_by.pixels != self.pixels:
+            raise UserError(f"the ranking model reads images with {rank_by.pixels}, the captioner with {self.pixels}")
+        predict = partial(self._write, config=config, seed=seed, rank_by=rank_by, prompts=prompts or {})
         yield from self.rows(images, predict, batch_size, num_workers, names)
 
     def _write(
-        self, image: torch.Tensor, names: list[str], config: GenerationConfig, seed: int, rank_by: "Matcher | None"
-    ) -> list[Row]:
+        self, image: torch.Tensor, names: list[str], config: GenerationConfig, seed: int, rank_by: "Matcher | None",
+        prompts: Mapping[str, str],
+    ) -> list[Row]:  # fmt: skip
         num, uniforms = config.num_return, None
         if config.sample:
             uniforms = seeded_uniforms(seed, names, num, config.max_length, self.device)
-        texts, log_probs = self.model.caption(image, config, uniforms)
+        own = [prompts.get(name, self.model.prompt) for name in names]
+        texts, log_probs = self.model.caption(image, config, uniforms, own)
         rows = [{"caption": t, "log_prob": round(p, 4)} for t, p in zip(texts, log_probs.tolist(), strict=True)]
         groups = [rows[i : i + num] for i in range(0, len(rows), num)]
         if rank_by:
             groups = rank_by.rank(image, groups)
         elif config.sample:
             groups = [sorted(group, key=lambda row: -row["log_prob"]) for group in groups]
-        return [{"captions": group} for group in groups]
+        said = [{"prompt": prompts[name]} if name in prompts else {} for name in names]
+        return [{**prompt, "captions": group} for prompt, group in zip(said, groups, strict=True)]
 
     def token_ids(self, phrases: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Return the token ids of words and phrases.

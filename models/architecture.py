@@ -15,8 +15,8 @@ BASE_TEXT = (768, 12, 3072)  # width, layers and feed-forward width of configs/m
 def settings_of(source: str, allow_pickle: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the arguments that build the model of a checkpoint, and the configuration saved with it.
 
-    Sizes come from the shapes of the weights. The number of heads and the vocabulary come from the saved
-    configuration; without one, heads have width 64, as in every released model.
+    Sizes come from the shapes of the weights. What these do not show, such as the number of heads and the vocabulary,
+    comes from the saved configuration; without one, heads have width 64, as in every released model.
 
     Args:
         source: a path, a URL or `hf:owner/name`.
@@ -35,7 +35,8 @@ def settings_of(source: str, allow_pickle: bool = False) -> tuple[dict[str, Any]
     try:
         patch_size = state["visual_encoder.patch_embed.proj.weight"].shape[-1]
         grid = round((state["visual_encoder.pos_embed"].shape[1] - 1) ** 0.5)
-        settings = {"vit": vit_of(state, config, patch_size), "image_size": grid * patch_size}
+        image_size = int(config.get("processor_size", grid * patch_size))
+        settings = {"vit": vit_of(state, config, patch_size), "image_size": image_size}
         settings["med_config"] = med_config_of(state, config, source)
         if "vision_proj.weight" in state:
             settings["embed_dim"] = len(state["vision_proj.weight"])
@@ -52,9 +53,14 @@ def vit_of(state: State, config: Mapping[str, Any], patch_size: int) -> str | di
     sizes = {
         "embed_dim": width,
         "depth": count_blocks(state, "visual_encoder.blocks."),
-        "num_heads": saved["num_heads"] if isinstance(saved, Mapping) else max(width // HEAD_WIDTH, 1),
+        "num_heads": max(width // HEAD_WIDTH, 1),
         "patch_size": patch_size,
     }
+    usual = {"mlp_width": 4 * width, "layer_norm_eps": 1e-6, "hidden_act": "gelu"}
+    found = {"mlp_width": len(state["visual_encoder.blocks.0.mlp.fc1.weight"])}
+    if isinstance(saved, Mapping):
+        found |= {key: saved[key] for key in ("num_heads", *usual) if key in saved and key != "mlp_width"}
+    sizes |= {key: value for key, value in found.items() if value != usual.get(key)}
     return next((name for name, variant in VARIANTS.items() if variant == sizes), sizes)
 
 

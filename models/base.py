@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from models.med_config import MedSource, create_text_config
-from models.vit import create_vit
+from models.vit import create_vit, vit_sizes
 
 
 class ImageTextModel(nn.Module):
@@ -24,5 +24,6 @@ class ImageTextModel(nn.Module):
         drop_path_rate: float = 0.0,
     ):  # fmt: skip
         super().__init__()
+        self.vit_sizes = vit_sizes(vit)
         self.visual_encoder, vision_width = create_vit(vit, image_size, vit_grad_ckpt, vit_ckpt_layer, drop_path_rate)
         self.tokenizer, self.text_config = create_text_config(med_config, vision_width)

@@ -89,35 +89,50 @@ class BLIP_Decoder(ImageTextModel):
     @torch.no_grad()
     def generate(
         self, image: torch.Tensor, sample: bool = False, num_beams: int = 3, max_length: int = 30, min_length: int = 10,
-        top_p: float = 0.9, repetition_penalty: float | None = None,
+        top_p: float = 0.9, repetition_penalty: float | None = None, prompt: str | Sequence[str] | None = None,
     ) -> list[str]:  # fmt: skip
-        """Return a caption for each image (batch, 3, H, W), without the prompt; settings as `GenerationConfig`'s."""
+        """Return a caption for each image (batch, 3, H, W), without the prompt.
+
+        Settings are those of `GenerationConfig`; `prompt` is the beginning of all captions, or one for each image, in
+        place of the model's own.
+        """
         config = GenerationConfig(
             max_length, min_length, num_beams, sample, top_p=top_p, repetition_penalty=repetition_penalty
         )
-        return self.caption(image, config)[0]
+        prompts = [prompt] * len(image) if isinstance(prompt, str) else prompt
+        return self.caption(image, config, prompts=prompts)[0]
 
     @torch.no_grad()
     def caption(
-        self, image: torch.Tensor, config: GenerationConfig, uniforms: torch.Tensor | None = None
-    ) -> tuple[list[str], torch.Tensor]:
+        self, image: torch.Tensor, config: GenerationConfig, uniforms: torch.Tensor | None = None,
+        prompts: Sequence[str] | None = None,
+    ) -> tuple[list[str], torch.Tensor]:  # fmt: skip
         """Caption images (batch, 3, H, W).
 
         Args:
             image: float (batch, 3, H, W).
             config: how to decode; the `num_return` captions of an image are adjacent, best first.
             uniforms: random numbers for sampling, as for `models.generation.generate`.
+            prompts: what the captions of each image begin with, in place of the model's own prompt.
 
         Returns:
             Captions without the prompt, and the log-probability of each, given image and prompt
             (batch * num_return,).
         """
-        prompt = tokenize(self.tokenizer, self.prompt, "dec", device=image.device).input_ids[:, :-1]
         projection = self.text_decoder.bert.project(self.visual_encoder(image))
-        prompts = prompt.expand(len(image), -1)
-        found = generate(self.text_decoder, projection, prompts, self.tokenizer.sep_token_id, config, uniforms)
-        captions = [text[len(self.prompt) :] for text in decode(self.tokenizer, found.ids)]  # cut as released
-        return captions, found.log_probs
+        texts = [self.prompt] * len(image) if prompts is None else list(prompts)
+        ids = {text: tokenize(self.tokenizer, text, "dec").input_ids[0, :-1] for text in set(texts)}
+        num, captions, log_probs = config.num_return, {}, torch.empty(len(texts) * config.num_return)
+        for length in {len(tokens) for tokens in ids.values()}:  # texts that are decoded together are of one length
+            images = [i for i, text in enumerate(texts) if len(ids[text]) == length]
+            rows = [i * num + j for i in images for j in range(num)]
+            prompt = torch.stack([ids[texts[i]] for i in images]).to(image.device)
+            part = projection if len(images) == len(texts) else projection.select(torch.tensor(images).to(image.device))
+            numbers = None if uniforms is None else uniforms[rows]
+            found = generate(self.text_decoder, part, prompt, self.tokenizer.sep_token_id, config, numbers)
+            captions |= dict(zip(rows, decode(self.tokenizer, found.ids), strict=True))
+            log_probs[rows] = found.log_probs
+        return [captions[row][len(texts[row // num]) :] for row in sorted(captions)], log_probs  # cut as released
 
 
 def blip_decoder(pretrained: str = "", allow_pickle: bool = False, **kwargs) -> BLIP_Decoder:

@@ -11,41 +11,44 @@ from torch import nn
 
 from files import write_whole
 from models.architecture import settings_of
+from models.base import ImageTextModel
 from models.blip import blip_decoder
 from models.blip_itm import blip_itm
 from models.blip_vqa import blip_vqa
+from models.hub import FOLLOWED, GENERATION, PIXELS, RESAMPLE
 from models.huggingface import to_huggingface
-from models.med_config import load_med_config
 from models.pretrained import checkpoint_kind
-from models.tokenizer import init_tokenizer, tokenize
-from models.vit import vit_sizes
-from models.weights import read_source
+from models.tokenizer import tokenize
+from models.weights import Config, read_source
 from utils import UserError
 
 LEFT_OUT = ("_m.", "queue", "decoder.cls.predictions.decoder.")  # they start fresh, or are tied
-KEPT = ("max_length", "min_length", "num_beams", "prompt")  # settings of generation that stay with a captioner
+KEPT = (*GENERATION, "prompt", *PIXELS, "processor_size")  # settings that stay with a checkpoint
 TASK_OF = {"captioning": "caption", "VQA": "vqa", "retrieval": "match"}
 FACTORIES: dict[str, Callable[..., nn.Module]] = {"caption": blip_decoder, "vqa": blip_vqa, "match": blip_itm}
 
 
 def build(
     source: str, task: str = "", allow_pickle: bool = False, otherwise: str = ""
-) -> tuple[nn.Module, dict[str, Any], str]:
-    """Build the model of a checkpoint in eval mode; return it, the settings it was built with, and its task.
+) -> tuple[nn.Module, Config, str]:
+    """Build the model of a checkpoint in eval mode; return it, its settings and KEPT, and its task.
 
     Without `task` the checkpoint decides, and `otherwise` where it fits several tasks.
 
     Raises:
         UserError: the checkpoint fits several tasks, and none was given.
     """
-    settings, _ = settings_of(source, allow_pickle)
+    settings, config = settings_of(source, allow_pickle)
     kind = checkpoint_kind(read_source(source, allow_pickle))
     task = task or TASK_OF.get(kind, otherwise)
     if task not in FACTORIES:
         raise UserError(f"{source} is of kind {kind}; choose the model with --task: caption, vqa or match")
     arguments = {key: value for key, value in settings.items() if key != "embed_dim" or task == "match"}
+    kept = {key: config[key] for key in KEPT if key in config}
+    if task == "caption" and (kind == "pretraining" or "prompt" in kept):
+        arguments["prompt"] = "" if kind == "pretraining" else kept["prompt"]
     model = FACTORIES[task](pretrained=source, allow_pickle=allow_pickle, **arguments)
-    return model.eval(), settings, task
+    return model.eval(), settings | kept, task
 
 
 # Hugging Face.
@@ -65,7 +68,7 @@ def write_huggingface(source: str, folder: Path, task: str = "", allow_pickle: b
         "match": transformers.BlipForImageTextRetrieval,
     }
     model, settings, task = build(source, task, allow_pickle)
-    config = hub_config(settings, len(model.tokenizer))
+    config = hub_config(model, settings)
     if task == "vqa" and config.text_config.hidden_size != config.vision_config.hidden_size:
         raise UserError(
             f"transformers' VQA model expects question states of width {config.vision_config.hidden_size} and this "
@@ -75,36 +78,33 @@ def write_huggingface(source: str, folder: Path, task: str = "", allow_pickle: b
     unexpected = other.load_state_dict(to_huggingface(model.state_dict()), strict=False).unexpected_keys
     assert not unexpected, unexpected
     other.tie_weights()
+    if task == "caption":
+        other.config.prompt = model.prompt
+        other.generation_config.update(**{key: settings[key] for key in GENERATION if key in settings})
     other.save_pretrained(folder)
-    size = {"height": settings["image_size"], "width": settings["image_size"]}
-    transformers.BlipProcessor(transformers.BlipImageProcessor(size=size), model.tokenizer).save_pretrained(folder)
-    write_vocabulary(model.tokenizer, folder)
+    pixels: dict[str, Any] = {"size": dict.fromkeys(("height", "width"), settings["image_size"])}
+    pixels |= {key: settings[key] for key in PIXELS if key in settings}
+    if "resample" in pixels:
+        pixels["resample"] = RESAMPLE.index(pixels["resample"])
+    transformers.BlipProcessor(transformers.BlipImageProcessor(**pixels), model.tokenizer).save_pretrained(folder)
 
 
-def write_vocabulary(tokenizer: Any, folder: Path) -> None:
-    """Write vocab.txt without the two added tokens, for a vocabulary that is not BERT's."""
-    tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])[: tokenizer.bos_token_id]
-    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token, _ in tokens), encoding="utf-8")
-
-
-def hub_config(settings: dict[str, Any], vocab_size: int) -> Any:
+def hub_config(model: ImageTextModel, settings: Config) -> Any:
     """Return transformers' configuration of a model built with `settings`."""
     from transformers import BlipConfig
 
-    med = load_med_config(settings["med_config"])
-    vit, tokenizer = vit_sizes(settings["vit"]), init_tokenizer(med.vocab_file or None)
-    text = dict(
-        hidden_size=med.hidden_size, num_hidden_layers=med.num_hidden_layers, layer_norm_eps=med.layer_norm_eps,
-        num_attention_heads=med.num_attention_heads, intermediate_size=med.intermediate_size, vocab_size=vocab_size,
-        max_position_embeddings=med.max_position_embeddings, encoder_hidden_size=vit["embed_dim"], hidden_act="gelu",
-        hidden_dropout_prob=med.hidden_dropout_prob, attention_probs_dropout_prob=med.attention_probs_dropout_prob,
-        is_decoder=True, label_smoothing=0.1, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
+    med, vit, tokenizer = model.text_config, model.vit_sizes, model.tokenizer
+    same = (*FOLLOWED, "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "max_position_embeddings")
+    text = {name: getattr(med, name) for name in same} | dict(
+        encoder_hidden_size=vit["embed_dim"], is_decoder=True, label_smoothing=0.1,
+        bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.sep_token_id, sep_token_id=tokenizer.sep_token_id,
     )  # fmt: skip
     vision = dict(
-        hidden_size=vit["embed_dim"], intermediate_size=4 * vit["embed_dim"], num_hidden_layers=vit["depth"],
-        num_attention_heads=vit["num_heads"], patch_size=vit["patch_size"], image_size=settings["image_size"],
-        layer_norm_eps=1e-6, hidden_act="gelu",
+        hidden_size=vit["embed_dim"], intermediate_size=vit.get("mlp_width", 4 * vit["embed_dim"]),
+        num_hidden_layers=vit["depth"], num_attention_heads=vit["num_heads"], patch_size=vit["patch_size"],
+        image_size=settings["image_size"], layer_norm_eps=vit.get("layer_norm_eps", 1e-6),
+        hidden_act=vit.get("hidden_act", "gelu"),
     )  # fmt: skip
     return BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=settings.get("embed_dim", 256))
 

@@ -21,7 +21,7 @@ from models.attention import (
     TwoImageCrossAttention,
 )
 from models.losses import IGNORED, labelled_positions, lm_loss
-from models.med_config import MedConfig
+from models.med_config import MedConfig, activation
 from models.tokenizer import TokenBatch
 from released import door, find
 
@@ -50,15 +50,16 @@ def drop_position_ids(module: nn.Module, state: dict[str, Any], prefix: str, *_:
 
 
 class Intermediate(nn.Module):
-    """First linear layer of the feed-forward network, and GELU."""
+    """First linear layer of the feed-forward network, and its activation."""
 
     def __init__(self, config: MedConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = activation(config.hidden_act)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(rows, length, width) -> (rows, length, intermediate width)."""
-        return nn.functional.gelu(self.dense(hidden))
+        return self.activation(self.dense(hidden))
 
 
 class Layer(nn.Module):
@@ -171,13 +172,14 @@ def attention_bias(
 
 
 class LMHead(nn.Module):
-    """Linear layer, GELU, norm, and an output layer with bias whose weight is that of the word embeddings."""
+    """Linear layer, activation, norm, and an output layer with bias whose weight is that of the word embeddings."""
 
     def __init__(self, config: MedConfig, word_embeddings: nn.Embedding):
         super().__init__()
         width = config.hidden_size
         norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.transform = nn.ModuleDict({"dense": nn.Linear(width, width), "LayerNorm": norm})
+        self.activation = activation(config.hidden_act)
         init_weights(self, config.initializer_range)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.decoder = nn.Linear(width, config.vocab_size)
@@ -185,7 +187,7 @@ class LMHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., width) -> logits (..., vocabulary)."""
-        hidden = nn.functional.gelu(self.transform["dense"](hidden))
+        hidden = self.activation(self.transform["dense"](hidden))
         return self.decoder(self.transform["LayerNorm"](hidden))
 
 

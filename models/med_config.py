@@ -6,6 +6,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+from transformers.activations import ACT2FN
+
 from models.tokenizer import init_tokenizer
 from utils import UserError
 
@@ -20,8 +23,9 @@ MedSource = str | Path | Mapping | None  # a JSON file or a mapping; '' and None
 class MedConfig:
     """Sizes of a text transformer; the defaults are those of bert-base-uncased.
 
-    `vocab_file` is the path of the vocabulary, '' for that of bert-base-uncased. `vocab_size` 0 is the length of the
-    tokenizer. Other keys of transformers' BERT configuration are accepted and ignored.
+    `vocab_file` is the path of the vocabulary or of a folder with transformers' tokenizer, '' for bert-base-uncased's.
+    `num_embeddings` is the number of word embeddings, if they are more than tokens. Other keys of transformers' BERT
+    configuration are accepted and ignored.
     """
 
     hidden_size: int = 768
@@ -37,6 +41,22 @@ class MedConfig:
     initializer_range: float = 0.02
     pad_token_id: int = 0
     vocab_file: str = ""
+    num_embeddings: int = 0
+    hidden_act: str = "gelu"
+
+
+def activation(name: str) -> nn.Module:
+    """Return an activation by its name in transformers' configurations."""
+    if name not in ACT2FN:
+        raise UserError(f"hidden_act is {name!r}; expected one of {', '.join(sorted(ACT2FN))}")
+    return ACT2FN[name]
+
+
+def create_tokenizer(config: MedConfig) -> Any:
+    """Return the tokenizer of a configuration, which cuts texts at the end of the position table."""
+    tokenizer = init_tokenizer(config.vocab_file or None)
+    tokenizer.model_max_length = config.max_position_embeddings
+    return tokenizer
 
 
 def create_text_config(med_config: MedSource, encoder_width: int) -> tuple[Any, MedConfig]:
@@ -47,9 +67,8 @@ def create_text_config(med_config: MedSource, encoder_width: int) -> tuple[Any, 
         encoder_width: width of the states that cross-attention reads.
     """
     config = load_med_config(med_config)
-    tokenizer = init_tokenizer(config.vocab_file or None)
-    tokenizer.model_max_length = config.max_position_embeddings  # longer texts are cut
-    vocab_size = len(tokenizer) if config.vocab_file else max(config.vocab_size, len(tokenizer))
+    tokenizer = create_tokenizer(config)
+    vocab_size = max(0 if config.vocab_file else config.vocab_size, config.num_embeddings, len(tokenizer))
     return tokenizer, replace(config, encoder_width=encoder_width, vocab_size=vocab_size)
 
 

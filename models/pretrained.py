@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from models.hub import PIXELS
 from models.vit import interpolate_pos_embed
-from models.weights import State, read_source
+from models.weights import Config, State, read_checkpoint, read_source
 from utils import UserError, is_main_process, on_main_process
 
 MOMENTUM = r"(_m\.|queue|^temp$)"
@@ -84,7 +85,10 @@ def load_pretrained(model: nn.Module, source: str, task: str, allow_pickle: bool
         UserError: the file is missing, damaged or refused, of another architecture, or lacks what the task needs.
     """
     if source:
-        model.load_report = load_state(model, read_source(source, allow_pickle), source, task)
+        state, config = read_checkpoint(source, allow_pickle)
+        model.load_report = load_state(model, state, source, task)
+        if "folder" in config:
+            compare_with_folder(model, config, model.load_report)
         model.load_report.show()
     return model
 
@@ -98,6 +102,27 @@ def refuse_fresh_parts(model: nn.Module) -> None:
             f"{report.source} lacks {grouped(fresh)}, which would keep random weights (for instance {fresh[0]}); "
             "fine-tune it first, or give a checkpoint of the task"
         )
+
+
+def compare_with_folder(model: nn.Module, config: Config, report: LoadReport) -> None:
+    """Compare a model with what a folder in transformers' format says and weights do not show.
+
+    Raises:
+        UserError: heads, activation or vocabulary differ.
+    """
+    vit = {"layer_norm_eps": 1e-6, "hidden_act": "gelu"} | model.vit_sizes
+    for part, own in (("med_config", vars(model.text_config)), ("vit", vit)):
+        theirs = {"vocab_file": ""} if part == "med_config" else {}
+        for key, value in (theirs | config[part]).items():
+            if key in ("num_attention_heads", "num_heads", "hidden_act", "vocab_file") and own[key] != value:
+                raise UserError(
+                    f"{report.source} says {key} {value!r}, and the model has {own[key]!r}; set {key} in {part} as the "
+                    "folder says, or give hf-released: in place of hf: for an old file of the Hub"
+                )
+            if key == "layer_norm_eps" and own[key] != value:
+                report.notes.append(f"{key} of {part} is {value} in the folder and {own[key]} here")
+    if unusual := [f"{key} {config[key]}" for key in PIXELS if key in config]:
+        report.notes.append(f"its images have {', '.join(unusual)}: predict.py follows it, training does not")
 
 
 def load_checkpoint(model: nn.Module, url_or_filename: str) -> tuple[nn.Module, Any]:

@@ -7,33 +7,61 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import BertTokenizer
+from tokenizers import Tokenizer
+from transformers import BertTokenizer, PreTrainedTokenizerBase
 
 from utils import UserError
 
 MAX_POSITIONS = 512  # positions of BERT's embedding table
+PROBE = "Äpfel, naïve don't [SEP] 中文 UPPER lower"  # its tokens tell tokenizers of one vocabulary apart
 VOCAB_FILE = Path(__file__).resolve().parent.parent / "configs" / "bert-base-uncased-vocab.txt"
 
 
-def init_tokenizer(vocab_file: str | Path | None = None) -> BertTokenizer:
+def init_tokenizer(vocab_file: str | Path | None = None) -> PreTrainedTokenizerBase:
     """Build the WordPiece tokenizer with [DEC] (begins decoding) and [ENC] (begins multimodal encoding).
 
     Args:
-        vocab_file: one token per line, in BERT's format; bert-base-uncased's by default.
+        vocab_file: one token per line, in BERT's format, or a folder with transformers' tokenizer;
+            bert-base-uncased's by default.
 
     Returns:
         A tokenizer whose `bos_token_id` is [DEC], the vocabulary's length, and `enc_token_id` is [ENC], one more.
 
     Raises:
-        UserError: the vocabulary file is missing or lacks BERT's special tokens.
+        UserError: the vocabulary is missing or lacks BERT's special tokens.
     """
-    tokenizer = _bert_tokenizer(Path(vocab_file or VOCAB_FILE))
+    path = Path(vocab_file or VOCAB_FILE)
+    tokenizer = _tokenizer_of_folder(path) if path.is_dir() else _bert_tokenizer(path)
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
     tokenizer.enc_token_id = tokenizer.convert_tokens_to_ids("[ENC]")
     if not hasattr(tokenizer, "additional_special_tokens_ids"):  # transformers 5 has none; released scripts read it
         tokenizer.additional_special_tokens_ids = [tokenizer.enc_token_id]
     return tokenizer
+
+
+def _tokenizer_of_folder(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0][:150]
+        raise UserError(f"the tokenizer in {folder} cannot be read ({reason}); download it again") from None
+    ids = tokenizer(PROBE).input_ids
+    if (ids[0], ids[-1]) != (tokenizer.cls_token_id, tokenizer.sep_token_id):
+        raise UserError(f"the tokenizer in {folder} puts no [CLS] before and [SEP] behind a text; expected BERT's")
+    file = folder / "tokenizer.json"
+    if file.is_file() and _splits(Tokenizer.from_file(str(file))) != _splits(tokenizer.backend_tokenizer):
+        raise UserError(
+            f"{file} splits texts otherwise than transformers' {type(tokenizer).__name__} of this folder; add a "
+            "tokenizer_config.json that says do_lower_case and strip_accents as it does"
+        )
+    return tokenizer
+
+
+def _splits(tokenizer: Tokenizer) -> tuple[list[str], str]:
+    """Return the tokens of PROBE, and it as the tokenizer normalises it."""
+    normalizer = tokenizer.normalizer
+    return tokenizer.encode(PROBE).tokens, normalizer.normalize_str(PROBE) if normalizer else PROBE
 
 
 def _bert_tokenizer(vocab_file: Path) -> BertTokenizer:

@@ -10,6 +10,7 @@ from timm.models import vision_transformer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from models.med_config import activation
 from released import door
 from utils import UserError
 
@@ -19,6 +20,7 @@ VARIANTS = {
     "base": dict(embed_dim=768, depth=12, num_heads=12, patch_size=16),
     "large": dict(embed_dim=1024, depth=24, num_heads=16, patch_size=16),
 }
+OPTIONAL_SIZES = ("mlp_width", "layer_norm_eps", "hidden_act")  # 4 * embed_dim, 1e-6 and "gelu" if not given
 LARGE_DROP_PATH_RATE = 0.1  # the released large ViT has stochastic depth in every task
 
 
@@ -71,7 +73,8 @@ def create_vit(
     """Build the image encoder.
 
     Args:
-        vit: "tiny", "small", "base", "large", or a mapping with embed_dim, depth, num_heads, patch_size.
+        vit: "tiny", "small", "base", "large", or a mapping with embed_dim, depth, num_heads, patch_size, and perhaps
+            OPTIONAL_SIZES.
         image_size: side of the square input in pixels; a multiple of the patch size.
         use_grad_checkpointing, ckpt_layer: as `VisionTransformer`.
         drop_path_rate: stochastic depth of the last block (0 to 1), growing linearly from 0 at the first block.
@@ -90,15 +93,21 @@ def create_vit(
         )
     sizes["drop_path_rate"] = drop_path_rate or (LARGE_DROP_PATH_RATE if vit == "large" else 0.0)
     sizes |= {"use_grad_checkpointing": use_grad_checkpointing, "ckpt_layer": ckpt_layer}
+    if "mlp_width" in sizes:  # half a unit more, because timm rounds down
+        sizes["mlp_ratio"] = (sizes.pop("mlp_width") + 0.5) / sizes["embed_dim"]
+    if "layer_norm_eps" in sizes:
+        sizes["norm_layer"] = partial(nn.LayerNorm, eps=sizes.pop("layer_norm_eps"))
+    if "hidden_act" in sizes:
+        sizes["act_layer"] = partial(activation, sizes.pop("hidden_act"))
     return VisionTransformer(image_size, **sizes), sizes["embed_dim"]
 
 
 def vit_sizes(vit: str | Mapping) -> dict[str, Any]:
-    """Return embed_dim, depth, num_heads and patch_size of a named variant or a mapping."""
+    """Return embed_dim, depth, num_heads and patch_size of a named variant, or what a mapping has."""
     if isinstance(vit, str) and vit in VARIANTS:
         return dict(VARIANTS[vit])
-    if isinstance(vit, Mapping) and set(vit) == set(VARIANTS["base"]):
-        return {key: int(value) for key, value in vit.items()}
+    if isinstance(vit, Mapping) and set(vit) - {*OPTIONAL_SIZES} == set(VARIANTS["base"]):
+        return {key: int(value) if key in VARIANTS["base"] else value for key, value in vit.items()}
     raise UserError(
         f"vit is {vit!r}; expected one of {', '.join(VARIANTS)}, or a mapping with exactly the keys "
         f"{', '.join(VARIANTS['base'])}"

@@ -13,9 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from download import cached
-from models.huggingface import from_huggingface, is_huggingface, settings_of_folder
+from models.hub import read_json, settings_of_folder
+from models.huggingface import from_huggingface, is_huggingface
 from utils import UserError, barrier, on_main_process
 
+HUB, RELEASED_HUB = "hf:", "hf-released:"  # the second for the Hub's old files, see `models.hub`
 State = dict[str, torch.Tensor]
 Config = dict[str, Any]
 
@@ -29,11 +31,17 @@ def read_checkpoint(source: str, allow_pickle: bool = False) -> tuple[State, Con
     """Return the state dict of a source, with the names of this project, and the settings saved with it, or {}."""
     state: State = {}
     config: Config = {}
-    for path in resolve(source):
+    paths = resolve(source)
+    for path in paths:
         tensors, settings = read_file(path, allow_pickle)
         state |= tensors
         config |= settings
-    return (from_huggingface(state) if is_huggingface(state) else state), config
+    if not is_huggingface(state):
+        return state, config
+    folder, decodes = paths[0].parent, any(key.startswith("text_decoder.") for key in state)
+    if (folder / "config.json").is_file():
+        config = settings_of_folder(folder, decodes, source.startswith(RELEASED_HUB))
+    return from_huggingface(state), config
 
 
 def resolve(source: str) -> list[Path]:
@@ -44,15 +52,35 @@ def resolve(source: str) -> list[Path]:
     """
     if source.startswith(("http://", "https://")):
         return [_fetch_once_per_machine(lambda: cached(source, _no_checkpoint))]
-    if source.startswith("hf:"):
-        folder = _fetch_once_per_machine(lambda: _hub_folder(source.removeprefix("hf:")))
-        paths = sorted(folder.glob("*.safetensors"))
-        if not paths:
-            raise UserError(f"{source} holds no .safetensors file; give another folder, or the path of a checkpoint")
-        return paths
+    if source.startswith((HUB, RELEASED_HUB)):
+        return weight_files(_fetch_once_per_machine(lambda: _hub_folder(source.partition(":")[2])))
     if not Path(source).is_file():
         raise UserError(f"pretrained weights {source} do not exist; correct the path")
     return [Path(source)]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the weights of a folder: those that transformers would read, or the one .safetensors file.
+
+    Raises:
+        UserError: there are none, or several of other names, or a part is missing.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        if parts := read_json(folder / f"{name}.index.json").get("weight_map"):
+            paths = sorted({folder / Path(part).name for part in parts.values()})
+            if missing := [path.name for path in paths if not path.is_file()]:
+                raise UserError(f"{folder} lacks {', '.join(missing)}, which its index names; download it again")
+            return paths
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) != 1:
+        found = ", ".join(path.name for path in others) or "no weights"
+        raise UserError(
+            f"{folder} has {found}; expected model.safetensors or pytorch_model.bin, whole or with an index; "
+            "give another folder, or the path of a file"
+        )
+    return others
 
 
 def _no_checkpoint(path: Path) -> str:
@@ -78,7 +106,10 @@ def _hub_folder(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "vocab.txt"]))
+        folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt"]))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(name, allow_patterns=["pytorch_model*.bin"])
+        return folder
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:150]
         raise UserError(f"hf:{name} is no local folder and could not be downloaded ({reason})") from None
@@ -96,25 +127,22 @@ def read_file(path: Path, allow_pickle: bool = False) -> tuple[State, Config]:
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not all(torch.is_tensor(value) for value in content.values()):
+    if not isinstance(content, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in content.items()):
         raise UserError(f"{path} holds no state dict; expected {{'model': state dict}} or a state dict alone")
     return content, config
 
 
 def _read_safetensors(path: Path) -> tuple[State, Config]:
-    """Read tensors, mapped from disk, and the settings in the file or in config.json beside it."""
+    """Read tensors, mapped from disk, and the settings in the file."""
     try:
         with safe_open(path, "pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}); download it again") from None
-    beside = path.with_name("config.json")
     try:
-        if "config" in metadata:
-            return state, dict(json.loads(metadata["config"]))
-        return state, settings_of_folder(path.parent) if beside.is_file() else {}
-    except (ValueError, TypeError, AttributeError) as error:
+        return state, dict(json.loads(metadata.get("config", "{}")))
+    except (ValueError, TypeError) as error:
         raise UserError(f"the configuration of {path} cannot be read ({error}); download it again") from None
 
 

@@ -1,6 +1,7 @@
 """Captions of many images as their owners use them: text files beside images, tables, and the best of several."""
 
 import csv
+import json
 import random
 import sys
 from types import SimpleNamespace
@@ -176,3 +177,21 @@ def test_constraints_are_those_of_transformers(folder):
         for process in (NoBadWordsLogitsProcessor([*map(list, banned)], 6), NoRepeatNGramLogitsProcessor(size)):
             scores = process(torch.tensor([tokens]), scores)
         assert ours == {i for i, value in enumerate(scores[0].tolist()) if value == -float("inf")}
+
+
+def test_19_rows_of_a_list_have_their_own_prompts(folder, monkeypatch):
+    own = {"0.png": "a red", "2.png": "two"}
+    rows = [{"image": f"{i}.png"} | ({"prompt": own[f"{i}.png"]} if f"{i}.png" in own else {}) for i in range(4)]
+    (folder / "list.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    output = folder / "found.jsonl"
+    words = "caption", folder / "list.jsonl", "--output", output, "--prompt", "a picture of ", "--min_length", 8
+    assert command(monkeypatch, *words, "--sidecar", "--keep_prompt") == 0
+    record, *found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row.get("prompt") for row in found] == ["a red", None, "two", None] and "prompts" in record["made_by"]
+    kept = texts(folder)
+    assert kept["0"].startswith("a red ") and kept["1"].startswith("a picture of ") and kept["2"].startswith("two ")
+    model = load("caption", MODEL, prompt="a red")
+    alone = model.caption(folder / "0.png", min_length=8)[0]["captions"]
+    assert [row["caption"] for row in found[0]["captions"]] == [row["caption"] for row in alone]
+    (folder / "list.jsonl").write_text(json.dumps({"image": "0.png", "prompt": 3}))
+    assert command(monkeypatch, "caption", folder / "list.jsonl") == 2

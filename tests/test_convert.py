@@ -138,7 +138,7 @@ def test_vqa_of_two_widths_has_no_place_there(tmp_path):
 
 
 @torch.no_grad()
-def test_their_processor_and_model_see_a_image_as_ours(tmp_path):
+def test_their_processor_and_model_see_an_image_as_ours(tmp_path):
     """The shipped model and its vocabulary, through their processor: the same probability."""
     write_huggingface(str(MODEL), tmp_path / "hub", "match")
     other, processor = (
@@ -154,7 +154,7 @@ def test_their_processor_and_model_see_a_image_as_ours(tmp_path):
     assert ours["probability"] == pytest.approx(theirs, abs=2e-3)  # their processor resizes by torchvision's kernels
 
 
-def test_heads_of_the_hubs_configurations_are_mended(tmp_path):
+def test_old_configurations_of_the_hub_are_mended_where_asked(tmp_path):
     shape = dict(num_hidden_layers=1, hidden_size=768)
     torch.save({"model": blip_itm(vit=SIZES["small"]["vit"], image_size=32, med_config=shape).state_dict(),
                 "config": {"vit": SIZES["small"]["vit"]}}, tmp_path / "m.pth")  # fmt: skip
@@ -163,8 +163,9 @@ def test_heads_of_the_hubs_configurations_are_mended(tmp_path):
     assert config["text_config"]["num_attention_heads"] == 12 and config["vision_config"]["layer_norm_eps"] == 1e-6
     config["text_config"]["num_attention_heads"] = 8
     (tmp_path / "hub" / "config.json").write_text(json.dumps(config))
-    settings, _ = settings_of(f"hf:{tmp_path / 'hub'}")
-    assert settings["vit"] == SIZES["small"]["vit"] and settings["med_config"]["num_attention_heads"] == 12
+    for prefix, heads in (("hf", 8), ("hf-released", 12)):
+        settings, _ = settings_of(f"{prefix}:{tmp_path / 'hub'}")
+        assert settings["vit"] == SIZES["small"]["vit"] and settings["med_config"]["num_attention_heads"] == heads
 
 
 def test_half_precision(tmp_path):

@@ -125,6 +125,27 @@ def test_d2_the_prompt_is_cut_by_its_own_characters(prompt, monkeypatch):
         assert model.generate(arr("a:cut", (1, 3, 48, 48))) == [text[len(prompt) :]]
 
 
+@EVERY_SETTING
+def test_19_a_prompt_for_each_image_gives_what_it_gives_alone(values):
+    model, config = captioner(), settings(values)
+    prompts = ["a picture of ", "the red ring and", "", "a picture of ", "two", "the red ring and"]
+    numbers = uniforms(config)
+    captions, log_probs = model.caption(images(), config, numbers, prompts)
+    for i, prompt in enumerate(prompts):
+        part = slice(i * config.num_return, (i + 1) * config.num_return)
+        alone, expected = model.caption(images()[i : i + 1], config, numbers[part], [prompt])
+        assert captions[part] == alone
+        torch.testing.assert_close(log_probs[part], expected, rtol=1e-4, atol=1e-4)
+    usual = model.caption(images(), config, numbers)[0]
+    assert model.caption(images(), config, numbers, [model.prompt] * 6)[0] == usual
+
+
+def test_19_generate_takes_one_prompt_or_many():
+    model = captioner()
+    one, two = (model.generate(images(2), prompt=prompt) for prompt in ("the red ring", "two"))
+    assert model.generate(images(2), prompt=["the red ring", "two"]) == [one[0], two[1]]
+
+
 class Found:
     """What `generate` would return."""
 

@@ -164,7 +164,7 @@ def test_refusals(tmp_path, pretraining):
     refused("holds no state dict", tmp_path / "list.pth")
     refused("lacks what the task .caption. needs: text_decoder", save(build("retrieval"), tmp_path / "r.pth"))
     refused("another architecture: visual_encoder", pretraining, vit={**SIZES["vit"], "embed_dim": 64})
-    refused("holds no .safetensors", f"hf:{tmp_path}")
+    refused("has no weights; expected model.safetensors", f"hf:{tmp_path}")
     (tmp_path / "model.safetensors").write_bytes(b"hello" * 10)
     refused("model.safetensors cannot be read", f"hf:{tmp_path}")
 
