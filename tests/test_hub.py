@@ -1,7 +1,6 @@
 """Folders in transformers' format: what they say is followed, with the outputs of transformers itself, or refused."""
 
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +23,7 @@ from transformers import (
     GenerationConfig,
 )
 
+import convert as command
 from data.transforms import STD
 from data.transforms import test_transform as square
 from demo.photographs import CAPTIONS
@@ -34,7 +34,7 @@ from models.blip import BLIP_Base, blip_decoder, blip_feature_extractor
 from models.blip_itm import blip_itm
 from models.export import write_checkpoint, write_huggingface
 from models.pretrained import load_pretrained
-from utils import UserError, note_once
+from utils import UserError, note_once, run_command
 
 try:  # transformers 5 has it, transformers 4 uses Pillow anyway
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
@@ -368,14 +368,14 @@ def test_d1_other_settings_of_generation_are_named(tmp_path, capsys):
     assert "also has" in (said := capsys.readouterr().err) and "top_p" in said and "do_sample" in said
 
 
-def convert(*arguments):
-    command = [sys.executable, "convert.py", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return done.returncode, done.stderr
-
-
-def test_d1_outputs_have_the_format_of_their_ending_and_nothing_is_overwritten(tmp_path):
+def test_d1_outputs_have_the_format_of_their_ending_and_nothing_is_overwritten(tmp_path, monkeypatch, capsys):
     source = tmp_path / "m.pth"
+
+    def convert(*words):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, words)])
+        return run_command(command.main), capsys.readouterr().err
+
     save_own(source)
     for ending in (".pth", ".safetensors"):
         assert convert("--to-half", source, "--output", tmp_path / f"half{ending}") == (0, "")
