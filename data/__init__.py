@@ -19,6 +19,7 @@ from data.shards import TarPairs
 from data.tars import only_shards
 from data.transforms import Transform, test_transform, train_transform
 from data.video import VideoDataset
+from data.video_qa import VideoQuestions
 from data.vqa import VQATest, VQATrain, vqa_collate_fn
 from released import door
 from utils import UserError, get_rank, get_world_size
@@ -60,7 +61,7 @@ def make_loaders(
         data = _build(dataset, config, split, MIN_SCALE.get(dataset, 0.5))
         collate_fn = vqa_collate_fn if dataset == "vqa" and is_train else None
         batch_size = config.get("batch_size_train" if is_train else "batch_size_test") or config["batch_size"]
-        if dataset == "retrieval_msrvtt":  # its batch_size counts texts, and a clip is several images
+        if dataset in ("retrieval_msrvtt", "video_qa"):  # batch_size counts texts, and a clip is several images
             batch_size = max(batch_size // config["num_frm_test"], 1)
         loaders[split] = make_loader(data, batch_size, is_train, config["num_workers"], seed, collate_fn)
     return loaders
@@ -160,6 +161,17 @@ def _msrvtt(config: Any, split: str, transform: Transform) -> Dataset:
     return VideoDataset(file, config["video_root"], config["num_frm_test"], config["image_size"], upright)
 
 
+def _video_qa(config: Any, split: str, transform: Transform) -> Dataset:
+    own, answers = config.get("test_file") or "", ""
+    if not own:
+        raise UserError("test_file is ''; name the questions of MSRVTT-QA or MSVD-QA, for instance test_qa.json")
+    if config["inference"] == "rank":
+        answers = find_annotation(config["ann_root"], "answer_list.json", config["answer_list"])
+    sizes = config["num_frm_test"], config["image_size"], config.get("exif_orientation", False)
+    file = find_annotation(config["ann_root"], own, own)
+    return VideoQuestions(file, config["video_root"], *sizes, config["video_map"], answers)
+
+
 ALL_SPLITS = ("train", "val", "test")
 DATASETS = {  # how a split is built, and the splits there are
     "pretrain": (_pretrain, ("train",)),
@@ -171,6 +183,7 @@ DATASETS = {  # how a split is built, and the splits there are
     "nlvr": (_nlvr, ALL_SPLITS),
     "classification": (_classification, ALL_SPLITS),
     "retrieval_msrvtt": (_msrvtt, ("test",)),
+    "video_qa": (_video_qa, ("test",)),
 }
 
 

@@ -1,5 +1,6 @@
-"""Video clips for retrieval, decoded by PyAV."""
+"""Video clips, decoded by PyAV."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,53 @@ class UnreadableClip(Exception):
     """A clip that cannot be decoded."""
 
 
-class VideoDataset(Dataset):
-    """Clips with captions: {"video": (frames, 3, H, W), "index", "error"}; "error" is '' for a readable clip.
+class Clips(Dataset):
+    """Clips: {"video": (frames, 3, H, W), "index", "error"}; "error" is '' for a readable clip.
+
+    Args:
+        files: of the clips, within `video_root`.
+        video_root: their folder.
+        num_frames, upright: as in `read_frames`.
+        image_size: side of the square frames in pixels.
+        annotation_file: that names the files, for messages.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[str],
+        video_root: str,
+        num_frames: int,
+        image_size: int,
+        upright: bool,
+        annotation_file: str,
+    ):
+        self.files, self.root, self.num_frames, self.upright = files, Path(video_root), num_frames, upright
+        self.image_size, self.transform = image_size, test_transform(image_size)
+        check_images(video_root, files, annotation_file)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def path(self, index: int) -> Path:
+        """Return the path of a clip."""
+        return self.root / self.files[index]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        problem, frames = "", torch.zeros(self.num_frames, 3, self.image_size, self.image_size)
+        try:
+            images = read_frames(self.path(index), self.num_frames, self.upright)
+            frames = torch.stack([self.transform(image) for image in images])
+        except UnreadableClip as error:  # one bad clip must not end an evaluation
+            problem = f"{self.path(index)}: {error}"
+        return {"video": frames, "index": index, "error": problem}
+
+
+class VideoDataset(Clips):
+    """Clips with captions, <clip_name>.mp4.
 
     Args:
         annotation_file: JSON lines of {"clip_name", "caption"}; a caption may be a list of captions.
-        video_root: folder of the clips, <clip_name>.mp4.
-        num_frames, upright: as in `read_frames`.
-        image_size: side of the square frames in pixels.
+        video_root, num_frames, image_size, upright: as `Clips`.
 
     Attributes:
         text: captions.
@@ -39,8 +79,6 @@ class VideoDataset(Dataset):
         self, annotation_file: str, video_root: str, num_frames: int, image_size: int, upright: bool = False
     ):
         rows = keep_captions(read_annotation(annotation_file, ("clip_name", "caption")), annotation_file)
-        self.root, self.num_frames, self.upright = Path(video_root), num_frames, upright
-        self.image_size, self.transform = image_size, test_transform(image_size)
         pairs = [(row["clip_name"], caption) for row in rows for caption in row["caption"]]
         self.text = [pre_caption(caption, MAX_WORDS) for _, caption in pairs]
         numbers: dict[str, int] = {}
@@ -49,23 +87,8 @@ class VideoDataset(Dataset):
         self.video2txt: dict[int, list[int]] = {number: [] for number in numbers.values()}
         for text, video in self.txt2video.items():
             self.video2txt[video].append(text)
-        check_images(video_root, (f"{name}.mp4" for name in self.names), annotation_file)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def path(self, index: int) -> Path:
-        """Return the path of a clip."""
-        return self.root / f"{self.names[index]}.mp4"
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        problem, frames = "", torch.zeros(self.num_frames, 3, self.image_size, self.image_size)
-        try:
-            images = read_frames(self.path(index), self.num_frames, self.upright)
-            frames = torch.stack([self.transform(image) for image in images])
-        except UnreadableClip as error:  # one bad clip must not end an evaluation
-            problem = f"{self.path(index)}: {error}"
-        return {"video": frames, "index": index, "error": problem}
+        files = [f"{name}.mp4" for name in self.names]
+        super().__init__(files, video_root, num_frames, image_size, upright, annotation_file)
 
 
 def read_frames(path: Path, num_frames: int, upright: bool = False) -> list[Image.Image]:

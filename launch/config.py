@@ -230,6 +230,21 @@ class VideoConfig(ModelConfig):
 
 
 @dataclass
+class VideoQAConfig(ModelConfig):
+    """Zero-shot questions about clips (paper section 5.6)."""
+
+    video_root: str = setting("", "folder of the clips")
+    test_file: str = setting("", "questions in the format of MSRVTT-QA or MSVD-QA")
+    video_map: str = setting("", "MSVD-QA's youtube_mapping.txt, with lines '<name> vid<n>'; '' for clips video<n>")
+    answer_list: str = setting("", "own candidate answers; '' for answer_list.json")
+    batch_size: int = setting(64, "questions at once")
+    num_frm_test: int = setting(16, "frames per clip, evenly spaced")
+    k_test: int = setting(128, "candidates ranked in full")
+    inference: str = setting("generate", "'generate' answers freely, or 'rank' a list of answers")
+    smooth_padding: bool = setting(True, "ranking counts padding, as the released code does")
+
+
+@dataclass
 class PretrainConfig(TrainConfig):
     """Pretraining (paper section 4.1)."""
 

@@ -4,11 +4,13 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from files import write_json
 from miniature.scene import Scene, draw_scene, render
-from miniature.text import a
+from miniature.text import RELATIONS, a, questions
 from utils import UserError, track
 
 NUM_FRAMES = 16
@@ -17,7 +19,7 @@ MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
 def write_videos(folder: Path, annotations: Path, count: int, seed: int, image_size: int) -> None:
-    """Write `count` clips with distinct captions in MSRVTT's format.
+    """Write `count` clips with distinct captions in MSRVTT's format, and questions in MSRVTT-QA's.
 
     Raises:
         UserError: PyAV is not installed.
@@ -38,6 +40,17 @@ def write_videos(folder: Path, annotations: Path, count: int, seed: int, image_s
         caption = ", ".join(listed[:-1]) + f" and {listed[-1]}"
         lines.append(json.dumps({"clip_name": f"video{number}", "caption": caption}))
     (annotations / "msrvtt_test.jsonl").write_text("\n".join(lines) + "\n")
+    write_json(annotations / "msrvtt_qa_test.json", clip_questions(list(scenes.values()), seed))
+
+
+def clip_questions(scenes: list[Scene], seed: int) -> list[dict[str, Any]]:
+    """Return questions in MSRVTT-QA's format, four of each clip at most, none about places, which change."""
+    rng, rows = random.Random(f"{seed}/video questions"), []
+    for clip, scene in enumerate(scenes):
+        asked = [one for one in questions(scene, rng, 20) if not any(word in one.text for word in RELATIONS)]
+        for one in asked[:4]:
+            rows.append({"id": len(rows), "video_id": clip, "question": one.text, "answer": one.answer})
+    return rows
 
 
 def scene_at(scene: Scene, moves: list[str], time: float) -> Scene:
