@@ -1,12 +1,14 @@
 """What a folder in transformers' format says besides the weights: architecture, vocabulary, pixels, generation."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from models.med_config import MedConfig, create_tokenizer
-from models.tokenizer import PROBE, init_tokenizer
+from models.tokenizer import equal_tokenizers, init_tokenizer
 from utils import UserError, note_once
 
 RELEASED = {"num_attention_heads": 12, "layer_norm_eps": 1e-6}  # of texts, of images; the Hub's old files differ
@@ -37,7 +39,8 @@ def settings_of_folder(folder: Path, decodes: bool, released: bool = False) -> d
     given = read_json(folder / "config.json")
     if given.get("model_type") != "blip":
         raise UserError(f"{folder} holds a model of type {given.get('model_type')!r}; expected 'blip'")
-    config = BlipConfig.from_dict(given)
+    with one_line(folder / "config.json"):
+        config = BlipConfig.from_dict(given)
     text, vision = config.text_config, config.vision_config
     if released:
         text.num_attention_heads, vision.layer_norm_eps = RELEASED.values()
@@ -58,6 +61,17 @@ def settings_of_folder(folder: Path, decodes: bool, released: bool = False) -> d
     return settings | generation_of(folder, given)
 
 
+@contextmanager
+def one_line(path: Path) -> Iterator[None]:
+    """Turn whatever transformers raises about the values in a file into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} has a value that is not understood ({' '.join(str(error).split())[:150]})") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, {} if there is no file."""
     if not path.is_file():
@@ -75,9 +89,9 @@ def vocabulary_of(folder: Path) -> dict[str, Any]:
     """Return {"vocab_file": folder} if its tokenizer is not that of bert-base-uncased."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return {}
-    own, default = init_tokenizer(folder), init_tokenizer()
-    same = own.get_vocab() == default.get_vocab() and own.tokenize(PROBE) == default.tokenize(PROBE)
-    return {} if same else {"vocab_file": str(folder.resolve())}
+    if equal_tokenizers(init_tokenizer(folder), init_tokenizer()):
+        return {}
+    return {"vocab_file": str(folder.resolve())}
 
 
 def refuse_other_ids(text: Any, med_config: Mapping[str, Any], folder: Path) -> None:
@@ -93,34 +107,41 @@ def refuse_other_ids(text: Any, med_config: Mapping[str, Any], folder: Path) -> 
 
 def pixels_of(folder: Path) -> dict[str, Any]:
     """Return the processor's "processor_size", and "image_mean", "image_std" and "resample" where they are unusual."""
-    given = read_json(folder / "processor_config.json").get("image_processor")
-    given = given or read_json(folder / "preprocessor_config.json")
+    path = folder / "processor_config.json"
+    given = read_json(path).get("image_processor")
+    if not given:
+        given = read_json(path := folder / "preprocessor_config.json")
     if not given:
         return {}
     from transformers import BlipImageProcessor
 
-    processor = BlipImageProcessor.from_dict(given)
+    usual = normalisation(BlipImageProcessor())
+    with one_line(path):
+        processor = BlipImageProcessor.from_dict(given)
+        size = {key: int(value) for key, value in dict(processor.size).items()}
+        found = normalisation(processor)
     others = [k for k, v in given.items() if k.startswith("do_") and v and k not in FOLLOWED_STEPS]
-    size = dict(processor.size)
     square = set(size) == {"height", "width"} and size["height"] == size["width"]
     if others or not processor.do_resize or not square:
         what = ", ".join(others) or ("no do_resize" if not processor.do_resize else f"size {size}")
         raise UserError(f"the processor of {folder} has {what}; expected images resized to a square, and no other step")
-    usual = normalisation(BlipImageProcessor())
-    found = {key: value for key, value in normalisation(processor).items() if value != usual[key]}
-    return {"processor_size": size["height"]} | found
+    return {"processor_size": size["height"]} | {key: value for key, value in found.items() if value != usual[key]}
 
 
 def normalisation(processor: Any) -> dict[str, Any]:
-    """Return resampling, mean and deviation; values are divided by 255 here, so another factor goes into the latter."""
+    """Return resampling, mean and deviation; values are divided by 255 here, so another factor goes into the latter.
+
+    Raises:
+        ValueError: a deviation is not positive, or they are not three.
+    """
     scale = 255 * processor.rescale_factor if processor.do_rescale else 255.0
     scale = 1.0 if abs(scale - 1) < 1e-9 else scale  # of 1 / 255
     mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0.0,) * 3, (1.0,) * 3)
-    return {
-        "resample": RESAMPLE[processor.resample],
-        "image_mean": [value / scale for value in mean],
-        "image_std": [value / scale for value in std],
-    }
+    found = {name: [float(value) / scale for value in values] for name, values in (("mean", mean), ("std", std))}
+    if len(found["mean"]) != 3 or len(found["std"]) != 3 or not all(0 < value < math.inf for value in found["std"]):
+        raise ValueError(f"mean {mean} and deviation {std} of three colours")
+    resample = RESAMPLE[range(len(RESAMPLE)).index(processor.resample)]
+    return {"resample": resample, "image_mean": found["mean"], "image_std": found["std"]}
 
 
 def generation_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from models.hub import PIXELS
+from models.tokenizer import equal_tokenizers, init_tokenizer
 from models.vit import interpolate_pos_embed
 from models.weights import Config, State, read_checkpoint, read_source
 from utils import UserError, is_main_process, on_main_process
@@ -110,11 +111,15 @@ def compare_with_folder(model: nn.Module, config: Config, report: LoadReport) ->
     Raises:
         UserError: heads, activation or vocabulary differ.
     """
+    vocab_file = config["med_config"].get("vocab_file", "")
+    if vocab_file != model.text_config.vocab_file and not equal_tokenizers(
+        init_tokenizer(vocab_file or None), model.tokenizer
+    ):
+        raise UserError(f"{report.source} has another vocabulary than the model; set vocab_file in med_config")
     vit = {"layer_norm_eps": 1e-6, "hidden_act": "gelu"} | model.vit_sizes
     for part, own in (("med_config", vars(model.text_config)), ("vit", vit)):
-        theirs = {"vocab_file": ""} if part == "med_config" else {}
-        for key, value in (theirs | config[part]).items():
-            if key in ("num_attention_heads", "num_heads", "hidden_act", "vocab_file") and own[key] != value:
+        for key, value in config[part].items():
+            if key in ("num_attention_heads", "num_heads", "hidden_act") and own[key] != value:
                 raise UserError(
                     f"{report.source} says {key} {value!r}, and the model has {own[key]!r}; set {key} in {part} as the "
                     "folder says, or give hf-released: in place of hf: for an old file of the Hub"

@@ -80,6 +80,11 @@ def _bert_tokenizer(vocab_file: Path) -> BertTokenizer:
     return BertTokenizer(vocab={token: index for index, token in enumerate(tokens)})
 
 
+def equal_tokenizers(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Return True if two tokenizers have one vocabulary and read case and accents alike."""
+    return tokenizer.get_vocab() == other.get_vocab() and tokenizer.tokenize(PROBE) == other.tokenize(PROBE)
+
+
 class TokenBatch(NamedTuple):
     """Token ids of several texts and their mask, both int64 (batch, length); unpacks into a text transformer's call."""
 

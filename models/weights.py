@@ -68,8 +68,9 @@ def weight_files(folder: Path) -> list[Path]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return [folder / name]
-        if parts := read_json(folder / f"{name}.index.json").get("weight_map"):
-            paths = sorted({folder / Path(part).name for part in parts.values()})
+        parts = read_json(folder / f"{name}.index.json").get("weight_map")
+        if isinstance(parts, dict):
+            paths = sorted({folder / Path(str(part)).name for part in parts.values()})
             if missing := [path.name for path in paths if not path.is_file()]:
                 raise UserError(f"{folder} lacks {', '.join(missing)}, which its index names; download it again")
             return paths

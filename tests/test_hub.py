@@ -1,6 +1,7 @@
 """Folders in transformers' format: what they say is followed, with the outputs of transformers itself, or refused."""
 
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -137,6 +138,46 @@ def test_d1_any_configuration_gives_transformers_outputs(case, size, binary):
         if binary:
             to_bin(Path(folder))
         check_captioner(folder, theirs, size)
+
+
+ODD = st.none() | st.booleans() | st.integers(-2, 9) | st.floats() | st.sampled_from(["x", "", [], {}, [1], [0, 0, 0]])
+NAMES = {
+    "config.json": ["text_config", "vision_config", "projection_dim", "prompt", "model_type"],
+    "text_config": [*TEXT, "hidden_act", "vocab_size", "bos_token_id", "layer_norm_eps", "hidden_dropout_prob"],
+    "vision_config": [*VISION, "hidden_act", "layer_norm_eps"],
+    "preprocessor_config.json": ["size", "resample", "image_mean", "image_std", "rescale_factor", "do_resize",
+                                 "do_rescale", "do_normalize", "do_center_crop"],
+    "generation_config.json": ["max_length", "num_beams", "top_p"],
+    "model.safetensors.index.json": ["weight_map"],
+}  # fmt: skip
+DAMAGES = {name: st.dictionaries(st.sampled_from(keys), ODD, max_size=2) for name, keys in NAMES.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    make(folder)
+    return folder
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(damages=st.fixed_dictionaries(DAMAGES))
+def test_d1_odd_values_are_read_or_refused_in_one_line(whole, damages):
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(whole, folder, dirs_exist_ok=True)
+        if damages["model.safetensors.index.json"]:
+            Path(folder, "model.safetensors").rename(Path(folder, "model-1.safetensors"))
+        for part in ("text_config", "vision_config"):
+            change(folder, "config.json", **{part: damages[part]})
+        for name in [name for name in damages if name.endswith(".json")]:
+            path, values = Path(folder, name), damages[name]
+            if values:
+                path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | values))
+        try:
+            arguments, _ = settings_of(f"hf:{folder}")
+            load_pretrained(blip_decoder(**arguments), f"hf:{folder}", "caption")
+        except UserError as error:
+            assert str(error) and "\n" not in str(error)
 
 
 def to_bin(folder):
