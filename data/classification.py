@@ -13,12 +13,7 @@ from utils import UserError
 
 
 class Classified(Dataset):
-    """Examples of classes: {"image", "text", "label" (number of the class)}.
-
-    Args:
-        rows: (path of the image, text, number of the class).
-        transform: RGB image -> tensor.
-    """
+    """Examples of classes: {"image", "text", "label"}; the label is the number of the class."""
 
     def __init__(self, rows: Sequence[tuple[Path, str, int]], transform: Transform):
         self.rows, self.transform = list(rows), transform

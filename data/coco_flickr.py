@@ -14,14 +14,7 @@ MAX_WORDS = 30
 
 
 class Images(Dataset):
-    """An annotation file whose rows have an image each.
-
-    Args:
-        annotation_file: JSON list of rows with at least `keys`.
-        image_root: folder that image paths are relative to.
-        transform: RGB image -> tensor.
-        keys: required keys of every row.
-    """
+    """An annotation file whose rows have `keys`, among them "image", a path under `image_root`."""
 
     def __init__(self, annotation_file: str, image_root: str, transform: Transform, keys: tuple[str, ...]):
         self.annotation = read_annotation(annotation_file, keys)

@@ -17,11 +17,8 @@ LABELS = {"True": 1, "False": 0}
 class NLVR(Dataset):
     """Statements: {"image0", "image1", "sentence", "label"}.
 
-    Args:
-        annotation_file: JSON list of {"images": [left, right], "sentence", "label": "True" or "False"}.
-        image_root: folder that image paths are relative to.
-        transform: RGB image -> tensor.
-        swap: exchange the images, and the words left and right, with probability 0.5.
+    The file is a JSON list of {"images": [left, right], "sentence", "label": "True" or "False"}. `swap` exchanges the
+    images, and the words left and right, with probability 0.5.
     """
 
     def __init__(self, annotation_file: str, image_root: str, transform: Transform, swap: bool):

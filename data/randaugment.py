@@ -39,7 +39,7 @@ def translate(image: Image.Image, x: float, y: float, fill: Fill = BLACK) -> Ima
     """Move to the left by `x` and up by `y` pixels."""
     if x % 1 or y % 1:
         return affine(image, 1, 0, x, 0, 1, y, fill)
-    moved = Image.new("RGB", image.size, fill)  # no pixel is mixed with others
+    moved = Image.new(image.mode, image.size, fill)  # no pixel is mixed with others
     moved.paste(image, (-int(x), -int(y)))
     return moved
 

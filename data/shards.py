@@ -125,12 +125,8 @@ class TarPairs(Dataset):
     `data.sampler.EpochSampler` reads it without shuffling: an index is the position of a process, and the pair comes
     from the stream of the worker that asks. An unreadable image is replaced by the pair before it.
 
-    Args:
-        names: shards, as `expand` takes them.
-        transform: RGB image -> tensor.
-        batch_size: batch size of the loader.
-        num_pairs: number of pairs of all shards together; 0 counts them.
-        buffer: number of pairs among which each worker draws the next.
+    `names` are as for `expand`, `batch_size` is that of the loader, `num_pairs` the number in all shards together (0
+    counts them), `buffer` the number of pairs among which each worker draws the next.
     """
 
     def __init__(self, names: Sequence[str], transform: Transform, batch_size: int, num_pairs: int, buffer: int):

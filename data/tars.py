@@ -75,11 +75,7 @@ def is_shard(name: str) -> bool:
 
 
 def only_shards(names: Sequence[str], setting: str) -> bool:
-    """Return True if all entries of a setting are shards, False if all are lists.
-
-    Raises:
-        UserError: both kinds.
-    """
+    """Return True if all entries of a setting are shards, False if all are lists; UserError for both kinds."""
     found = [is_shard(name) for name in map(str, names)]
     if any(found) and not all(found):
         raise UserError(f"{setting} names both shards and lists; give one kind alone")
@@ -87,12 +83,10 @@ def only_shards(names: Sequence[str], setting: str) -> bool:
 
 
 def expand(names: Sequence[str], setting: str = "train_file") -> list[str]:
-    """Return the shards that names stand for, each once.
+    """Return the shards that the names in a setting stand for, each once.
 
-    Args:
-        names: `{00000..00131}` counts, `{a,b}` and `::` list, `*` matches files, a folder stands for the shards in it;
-            a pipe is a command, in which only `{00000..00131}` is expanded.
-        setting: name of the setting, for messages.
+    `{00000..00131}` counts, `{a,b}` and `::` list, `*` matches files, a folder stands for the shards in it; a pipe is a
+    command, in which only `{00000..00131}` is expanded.
 
     Raises:
         UserError: nothing matches, a file does not exist, or it can only be read through a pipe.

@@ -82,7 +82,7 @@ def test_transform(
 def to_tensor(image: Image.Image, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> torch.Tensor:
     """Turn an RGB image to a float32 tensor (3, H, W): values / 255, less the mean, by the deviation."""
     planes = np.empty((3, image.height, image.width), np.uint8)
-    for plane, band in zip(planes, image.split(), strict=True):  # as bytes, three times faster than as floats
+    for plane, band in zip(planes, image.split(), strict=True):  # faster than to transpose (H, W, 3)
         plane[...] = band
     centre, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
     return torch.from_numpy(planes).float().div_(255).sub_(centre).div_(scale)
@@ -91,11 +91,8 @@ def to_tensor(image: Image.Image, mean: Sequence[float] = MEAN, std: Sequence[fl
 def open_image(path: Path, upright: bool = False, smallest: int = 0) -> Image.Image:
     """Read an image as RGB: its first frame, whatever its name ends in, without its transparency.
 
-    Args:
-        path: of the image.
-        upright: turn it as its EXIF data say, and scale other values than bytes as `to_bytes` does; without it,
-            EXIF is ignored and larger values are clipped, as in the released code.
-        smallest: as `Transform`.
+    `upright` turns it as its EXIF data say, and scales other values than bytes by `to_bytes`. Otherwise EXIF is ignored
+    and larger values are clipped, as in the released code. `smallest` is that of `Transform`.
 
     Raises:
         UserError: it is missing, truncated, no image, or of more than 179 megapixels, Pillow's limit.
@@ -124,14 +121,10 @@ def to_rgb(image: Image.Image, upright: bool = False) -> Image.Image:
 
 
 def to_bytes(values: np.ndarray) -> np.ndarray:
-    """Scale an image's values to 0 to 255 by what they hold.
+    """Scale an image's values, of any shape, to 0 to 255 (uint8) by what they hold.
 
-    Args:
-        values: any shape. Floats that reach to 1 at most are taken as 0 to 1; numbers that reach to 255 at most as
-            they are; larger ones as 16 bits, 0 to 65535. Booleans are black and white.
-
-    Returns:
-        uint8 of the same shape.
+    Floats that reach to 1 at most are taken as 0 to 1, numbers that reach to 255 at most as they are, larger ones as
+    16 bits, 0 to 65535. Booleans are black and white.
 
     Raises:
         ValueError: values that are negative, larger, or not finite.
@@ -141,7 +134,6 @@ def to_bytes(values: np.ndarray) -> np.ndarray:
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
     if not (low >= 0 and high <= 65535):
         raise ValueError(f"values from {low:g} to {high:g}; expected 0 to 1, to 255 or to 65535")
-    as_fraction = values.dtype == bool or (values.dtype.kind == "f" and high <= 1)
-    if as_fraction:
+    if values.dtype == bool or (values.dtype.kind == "f" and high <= 1):
         values = values * 255.0
     return (values.round() if high <= 255 else values // 257).astype(np.uint8)

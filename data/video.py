@@ -64,15 +64,11 @@ class Clips(Dataset):
 class VideoDataset(Clips):
     """Clips with captions, <clip_name>.mp4.
 
-    Args:
-        annotation_file: JSON lines of {"clip_name", "caption"}; a caption may be a list of captions.
-        video_root, num_frames, image_size, upright: as `Clips`.
+    The file holds JSON lines of {"clip_name", "caption" (a text, or a list)}, `video_root` the clips <clip_name>.mp4.
 
     Attributes:
-        text: captions.
-        names: clips.
-        txt2video: number of a caption -> number of its clip.
-        video2txt: number of a clip -> numbers of its captions.
+        text, names: captions, and clips.
+        txt2video, video2txt: number of a caption -> number of its clip, and of a clip -> numbers of its captions.
     """
 
     def __init__(

@@ -55,10 +55,7 @@ class Questions(Dataset):
 
 
 def with_answer(row: Row) -> Row:
-    """Return a row whose answers stand under "answer" as a list of texts.
-
-    VQA v2 publishes them as "answers", A-OKVQA as "direct_answers".
-    """
+    """Return a row with its answers under "answer"; VQA v2 publishes them as "answers", A-OKVQA "direct_answers"."""
     key = next((key for key in ("answers", "direct_answers") if key in row), None)
     if "answer" in row or key is None:
         return row
@@ -93,11 +90,7 @@ def weigh(row: Row) -> tuple[list[str], list[float]]:
 
 
 class VQATest(Questions):
-    """Questions to answer: {"image", "question", "question_id"}.
-
-    Attributes:
-        answer_list: candidate answers for ranking; empty without a file.
-    """
+    """Questions to answer: {"image", "question", "question_id"}; `answer_list` are the candidates of `answer_file`."""
 
     def __init__(self, annotation_file: str, roots: dict[str, str], transform: Transform, answer_file: str = ""):
         super().__init__([annotation_file], roots, transform, "question_id")

@@ -116,11 +116,7 @@ def simple_tokenize(caption: str) -> str:
 
 
 def ptb_tokenize(captions: list[str]) -> list[str]:
-    """Tokenize with the PTB tokenizer that pycocoevalcap brings.
-
-    Raises:
-        OSError, subprocess.SubprocessError, ValueError: Java is absent or fails, or its lines do not match.
-    """
+    """Tokenize with pycocoevalcap's PTB tokenizer; OSError, SubprocessError or ValueError if Java fails."""
     from pycocoevalcap.tokenizer import ptbtokenizer
 
     jar = Path(ptbtokenizer.__file__).parent / ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR
@@ -195,6 +191,8 @@ def _open_scorer(name: str) -> AbstractContextManager[Any]:
     package = SCORERS[name].lower()
     scorer = getattr(import_module(f"pycocoevalcap.{package}.{package}"), SCORERS[name])
     return nullcontext(scorer())
+
+
 @contextlib.contextmanager
 def _meteor_process() -> Iterator[Any]:
     """Start METEOR's Java process and end it in any case."""

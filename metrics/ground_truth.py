@@ -114,11 +114,7 @@ def predictions_for(results: list[dict], truth: GroundTruth) -> tuple[dict[str, 
 
 
 def refuse_missing(truth: GroundTruth, ids: Iterable[Any]) -> None:
-    """Check that a set of image ids has every image of the ground truth.
-
-    Raises:
-        UserError: it does not; the message has their number and the first ids.
-    """
+    """Raise UserError if images of the ground truth are not among some ids, with their number and the first."""
     present = {id_text(value) for value in ids}
     missing = [key for key in truth.references if key not in present]
     if missing:

@@ -49,7 +49,7 @@ def retrieval_scores(
 def itm_eval(
     scores_i2t: ArrayLike, scores_t2i: ArrayLike, txt2img: Mapping[int, int], img2txt: Mapping[int, Sequence[int]]
 ) -> dict[str, float]:
-    """Return the recalls of `retrieval_scores` alone, as the released code does; arguments and errors are the same."""
+    """Return the recalls of `retrieval_scores`, as the released code does."""
     scores = retrieval_scores(scores_i2t, scores_t2i, txt2img, img2txt)
     return {name: value for name, value in scores.items() if not name.endswith("_mdR")}
 

@@ -9,14 +9,9 @@ FRACTION = re.compile(r"(?:^|_)(Bleu_[1-4]|METEOR|ROUGE_L|CIDEr|SPICE|acc|consis
 
 
 def to_printed(name: str, value: float) -> float:
-    """Return a score in the unit that papers print.
+    """Return a score in the unit that papers print: captioning and NLVR2 times 100 (133.3 for a CIDEr of 1.333).
 
-    Args:
-        name: of the score; a split or domain may stand before it, as in "test_CIDEr".
-        value: as the metric gives it.
-
-    Returns:
-        Captioning scores and accuracies of NLVR2 times 100 (CIDEr 1.333 becomes 133.3), other scores unchanged.
+    A split or domain may stand before the name, as in "test_CIDEr".
     """
     return 100 * value if FRACTION.search(name) else value
 

@@ -38,10 +38,10 @@ CONTRACTIONS = _contractions()
 
 
 def normalize_answer(answer: str) -> str:
-    """Return an answer in the spelling in which answers are compared.
+    """Return an answer as VQA v2's evaluation compares it.
 
-    In lower case, without articles, periods and punctuation, number words up to ten as digits, and the apostrophes of
-    contractions restored (VQA v2, evaluation).
+    It is in lower case, without articles, periods and punctuation, with number words up to ten as digits, and with the
+    apostrophes of contractions.
     """
     stripped = _strip(answer)
     text = stripped
@@ -59,16 +59,12 @@ def _strip(answer: str) -> str:
 
 
 def answer_accuracy(answer: str, people: Sequence[str]) -> float:
-    """Return the accuracy of one answer, in [0, 1].
+    """Return the accuracy of one answer against human answers, usually ten and at least one, in [0, 1].
 
-    The mean over all ways to leave one person out of min(1, others who gave this answer / 3). As in the official
-    scorer, answers are compared as they are, without normalization, where all people agree to the letter. With fewer
-    than four people, for whom VQA v2 defines nothing, answers are always normalized and all the others must agree;
-    with one person the answer must be theirs.
-
-    Args:
-        answer: the model's answer.
-        people: human answers, usually ten; at least one.
+    This is the mean over all ways to leave one person out of min(1, others who gave this answer / 3). As in the
+    official scorer, answers are not normalized where all people agree to the letter. With fewer than four people, for
+    whom VQA v2 defines nothing, answers are always normalized and all the others must agree; with one person the
+    answer must be theirs.
     """
     said, given = _strip(answer), [_strip(person) for person in people]
     if len(set(given)) > 1 or len(given) <= MATCHES:
@@ -86,10 +82,9 @@ def vqa_accuracy(
     """Return the accuracy over all questions and by type, in percent.
 
     Args:
-        results: {"question_id", "answer": str} rows; of rows with the same id the first counts, and those of
-            questions without annotation are left aside.
-        annotations: rows with "question_id" and "answer": a list of strings or one string, or as in the
-            files of VQA "answers": list of {"answer": str}; with the keys of `by`, where they have any.
+        results: {"question_id", "answer": str} rows; the first of several with one id counts.
+        annotations: rows with "question_id" and "answer", a text or a list of texts, or VQA's "answers", a list of
+            {"answer": str}; and with keys of `by`.
         by: keys of the annotations whose values are types, such as "answer_type" and "question_type".
 
     Returns:

@@ -30,7 +30,7 @@ Pair = tuple[str, str]  # colour and shape
 
 @dataclass(frozen=True)
 class Item:
-    """One object; its centre x, y and its extent `side` are fractions of the image's side."""
+    """One object; x and y of its centre and its extent `side` are fractions of the image's side."""
 
     color: str
     shape: str
