@@ -167,9 +167,10 @@ def _video_qa(config: Any, split: str, transform: Transform) -> Dataset:
         raise UserError("test_file is ''; name the questions of MSRVTT-QA or MSVD-QA, for instance test_qa.json")
     if config["inference"] == "rank":
         answers = find_annotation(config["ann_root"], "answer_list.json", config["answer_list"])
+    names = config["video_map"] and find_annotation(config["ann_root"], "", config["video_map"])
     sizes = config["num_frm_test"], config["image_size"], config.get("exif_orientation", False)
-    file = find_annotation(config["ann_root"], own, own)
-    return VideoQuestions(file, config["video_root"], *sizes, config["video_map"], answers)
+    file = find_annotation(config["ann_root"], "", own)
+    return VideoQuestions(file, config["video_root"], *sizes, names, answers)
 
 
 ALL_SPLITS = ("train", "val", "test")

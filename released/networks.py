@@ -14,37 +14,29 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithCrossAttentions,
 )
 
-from models.attention import Heads, Output, Projection, SelfAttention
+from models import attention, med
+from models.attention import Projection
 from models.generation import GenerationConfig, generate
 from models.losses import lm_loss, lm_sequence_losses
-from models.med import (
-    Embeddings,
-    Encoder,
-    Intermediate,
-    Layer,
-    LMHead,
-    TextDecoder,
-    TextTransformer,
-    share_all_but_self_attention,
-)
+from models.med import TextDecoder, TextTransformer, share_all_but_self_attention
 from models.med_config import load_med_config
 from models.pretrained import load_checkpoint
 from utils import UserError, all_gather, all_gather_with_grad, get_world_size
 
 SEP_TOKEN_ID = 102
 PARTS = {  # released names of the transformer's parts; the parts have their own constructors and calls
-    "BertAttention": SelfAttention,
-    "BertEmbeddings": Embeddings,
-    "BertEncoder": Encoder,
-    "BertIntermediate": Intermediate,
-    "BertLMPredictionHead": LMHead,
-    "BertLayer": Layer,
+    "BertAttention": attention.SelfAttention,
+    "BertEmbeddings": med.Embeddings,
+    "BertEncoder": med.Encoder,
+    "BertIntermediate": med.Intermediate,
+    "BertLMPredictionHead": med.LMHead,
+    "BertLayer": med.Layer,
     "BertOnlyMLMHead": nn.ModuleDict,
-    "BertOutput": Output,
+    "BertOutput": attention.Output,
     "BertPreTrainedModel": nn.Module,
     "BertPredictionHeadTransform": nn.ModuleDict,
-    "BertSelfAttention": Heads,
-    "BertSelfOutput": Output,
+    "BertSelfAttention": attention.Heads,
+    "BertSelfOutput": attention.Output,
 }
 globals().update(PARTS)
 __all__ = [
