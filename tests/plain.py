@@ -228,11 +228,11 @@ def pretraining_losses(model, image, captions, alpha, draw=draw_one_by_one):
 
 
 def move_twin(model):
-    """Move the momentum twin, parameter by parameter."""
+    """Move the momentum encoders, parameter by parameter."""
     for name in ("visual_encoder", "vision_proj", "text_encoder", "text_proj"):
         pairs = zip(getattr(model, name).parameters(), getattr(model, name + "_m").parameters(), strict=True)
-        for parameter, twin in pairs:
-            twin.data = twin.data * model.momentum + parameter.data * (1 - model.momentum)
+        for parameter, momentum in pairs:
+            momentum.data = momentum.data * model.momentum + parameter.data * (1 - model.momentum)
 
 
 def enqueue(model, image_feat, text_feat):

@@ -35,7 +35,7 @@ def write_tar(path, samples):
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
-    """Web pairs, the fifth image of which is broken."""
+    """Web pairs; the fifth image is broken."""
     folder = tmp_path_factory.mktemp("world")
     write_miniature(folder, level=1, num_train=4, num_val=2, num_test=2, num_web=NUM_PAIRS)
     rows = json.loads((folder / "annotations" / "pretrain_web.json").read_text())

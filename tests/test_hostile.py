@@ -83,7 +83,7 @@ def deflated(path, zeros, content=None):
 
 
 def overlapping(path, zeros):
-    """A checkpoint of which many entries are the same bytes, so many in all."""
+    """A checkpoint with many entries that share their bytes."""
     torch.save({"model": {"a": torch.zeros(1 << 18)}, "rng": []}, path)
     with zipfile.ZipFile(path, "a") as archive:
         (entry,) = [entry for entry in archive.filelist if entry.filename.endswith("data/0")]

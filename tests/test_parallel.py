@@ -260,7 +260,7 @@ def assert_same_gradients(grads, expected, tolerance, rounding):
 
 
 def clear_of_rounding(name, steps, rounding):
-    """Where no step's gradient is rounding alone, out of which AdamW makes a step as large as any."""
+    """Return where some step's gradient is more than rounding; AdamW makes full steps even of rounding."""
     return torch.stack([(grads[name] == 0) | (grads[name].abs() > rounding * largest(grads)) for grads in steps]).all(0)
 
 
@@ -279,7 +279,7 @@ def test_shards_train_as_whole_copies_do(found, case):
             assert_same_gradients(*pair, tolerance * 10**step, rounding)  # the second sees what the first has left
         assert shards["state"].keys() == whole["state"].keys() and shards["tied"]
         for name, value in whole["state"].items():
-            online = name.replace("_m.", ".")  # what a part of the momentum twin follows
+            online = name.replace("_m.", ".")  # the parameter that the momentum encoder follows
             trained = online in whole["grads"][0]
             clear = clear_of_rounding(online, whole["grads"], rounding) if trained else ...
             torch.testing.assert_close(shards["state"][name][clear], value[clear], atol=LR / 20, rtol=0, msg=name)

@@ -33,7 +33,7 @@ def assert_same_gradients(ours, theirs):
 
 @pytest.mark.parametrize("smooth_padding", [True, False])
 def test_pretraining_step(smooth_padding, monkeypatch):
-    """Losses, gradients, twin and queues of one step."""
+    """Losses, gradients, momentum encoders and queues of one step."""
     ours = build("pretrain", smooth_padding=smooth_padding)
     theirs = copy.deepcopy(ours)
 

@@ -60,7 +60,7 @@ def test_retrieval(world, tmp_path):
     row = scores(out)
     assert {"train_loss_itc", "train_loss_itm", "val_r_mean", "test_txt_r1", "test_img_mdR"} <= row.keys()
     model = torch.load(out / "checkpoint_best.pth", weights_only=True)["model"]
-    assert model["ptr_queue"].item() == (16 * 5 // 8 * 8) % 10  # 80 pairs of which 10 batches of 8 wrapped round
+    assert model["ptr_queue"].item() == (16 * 5 // 8 * 8) % 10  # 80 pairs in 10 batches of 8, wrapped round
     report(out)
     best = out / "checkpoint_best.pth"
     for one, two in evaluated_alike("train_retrieval.py", world, "retrieval", best, tmp_path, **sizes):

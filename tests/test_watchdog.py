@@ -23,7 +23,7 @@ SECONDS = 2.0  # that the tests' runs may stand still
 
 
 class Stuck(Dataset):
-    """Batches of which the fourth never comes."""
+    """Three batches; the fourth never comes."""
 
     def __init__(self, stuck):
         self.stuck = stuck
