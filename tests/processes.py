@@ -14,7 +14,7 @@ from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 
 # A server imports these once, and every process is a copy of it: importing takes longer than most tests.
-PRELOADED = ["pretrain", "train_caption", "train_retrieval", "train_nlvr", "train_vqa", "capfilt"]
+PRELOADED = ["pretrain", "train_caption", "train_retrieval", "train_nlvr", "train_vqa", "capfilt", "predict"]
 COPIES = multiprocessing.get_context("forkserver")
 COPIES.set_forkserver_preload(PRELOADED)
 
@@ -43,12 +43,23 @@ def start(function, *args):
     return process
 
 
-def run_script(words, output, environment):
-    """Do here what `python *words` would, with its output added to a file."""
+def run_script(words, processes, folder, environment):
+    """Do here what `python *words` would, or torchrun with so many processes; writes `stdout` and `stderr`."""
     os.environ.update(environment)
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(file, stream)
+    torch.set_num_threads(1)
+    for number, name in enumerate(("stdout", "stderr"), 1):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    if processes == 1:
+        run_main(words)
+    else:
+        options = [f"--nproc_per_node={processes}", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
+        run_agent(options, {}, run_main, words)
+
+
+def run_main(words):
+    """Run a script with its arguments, as python does; one of several processes has collectives that refuse."""
+    if "LOCAL_RANK" in os.environ:
+        runpy.run_path(str(Path(__file__).parent / "nccl_like" / "sitecustomize.py"))
     sys.argv = list(map(str, words))
     runpy.run_path(sys.argv[0], run_name="__main__")
 

@@ -7,8 +7,11 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+
+from processes import run_script, start
 
 ROOT = Path(__file__).parent.parent
 TINY = ["vit={embed_dim: 32, depth: 2, num_heads: 2, patch_size: 16}", "num_workers=0"]
@@ -33,14 +36,16 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
-def run(script, *args, processes=1, check=True, cwd=ROOT):
-    """Run a script to its end."""
-    done = subprocess.run(
-        command(script, *args, processes=processes), cwd=cwd, env=environment(), capture_output=True, text=True
-    )
+def run(script, *args, processes=1, check=True):
+    """Run a script to its end, in copies of a process that has imported its modules."""
+    words = [str(ROOT / script), *map(str, args)]
+    with tempfile.TemporaryDirectory() as folder:
+        process = start(run_script, words, processes, Path(folder), environment())
+        process.join()
+        told = [(Path(folder) / name).read_text() for name in ("stdout", "stderr")]
     if check:
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return done
+        assert process.exitcode == 0, told[0][-2000:] + told[1][-3000:]
+    return subprocess.CompletedProcess(words, process.exitcode, *told)
 
 
 def run_here(script, *args):
