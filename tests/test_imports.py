@@ -50,6 +50,12 @@ def imported(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def all_files():
+    """Return the project's Python files; environments, whose names begin with a dot, are not searched."""
+    tops = [top for top in ROOT.iterdir() if not top.name.startswith(".") and top.name != "output"]
+    return [path for top in tops for path in ([top] if top.suffix == ".py" else top.rglob("*.py"))]
+
+
 @pytest.mark.parametrize("room", ALLOWED)
 def test_imports_point_one_way(room):
     for path in files(room):
@@ -67,7 +73,7 @@ def imported_files(path, by_module):
 
 def test_no_files_import_each_other_in_a_circle():
     """Over all rooms, imports inside functions included."""
-    paths = [path for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
+    paths = all_files()
     by_module = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in paths}
     graph = {path: set(imported_files(path, by_module)) for path in paths}
     try:
@@ -95,7 +101,7 @@ def test_importing_prints_nothing_and_needs_no_optional_package():
 
 
 def test_files_and_functions_are_short():
-    for path in [p for p in ROOT.rglob("*.py") if ".venv" not in p.parts and "tests" not in p.parts]:
+    for path in [p for p in all_files() if "tests" not in p.parts]:
         source = path.read_text()
         assert source.count("\n") <= 400, f"{path.relative_to(ROOT)} has {source.count(chr(10))} lines"
         for node in ast.walk(ast.parse(source)):
