@@ -137,7 +137,7 @@ def features(args: argparse.Namespace) -> None:
     model = load_model(args, "features")
     items = list(dict.fromkeys(texts)) if of_texts else [str(image) for image in args.images]
     record = {"command": "features", "weights": model.fingerprint(), "amp": args.amp, "kind": args.kind}
-    record |= {"texts": digest_of(texts)}
+    record |= {"texts": "" if of_texts else digest_of(texts)}
     file = FeatureFile(Path(args.output), record, items, args.resume, args.retry_failed, args.overwrite)
     left = [item for item in items if item not in file.done]
     if of_texts:

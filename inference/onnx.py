@@ -39,8 +39,8 @@ class OnnxModel:
         from tokenizers import Tokenizer
 
         folder = Path(folder)
-        if not (folder / "settings.json").is_file():
-            raise ValueError(f"{folder} holds no settings.json; give a folder that convert.py --to-onnx wrote")
+        if not (folder / "settings.json").is_file() or not (folder / "decoder.onnx").is_file():
+            raise ValueError(f"{folder} holds no captioner or VQA model; give a folder that convert.py --to-onnx wrote")
         self.settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         options = onnxruntime.SessionOptions()
@@ -88,13 +88,12 @@ class OnnxModel:
         mean, std = (np.array(self.settings[name], np.float32)[:, None, None] for name in ("mean", "std"))
         for image in images:
             try:
-                opened = image if isinstance(image, Image.Image) else Image.open(image)
-                opened = ImageOps.exif_transpose(opened)
-            except OSError as error:
+                opened = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else Image.open(image))
+                if opened.mode[0] in "IF":
+                    raise ValueError(f"its mode is {opened.mode}, not 8 bits a channel")
+                resized = opened.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+            except (OSError, ValueError, SyntaxError) as error:
                 raise ValueError(f"image {image} cannot be read ({error}); replace it or take it out") from None
-            if opened.mode[0] in "IF":
-                raise ValueError(f"image {image} has mode {opened.mode}; convert it to 8 bits a channel")
-            resized = opened.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
             rows.append((np.asarray(resized, np.float32).transpose(2, 0, 1) / 255 - mean) / std)
         return np.stack(rows)
 

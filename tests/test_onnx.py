@@ -138,7 +138,7 @@ def test_questions_are_tokenized_as_by_the_answerer(folders):
 
 
 def test_mistakes_of_the_runner(folders, tmp_path, images):
-    with pytest.raises(ValueError, match="holds no settings.json"):
+    with pytest.raises(ValueError, match="holds no captioner or VQA model"):
         OnnxModel(tmp_path)
     model = OnnxModel(folders / "vqa", 1)
     with pytest.raises(ValueError, match="--part caption"):
@@ -147,6 +147,10 @@ def test_mistakes_of_the_runner(folders, tmp_path, images):
         model.answer(images[:1], " ")
     with pytest.raises(ValueError, match="does-not-exist.png cannot be read"):
         model.answer(["does-not-exist.png"], QUESTIONS[0])
+    images[0].save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:200])
+    with pytest.raises(ValueError, match="cut.png cannot be read"):
+        model.answer([tmp_path / "cut.png"], QUESTIONS[0])
     with pytest.raises(ValueError, match="8 bits a channel"):
         model.answer([Image.new("I;16", (8, 8))], QUESTIONS[0])
     with pytest.raises(ValueError, match="raise the lower"):
