@@ -18,10 +18,9 @@ from PIL import Image, ImageDraw, ImageFont
 from data.images import ImageSource, as_rgb
 from data.text import pre_question
 from files import write_whole
-from inference.predictor import MAX_WORDS, Predictor, Row, clean
+from inference.predictor import MAX_WORDS, Predictor, Row
 from inference.tasks import Answerer, Captioner, Matcher
 from models.attention import Projection
-from models.blip_itm import MAX_TEXT_TOKENS
 from models.blip_vqa import MAX_QUESTION_TOKENS
 from models.med import TextDecoder, TextTransformer
 from models.tokenizer import TokenBatch, tokenize
@@ -85,7 +84,7 @@ def _explain_text(
     """Explain the matching logit of a text, or the log-probability of the answer to a question."""
     net = model.model
     if isinstance(model, Matcher):
-        tokens = tokenize(net.tokenizer, clean([text]), net.first_token, MAX_TEXT_TOKENS, model.device)
+        tokens = model.tokens_of([text], net.first_token)
     else:
         tokens = tokenize(net.tokenizer, pre_question(text, MAX_WORDS), "enc", MAX_QUESTION_TOKENS, model.device)
     with recorded(net.text_encoder, layer) as recording:

@@ -7,13 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from inference.predictor import Images, Predictor, Row, clean, note_cut
-from models.blip_itm import MAX_TEXT_TOKENS
+from inference.predictor import Images, Predictor, Row
 from models.losses import unit_features
 from models.med import TextTransformer
 from models.med_config import create_text_config
 from models.pretrained import load_state
-from models.tokenizer import tokenize
 from models.vit import create_vit
 from models.weights import read_source
 from utils import UserError, is_main_process
@@ -131,10 +129,6 @@ class Extractor(Predictor):
         states = self.model.text_encoder(ids, mask, projection)[:, 0]
         return states.view(len(tokens), len(texts), -1) if len(texts) > 1 else states
 
-    def tokens_of(self, texts: Sequence[str], first: str) -> Any:
-        """Tokenize texts as in training."""
-        return tokenize(self.model.tokenizer, clean(texts), first, MAX_TEXT_TOKENS, self.device)
-
     def check(self, kind: str, expected: Collection[str]) -> None:
         """Raise a UserError for an unexpected kind, or one for which the checkpoint lacks a part."""
         if kind not in expected:
@@ -144,15 +138,3 @@ class Extractor(Predictor):
                 f"the checkpoint lacks {' and '.join(lacking)}, which features of kind {kind!r} need; give a "
                 "checkpoint of retrieval or pretraining"
             )
-
-    def checked_texts(self, texts: Sequence[str] | str) -> list[str]:
-        """Return texts as a list.
-
-        Raises:
-            UserError: there is none, or one is empty.
-        """
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        if not texts or not all(clean(texts)):
-            raise UserError("a text is empty; give at least one, such as 'a dog on a beach'")
-        note_cut(self.model.tokenizer, texts, MAX_TEXT_TOKENS, "texts")
-        return texts

@@ -14,9 +14,10 @@ from torch import nn
 from data.images import FORMS, ImageSource, from_base64, image_batches
 from data.text import pre_caption
 from data.transforms import test_transform
+from models.blip_itm import MAX_TEXT_TOKENS
 from models.hub import PIXELS
 from models.precision import autocast
-from models.tokenizer import tokenize
+from models.tokenizer import TokenBatch, tokenize
 from utils import UserError, note
 
 Row = dict[str, Any]
@@ -108,6 +109,22 @@ class Predictor:
         note(f"{size} images at once do not fit into memory; going on with {self.largest_batch}")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def tokens_of(self, texts: Sequence[str], first: str) -> TokenBatch:
+        """Tokenize texts as in training; `first` as for `models.tokenizer.tokenize`."""
+        return tokenize(self.model.tokenizer, clean(texts), first, MAX_TEXT_TOKENS, self.device)
+
+    def checked_texts(self, texts: Sequence[str] | str) -> list[str]:
+        """Return one or several texts as a list, and print how many are longer than the model reads.
+
+        Raises:
+            UserError: there is none, or one is empty.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts or not all(clean(texts)):
+            raise UserError("a text is empty; give at least one, such as 'a dog on a beach'")
+        note_cut(self.model.tokenizer, texts, MAX_TEXT_TOKENS, "texts")
+        return texts
 
     def fingerprint(self) -> str:
         """Return a hash of the weights and of how images are read: what rows depend on besides settings."""

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from data.text import pre_question
-from inference.predictor import MAX_WORDS, Images, Predictor, Row, clean, note_cut
-from models.blip_itm import MAX_TEXT_TOKENS
+from inference.predictor import MAX_WORDS, Images, Predictor, Row, note_cut
 from models.blip_vqa import MAX_QUESTION_TOKENS
 from models.generation import GenerationConfig, seeded_uniforms
 from models.losses import similarity, unit_features
@@ -224,8 +223,7 @@ class Matcher(Predictor):
 
     def match_logits(self, tokens: torch.Tensor, texts: Sequence[str]) -> torch.Tensor:
         """Logits of "no match" and "match" of images' tokens (images, length, width) and texts: (images, texts, 2)."""
-        first = self.model.first_token
-        text = tokenize(self.model.tokenizer, clean(texts), first, MAX_TEXT_TOKENS, self.device)
+        text = self.tokens_of(texts, self.model.first_token)
         projection = self.model.text_encoder.project(tokens).read_by(len(texts))
         ids, mask = (x.repeat(len(tokens), 1) for x in text)
         logits = self.model.itm_head(self.model.text_encoder(ids, mask, projection)[:, 0])
@@ -236,8 +234,7 @@ class Matcher(Predictor):
         owner = torch.tensor([i for i, own in enumerate(texts) for _ in own], device=self.device)
         if not len(owner):
             return [[] for _ in texts]
-        flat = clean([text for own in texts for text in own])
-        text = tokenize(self.model.tokenizer, flat, self.model.first_token, MAX_TEXT_TOKENS, self.device)
+        text = self.tokens_of([text for own in texts for text in own], self.model.first_token)
         projection = self.model.text_encoder.project(tokens).select(owner)
         logits = self.model.itm_head(self.model.text_encoder(*text, projection)[:, 0])
         found = iter(logits.float().softmax(dim=1)[:, 1].tolist())
@@ -268,10 +265,7 @@ class Matcher(Predictor):
         Raises:
             UserError: no text, or an empty one.
         """
-        if not texts or not all(clean(texts)):
-            raise UserError("a text is empty; give at least one, such as 'a dog on a beach'")
-        note_cut(self.model.tokenizer, texts, MAX_TEXT_TOKENS, "texts")
-        text = tokenize(self.model.tokenizer, clean(texts), "cls", MAX_TEXT_TOKENS, self.device)
+        text = self.tokens_of(self.checked_texts(texts), "cls")
         return unit_features(self.model.text_proj, self.model.text_encoder(*text)[:, 0])
 
     def image_feat(self, tokens: torch.Tensor) -> torch.Tensor:
