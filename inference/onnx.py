@@ -155,7 +155,7 @@ class OnnxModel:
             running, keys = [running[i] for i in left], keys[:, :, left] if len(left) < len(running) else keys
             cache = np.take_along_axis(cache[:, :, left], as_index([origins[i] for i in left]), axis=3)
             last = np.array([[text.tokens[-1:] for text in search.texts] for search in running])
-        return [search.best(1)[0][1] for search in searches]
+        return [search.best(1)[0] for search in searches]
 
     def _candidates(self, logits: np.ndarray, running: Sequence[Beams], min_length: int) -> Iterator[np.ndarray]:
         """Yield for each source the 2 * beams best continuations, as `Beams.advance` takes them."""
@@ -180,9 +180,9 @@ class Greedy(Beams):
         self.texts = [Text(tokens, score, text.log_prob + log_prob)]
         return [0]
 
-    def best(self, number: int) -> list[tuple[float, Text]]:
+    def best(self, number: int) -> list[Text]:
         """As `Beams.best`."""
-        return [(self.texts[0].score, self.texts[0])]
+        return self.texts
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
