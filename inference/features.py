@@ -14,7 +14,7 @@ from models.med_config import create_text_config
 from models.pretrained import load_state
 from models.vit import create_vit
 from models.weights import read_source
-from utils import UserError, is_main_process
+from utils import UserError
 
 KINDS = {  # kind of feature -> parts of a checkpoint that it needs
     "cls": ("visual_encoder",),
@@ -60,8 +60,7 @@ def feature_model(pretrained: str, allow_pickle: bool = False, **settings: Any) 
         parts.remove("text_encoder")  # NLVR2's reads two images
     model = FeatureModel(parts, **settings)
     model.load_report = load_state(model, state, pretrained, "features")
-    if is_main_process():
-        print("\n".join(model.load_report.lines()), flush=True)
+    model.load_report.show()
     return model
 
 
