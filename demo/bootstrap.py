@@ -24,7 +24,8 @@ import torch
 
 from demo.bootstrap_table import SETS, write_tables
 from files import read_json, read_rows, write_json
-from launch.config import PretrainConfig, load_config
+from launch.config import PretrainConfig
+from launch.settings_file import load_config
 from models.blip_pretrain import blip_pretrain
 from models.pretrained import load_pretrained
 from utils import UserError, run_command

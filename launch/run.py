@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from files import append, disk_is_full, to_free, write_whole
-from launch.config import ModelConfig, describe, load_config, save_config
+from launch.config import ModelConfig, describe
+from launch.settings_file import load_config, save_config
 from launch.watchdog import BUSY_MINUTES, Watchdog
 from utils import (
     UserError,

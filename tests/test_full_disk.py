@@ -20,8 +20,9 @@ from data.pretrain import build_index
 from files import append, disk_is_full, write_json, write_whole
 from inference.explain import save_image
 from inference.feature_files import FeatureFile
-from launch.config import NLVRConfig, save_config
+from launch.config import NLVRConfig
 from launch.run import Run
+from launch.settings_file import save_config
 from miniature.writing import write_miniature
 from report.page import write_report
 from training.checkpoint import save_atomic

@@ -10,8 +10,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from data import make_loader
-from launch.config import TrainConfig, load_config
+from launch.config import TrainConfig
 from launch.run import Run
+from launch.settings_file import load_config
 from processes import run_in_processes
 from training import loop
 from training.checkpoint import restore

@@ -24,8 +24,9 @@ from data.video import VideoDataset
 from data.vqa import VQATest, VQATrain, read_answers
 from files import read_json, write_json
 from inference.inputs import find_images, read_texts
-from launch.config import CaptionConfig, PretrainConfig, load_config, save_config
+from launch.config import CaptionConfig, PretrainConfig
 from launch.run import Run
+from launch.settings_file import load_config, save_config
 from metrics.caption import caption_scores, domain_scores
 from metrics.vqa import normalize_answer, vqa_accuracy
 from models.architecture import settings_of

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from files import write_whole
-from launch.config import save_config
 from launch.run import BEST, LAST, Run
+from launch.settings_file import save_config
 from models.weights import refuse_compressed
 from training import adapters, parallel
 from training.progress import Progress
