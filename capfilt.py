@@ -126,4 +126,4 @@ def report(config: CapFiltConfig, run: Run, shards: Shards, tally: Tally) -> str
 
 
 if __name__ == "__main__":
-    sys.exit(launch(main, CapFiltConfig, "configs/capfilt.yaml", "output/capfilt", __doc__ or "", EXAMPLES))
+    sys.exit(launch(main, CapFiltConfig, "configs/capfilt.yaml", "output/capfilt", __doc__, EXAMPLES))

@@ -55,11 +55,11 @@ def main(config: NoCapsConfig, run: Run) -> None:
     """Caption the splits and report."""
     loaders = make_loaders("nocaps", config, eval_splits(config))
     on_main_process(lambda: check_ground_truth(loaders, config))
-    model = blip_decoder(**config.model_settings(), prompt=config.prompt)
+    model = blip_decoder(**config.model_settings("prompt"))
     scores = evaluate_only(run, config, model, lambda model: evaluate(model, loaders, config, run))
     split = next(iter(loaders))
     report_scores(run, "NoCaps", scores, lambda: examples(loaders[split].dataset, split, run))
 
 
 if __name__ == "__main__":
-    sys.exit(launch(main, NoCapsConfig, "configs/nocaps.yaml", "output/nocaps", __doc__ or "", EXAMPLES))
+    sys.exit(launch(main, NoCapsConfig, "configs/nocaps.yaml", "output/nocaps", __doc__, EXAMPLES))

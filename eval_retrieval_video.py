@@ -94,10 +94,10 @@ def examples(dataset: Any, run: Run, count: int = 12) -> list[dict[str, Any]]:
 def main(config: VideoConfig, run: Run) -> None:
     """Rank clips and texts, and report."""
     loader = make_loaders("retrieval_msrvtt", config)["test"]
-    model = blip_retrieval(**config.model_settings(), embed_dim=config.embed_dim)
+    model = blip_retrieval(**config.model_settings("embed_dim"))
     scores = evaluate_only(run, config, model, lambda model: evaluate(model, loader, config, run))
     report_scores(run, "Text-to-video retrieval", scores, lambda: examples(loader.dataset, run))
 
 
 if __name__ == "__main__":
-    sys.exit(launch(main, VideoConfig, "configs/retrieval_msrvtt.yaml", "output/msrvtt", __doc__ or "", EXAMPLES))
+    sys.exit(launch(main, VideoConfig, "configs/retrieval_msrvtt.yaml", "output/msrvtt", __doc__, EXAMPLES))

@@ -82,9 +82,7 @@ def make_train_step(alpha: float) -> Callable[..., Losses]:
     ) -> Losses:
         """Contrastive, matching and language-modelling losses of pairs."""
         ramped_alpha = alpha * min(1.0, progress.epoch_fraction / ALPHA_EPOCHS)
-        loss_itc, loss_itm, loss_lm = model(
-            batch["image"], batch["caption"], alpha=ramped_alpha, candidates=candidates
-        )
+        loss_itc, loss_itm, loss_lm = model(batch["image"], batch["caption"], alpha=ramped_alpha, candidates=candidates)
         return {"loss_itc": loss_itc, "loss_itm": loss_itm, "loss_lm": loss_lm}
 
     return train_step
@@ -94,14 +92,12 @@ class Watch:
     """Warns of two known ways in which pretraining fails."""
 
     def __init__(self, model: BLIP_Pretrain):
-        self.model, self.stuck_since, self.warned = model, -1, set[str]()
+        self.model, self.stuck_since, self.warned = model, 0, set[str]()
 
     def __call__(self, means: dict[str, float], progress: Progress) -> str:
         """Return a warning, '' for none."""
         if abs(means["loss_itm"] - CHANCE_ITM) > 0.005:
             self.stuck_since = progress.step
-        if self.stuck_since < 0:
-            self.stuck_since = 0
         if progress.step - self.stuck_since >= STUCK_STEPS:
             return self.once(
                 f"the matching loss has stayed at {CHANCE_ITM} since step {self.stuck_since}: matching ignores the "
@@ -119,20 +115,15 @@ class Watch:
     def once(self, text: str) -> str:
         """Return a text the first time, '' from then on."""
         kind = text[:20]
-        new = kind not in self.warned
+        if kind in self.warned:
+            return ""
         self.warned.add(kind)
-        return text if new else ""
+        return text
 
 
 def build_model(config: PretrainConfig) -> BLIP_Pretrain:
     """Build the model with its starting weights."""
-    model = blip_pretrain(
-        **config.model_settings(),
-        embed_dim=config.embed_dim,
-        queue_size=config.queue_size,
-        smooth_padding=config.smooth_padding,
-        itc_all_ranks=config.itc_all_ranks,
-    )
+    model = blip_pretrain(**config.model_settings("embed_dim", "queue_size", "smooth_padding", "itc_all_ranks"))
     if config.init == "released" and not config.pretrained:
         if config.vit not in ("base", "large"):
             raise UserError(f"init: released has weights for vit base and large, not {config.vit!r}; set init: random")
@@ -166,4 +157,4 @@ def main(config: PretrainConfig, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(launch(main, PretrainConfig, "configs/pretrain.yaml", "output/pretrain", __doc__ or "", EXAMPLES))
+    sys.exit(launch(main, PretrainConfig, "configs/pretrain.yaml", "output/pretrain", __doc__, EXAMPLES))

@@ -16,7 +16,7 @@ from metrics.ground_truth import read_ground_truth, refuse_missing
 from models.blip import BLIP_Decoder, blip_decoder
 from training.loop import Losses, Task
 from training.progress import Progress
-from training.results import report_scores, shown_split, splits_of, train_or_evaluate
+from training.results import eval_loaders, splits_of, train_and_report
 from utils import gather_results, id_text, on_main_process, track
 
 EXAMPLES = (
@@ -35,14 +35,9 @@ def train_step(model: nn.Module, batch: dict[str, Any], progress: Progress) -> L
 def write_captions(model: BLIP_Decoder, loader: DataLoader, config: Any, **settings: float) -> list[dict[str, Any]]:
     """Caption every image of a split; the same list, in the order of the split, on every process."""
     device, results = next(model.parameters()).device, []
+    settings |= {key: config[key] for key in ("num_beams", "max_length", "min_length")}
     for batch in prefetch(track(loader, "captioning"), device):
-        captions = model.generate(
-            batch["image"],
-            num_beams=config.num_beams,
-            max_length=config.max_length,
-            min_length=config.min_length,
-            **settings,
-        )
+        captions = model.generate(batch["image"], **settings)
         ids = batch["image_id"]
         ids = ids if isinstance(ids, list) else ids.tolist()
         results += [{"image_id": image_id, "caption": text} for image_id, text in zip(ids, captions, strict=True)]
@@ -100,16 +95,12 @@ def examples(dataset: Any, split: str, config: CaptionConfig, run: Run, count: i
 def main(config: CaptionConfig, run: Run) -> None:
     """Train unless asked to evaluate only, then report."""
     loaders = make_loaders("caption_coco", config, splits_of(run, config), run.seed)
-    splits = {split: loader for split, loader in loaders.items() if split != "train"}
+    splits = eval_loaders(loaders)
     on_main_process(lambda: check_ground_truth(splits, config))
-    model = blip_decoder(**config.model_settings(), prompt=config.prompt, smooth_padding=config.smooth_padding)
+    model = blip_decoder(**config.model_settings("prompt", "smooth_padding"))
     task = Task(train_step, lambda model: evaluate(model, splits, config, run), best_metric)
-    scores = train_or_evaluate(run, config, model, loaders, task)
-    split = shown_split(loaders)
-    report_scores(run, "Captioning", scores, lambda: examples(loaders[split].dataset, split, config, run))
+    train_and_report(run, config, model, loaders, task, "Captioning", lambda *of: examples(*of, config, run))
 
 
 if __name__ == "__main__":
-    sys.exit(
-        launch(main, CaptionConfig, "configs/caption_coco.yaml", "output/caption_coco", __doc__ or "", EXAMPLES)
-    )
+    sys.exit(launch(main, CaptionConfig, "configs/caption_coco.yaml", "output/caption_coco", __doc__, EXAMPLES))

@@ -19,7 +19,7 @@ from models.blip_classification import blip_classification
 from models.blip_itm import blip_itm
 from training.loop import Losses, Task
 from training.progress import Progress
-from training.results import report_scores, shown_split, splits_of, train_or_evaluate
+from training.results import eval_loaders, splits_of, train_and_report
 from utils import UserError, gather_results, on_main_process, track
 
 EXAMPLES = (
@@ -89,18 +89,13 @@ def main(config: ClassificationConfig, run: Run) -> None:
     splits = ("test",) if config.zero_shot else splits_of(run, config)
     loaders = make_loaders("classification", config, splits, run.seed)
     if config.zero_shot:
-        model = blip_itm(**config.model_settings(), embed_dim=config.embed_dim)
+        model = blip_itm(**config.model_settings("embed_dim"))
     else:
-        options = dict(num_classes=len(config.classes), drop_path_rate=config.drop_path_rate)
-        model = blip_classification(**config.model_settings(), **options)
-    tested = {split: loader for split, loader in loaders.items() if split != "train"}
+        model = blip_classification(**config.model_settings("drop_path_rate"), num_classes=len(config.classes))
+    tested = eval_loaders(loaders)
     task = Task(train_step, lambda model: evaluate(model, tested, config, run), lambda scores: scores["val_acc"])
-    scores = train_or_evaluate(run, config, model, loaders, task)
-    shown = shown_split(tested)
-    report_scores(run, "Classification", scores, lambda: examples(loaders[shown].dataset, shown, run))
+    train_and_report(run, config, model, loaders, task, "Classification", lambda *of: examples(*of, run))
 
 
 if __name__ == "__main__":
-    sys.exit(
-        launch(main, ClassificationConfig, "configs/snli_ve.yaml", "output/snli_ve", __doc__ or "", EXAMPLES)
-    )
+    sys.exit(launch(main, ClassificationConfig, "configs/snli_ve.yaml", "output/snli_ve", __doc__, EXAMPLES))

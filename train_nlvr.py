@@ -15,7 +15,7 @@ from metrics.classification import accuracy, consistency, refuse_nan
 from models.blip_nlvr import BLIP_NLVR, blip_nlvr
 from training.loop import Losses, Task
 from training.progress import Progress
-from training.results import report_scores, shown_split, splits_of, train_or_evaluate
+from training.results import eval_loaders, splits_of, train_and_report
 from utils import gather_results, on_main_process, track
 
 EXAMPLES = (
@@ -75,13 +75,11 @@ def examples(dataset: Any, split: str, run: Run, count: int = 16) -> list[dict[s
 def main(config: NLVRConfig, run: Run) -> None:
     """Train unless asked to evaluate only, then report."""
     loaders = make_loaders("nlvr", config, splits_of(run, config), run.seed)
-    splits = {split: loader for split, loader in loaders.items() if split != "train"}
-    model = blip_nlvr(**config.model_settings(), drop_path_rate=config.drop_path_rate)
+    splits = eval_loaders(loaders)
+    model = blip_nlvr(**config.model_settings("drop_path_rate"))
     task = Task(train_step, lambda model: evaluate(model, splits, run), lambda scores: scores["val_acc"])
-    scores = train_or_evaluate(run, config, model, loaders, task)
-    split = shown_split(loaders)
-    report_scores(run, "Statements about two images", scores, lambda: examples(loaders[split].dataset, split, run))
+    train_and_report(run, config, model, loaders, task, "Statements about two images", lambda *of: examples(*of, run))
 
 
 if __name__ == "__main__":
-    sys.exit(launch(main, NLVRConfig, "configs/nlvr.yaml", "output/nlvr", __doc__ or "", EXAMPLES))
+    sys.exit(launch(main, NLVRConfig, "configs/nlvr.yaml", "output/nlvr", __doc__, EXAMPLES))

@@ -19,7 +19,7 @@ from models.momentum import Candidates
 from training.contrast import compute_candidates
 from training.loop import Losses, Task
 from training.progress import Progress
-from training.results import report_scores, shown_split, splits_of, train_or_evaluate
+from training.results import eval_loaders, splits_of, train_and_report
 from utils import on_main_process
 
 DATASETS = {"coco": "retrieval_coco", "flickr": "retrieval_flickr"}
@@ -96,24 +96,16 @@ def examples(dataset: Any, split: str, run: Run, count: int = 12) -> list[dict[s
 def main(config: RetrievalConfig, run: Run) -> None:
     """Train unless asked to evaluate only, then report."""
     loaders = make_loaders(DATASETS[config.dataset], config, splits_of(run, config), run.seed)
-    splits = {split: loader for split, loader in loaders.items() if split != "train"}
-    model = blip_retrieval(
-        **config.model_settings(),
-        embed_dim=config.embed_dim,
-        queue_size=config.queue_size,
-        negative_all_rank=config.negative_all_rank,
-        itc_all_ranks=config.itc_all_ranks,
-    )
+    splits = eval_loaders(loaders)
+    model = blip_retrieval(**config.model_settings("embed_dim", "queue_size", "negative_all_rank", "itc_all_ranks"))
     task = Task(
         make_train_step(config.alpha),
         lambda model: evaluate(model, splits, config, run),
         best_metric=lambda scores: scores["val_r_mean"],
         candidates=compute_candidates if config.itc_cached else None,
     )
-    scores = train_or_evaluate(run, config, model, loaders, task)
-    split = shown_split(loaders)
-    report_scores(run, "Image-text retrieval", scores, lambda: examples(loaders[split].dataset, split, run))
+    train_and_report(run, config, model, loaders, task, "Image-text retrieval", lambda *of: examples(*of, run))
 
 
 if __name__ == "__main__":
-    sys.exit(launch(main, RetrievalConfig, "configs/retrieval_coco.yaml", "output/retrieval", __doc__ or "", EXAMPLES))
+    sys.exit(launch(main, RetrievalConfig, "configs/retrieval_coco.yaml", "output/retrieval", __doc__, EXAMPLES))

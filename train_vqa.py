@@ -17,7 +17,7 @@ from models.blip_vqa import BLIP_VQA, MAX_QUESTION_TOKENS, blip_vqa
 from models.tokenizer import TokenBatch, tokenize
 from training.loop import Losses, Task
 from training.progress import Progress
-from training.results import report_scores, train_or_evaluate
+from training.results import train_and_report
 from utils import UserError, gather_results, on_main_process, track
 
 EXAMPLES = (
@@ -61,9 +61,7 @@ def answer(model: BLIP_VQA, loader: DataLoader, config: VQAConfig, device: torch
     return gather_results(rows)
 
 
-def choose(
-    model: BLIP_VQA, image: torch.Tensor, questions: list[str], choices: list[list[str] | None]
-) -> list[str]:
+def choose(model: BLIP_VQA, image: torch.Tensor, questions: list[str], choices: list[list[str] | None]) -> list[str]:
     """Choose among the choices that each question has of its own."""
     text = tokenize(model.tokenizer, questions, "enc", MAX_QUESTION_TOKENS, image.device)
     states, chosen = model.question_states(image, text), []
@@ -102,7 +100,7 @@ def evaluate(model: BLIP_VQA, loader: DataLoader, config: VQAConfig, run: Run) -
     return {f"test_{name}": value for name, value in scores.items()}
 
 
-def examples(dataset: Any, run: Run, count: int = 24) -> list[dict[str, Any]]:
+def examples(dataset: Any, split: str, run: Run, count: int = 24) -> list[dict[str, Any]]:
     """Return images with questions and answers, for the report."""
     rows = []
     for i, row in enumerate(read_json(run.result("vqa_result"))[:count]):
@@ -119,16 +117,10 @@ def examples(dataset: Any, run: Run, count: int = 24) -> list[dict[str, Any]]:
 def main(config: VQAConfig, run: Run) -> None:
     """Train unless asked to evaluate only, then report."""
     loaders = make_loaders("vqa", config, ("test",) if run.evaluate else ("train", "test"), run.seed)
-    model = blip_vqa(
-        **config.model_settings(),
-        drop_path_rate=config.drop_path_rate,
-        smooth_padding=config.smooth_padding,
-        mask_padding=config.mask_padding,
-    )
+    model = blip_vqa(**config.model_settings("drop_path_rate", "smooth_padding", "mask_padding"))
     task = Task(train_step, lambda model: evaluate(model, loaders["test"], config, run))
-    scores = train_or_evaluate(run, config, model, loaders, task)
-    report_scores(run, "Visual question answering", scores, lambda: examples(loaders["test"].dataset, run))
+    train_and_report(run, config, model, loaders, task, "Visual question answering", lambda *of: examples(*of, run))
 
 
 if __name__ == "__main__":
-    sys.exit(launch(main, VQAConfig, "configs/vqa.yaml", "output/vqa", __doc__ or "", EXAMPLES))
+    sys.exit(launch(main, VQAConfig, "configs/vqa.yaml", "output/vqa", __doc__, EXAMPLES))

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.case import Case, Row
-from benchmarks.measure import BANDWIDTH, RATE, alternate, fastest, machine, summary
-from benchmarks.results import write_section
+from benchmarks.case import Row
+from benchmarks.measure import BANDWIDTH, RATE, alternate, fastest, machine
+from benchmarks.results import shown, table, write_section
 from benchmarks.rows import ROWS
-from utils import UserError
+from utils import UserError, allow_tf32, run_command
 
-FOLDER = Path(__file__).parent
+RESULTS = Path(__file__).parent / "results.json"
 COLUMNS = (
     "", "peer", "peer (s)", "ours (s)", "ratio", "torch products", "at least / aim", "difference",
     "floor: GFLOP, GB", "at GFLOP/s, GB/s", "ours / floor", "aim",
@@ -42,12 +42,12 @@ def run_row(row: Row, device: str, **settings: Any) -> dict[str, Any]:
     peer = fastest(case.peers)
     timing = alternate(case.ours, case.peers[peer], row.repeats, device, torch.bfloat16 if row.amp else torch.float32)
     facts = {"title": row.title, "peer": peer, "goal": row.goal, "floor aim": row.floor_aim, "difference": difference}
-    return facts | summary(timing, case.floor, 2 if row.amp else 4)
+    return facts | timing.summary(case.floor, 2 if row.amp else 4)
 
 
-def line(found: dict[str, Any]) -> str:
-    """Return a row of the Markdown table."""
-    cells = [
+def cells(found: dict[str, Any]) -> list[str]:
+    """Return a row of the table."""
+    return [
         found["title"],
         found["peer"],
         f"{found['theirs (s)']:.3f}",
@@ -61,68 +61,51 @@ def line(found: dict[str, Any]) -> str:
         f"{found['times the floor']:.2f}",
         f"{found['floor aim']:g}",
     ]
-    return "| " + " | ".join(cells) + " |"
 
 
-def table(results: dict[str, dict[str, Any]], facts: dict[str, Any]) -> str:
-    """Return the Markdown table with the machine's facts."""
-    about = ", ".join(f"{name} {value}" for name, value in facts.items())
-    head = (f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|")
-    return "\n".join((f"Machine: {about}.", "", *head, *map(line, results.values())))
-
-
-def save(results: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
+def save(results: dict[str, dict[str, Any]], device: str) -> None:
     """Write rows to results.json and RESULTS.md; rows that were not run keep their last result."""
-    path = FOLDER / "results.json"
-    earlier = json.loads(path.read_text())["rows"] if path.is_file() else {}
+    facts, earlier = machine(device), json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else {}
     rows = {name: (earlier | results)[name] for name in ROWS if name in earlier | results}
-    path.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1))
-    write_section("Against the released algorithm and other libraries: `python -m benchmarks`", table(rows, facts))
+    RESULTS.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1))
+    about = ", ".join(f"{name} {value}" for name, value in facts.items())
+    body = f"Machine: {about}.\n\n{table(COLUMNS, map(cells, rows.values()))}"
+    write_section("Against the released algorithm and other libraries: `python -m benchmarks`", body)
 
 
-def profile_row(row: Row, device: str) -> list[str]:
-    """Return a paragraph and a table of the costliest operations of a row."""
-    case: Case = row.make(device)
-    case.ours()
-    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
-    with profile(activities=kinds) as found:
-        case.ours()
+def profile_row(row: Row, device: str) -> str:
+    """Return the costliest operations of a row."""
+    ours = row.make(device).ours
+    ours()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + (device == "cuda")]) as found:
+        ours()
     name = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
     times = sorted(((getattr(e, name) / 1e6, e) for e in found.key_averages()), key=lambda pair: -pair[0])
     total = sum(time for time, _ in times)
-    lines = [f"**{row.title}**: {total:.2f} s with the profiler", "", "| operation | calls | s | share |"]
-    lines.append("|---|---|---|---|")
-    lines += [f"| {e.key} | {e.count} | {time:.3f} | {time / total:.0%} |" for time, e in times[:SHOWN]]
-    return [*lines, ""]
+    rows = ([e.key, f"{e.count}", f"{time:.3f}", f"{time / total:.0%}"] for time, e in times[:SHOWN])
+    operations = table(("operation", "calls", "s", "share"), shown(rows))
+    return f"**{row.title}**: {total:.2f} s with the profiler\n\n{operations}\n"
 
 
-def main() -> int:
+def main() -> None:
     """Run or profile the rows and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="rows to run (default: all)")
     parser.add_argument("--profile", action="store_true", help="profile the rows instead of timing them")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    torch.backends.cuda.matmul.allow_tf32 = False
-    facts, results, profiles = machine(args.device), {}, []
+    allow_tf32(False)
+    results: dict[str, Any] = {}
     for name in args.rows:
-        try:
-            if args.profile:
-                profiles += profile_row(ROWS[name], args.device)
-                print("\n".join(profiles[-SHOWN - 5 :]), flush=True)
-            else:
-                results[name] = run_row(ROWS[name], args.device)
-                print(line(results[name]), flush=True)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+        results[name] = profile_row(ROWS[name], args.device) if args.profile else run_row(ROWS[name], args.device)
+        if not args.profile:
+            print(*cells(results[name]), sep=" | ", flush=True)
         gc.collect()
     if args.profile:
-        write_section("Where the time of a row goes: `python -m benchmarks --profile`", "\n".join(profiles))
+        write_section("Where the time of a row goes: `python -m benchmarks --profile`", "\n".join(results.values()))
     else:
-        save(results, facts)
-    return 0
+        save(results, args.device)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -1,6 +1,6 @@
 """The form of a benchmark row, the sizes it runs at, and the comparison of its results."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from benchmarks import floor
-from models.med_config import MedConfig
 from models.vit import vit_sizes
 
 TOLERANCE, TOLERANCE_BF16 = 1e-4, 1e-2  # of scores; in bfloat16, which has 8 bits, relative to scores above 1
+Work = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,9 @@ class Size:
         """Arguments of a model's constructor."""
         return {"vit": self.vit, "med_config": dict(self.text), "image_size": self.image_size}
 
-    def vit_floor(self, images: int) -> floor.Part:
-        """Return the least work of the ViT."""
-        return floor.Part(images * floor.vit(self.tokens, *self.shape), floor.vit_weights(*self.shape))
-
-    def projection_floor(self, images: int, config: MedConfig) -> floor.Part:
-        """Return the least work of the image's keys and values."""
-        return floor.Part(images * floor.projection(self.tokens, config), floor.projection_weights(config))
+    def images(self, count: int, device: str) -> torch.Tensor:
+        """Return random images."""
+        return torch.randn(count, 3, self.image_size, self.image_size, device=device)
 
 
 SMALL_TEXT = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "num_hidden_layers": 12}
@@ -68,8 +64,8 @@ class Case:
         floor: the least work, by stages.
     """
 
-    ours: Callable[[], Any]
-    peers: dict[str, Callable[[], Any]]
+    ours: Work
+    peers: dict[str, Work]
     difference: Callable[[], float]
     floor: list[floor.Part]
 
@@ -88,10 +84,10 @@ class Row:
     """
 
     title: str
-    make: Callable[[str], Case]
-    goals: tuple[tuple[float, float], tuple[float, float]]
-    floor_aim: float
-    repeats: int = 5
+    make: Callable[..., Case]
+    goals: tuple[tuple[float, float], tuple[float, float]] = ((0.0, 0.0), (0.0, 0.0))
+    floor_aim: float = 0.0
+    repeats: int = 3
     amp: bool = False
 
     @property
@@ -113,17 +109,20 @@ def word_texts(count: int, seed: int = 0) -> list[str]:
 
 
 def bfloat16(device: str, enabled: bool) -> torch.autocast:
-    """Return autocast to bfloat16, or a context that does nothing."""
+    """Return autocast to bfloat16, or a context that does nothing; also a decorator."""
     return torch.autocast(device, torch.bfloat16, enabled=enabled)
 
 
-def largest_difference(
-    found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], relative: bool = False
-) -> float:
-    """Return the largest difference of tensors; `relative` divides it by expected values above 1."""
+def largest_difference(found: Any, expected: Iterable[Any], relative: bool = False) -> float:
+    """Return the largest difference of two sequences of tensors; `relative` divides it by expected values above 1."""
     differences = []
     for one, other in zip(found, expected, strict=True):
-        one, other = one.detach().float().cpu(), other.detach().float().cpu()
+        one, other = (torch.as_tensor(x).detach().float().cpu() for x in (one, other))
         scale = other.abs().clamp(min=1.0) if relative else 1.0
         differences.append(((one - other).abs() / scale).max().item())
     return max(differences)
+
+
+def difference_of(ours: Work, ways: Sequence[Work], relative: bool = False) -> Callable[[], float]:
+    """Return a function for the largest difference of our tensor from those of other ways."""
+    return lambda: max(largest_difference([ours()], [way()], relative) for way in ways)

@@ -4,7 +4,7 @@ Operations are those of matrix products, two per multiplication. Bytes are those
 pass that uses them.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from models.med_config import MedConfig
 
@@ -13,14 +13,8 @@ TRAINING_PASSES = 10  # reads in forward, backward and AdamW (with two moments),
 MOMENTUM_PASSES = 4  # the momentum encoders are read, written and used, and their originals read
 
 
-@dataclass(frozen=True)
-class Part:
-    """The least work of a stage.
-
-    Attributes:
-        gflop: operations, in thousand millions.
-        weights: parameters read, in thousand millions, each as often as it must be.
-    """
+class Part(NamedTuple):
+    """The least work of a stage: operations, and parameters read, each as often as it must be, both in 10^9."""
 
     gflop: float
     weights: float
@@ -34,19 +28,21 @@ class Part:
         return max(self.gflop / rate, self.gigabytes(width) / bandwidth)
 
 
-def vit(tokens: int, width: int = 768, depth: int = 12, patch: int = 16) -> float:
-    """Return GFLOP of an image in the ViT: 12 width x width maps per block, attention, patch embedding."""
-    block = 2 * tokens * 12 * width**2 + 4 * tokens**2 * width
-    return (depth * block + 2 * (tokens - 1) * 3 * patch**2 * width) / 1e9
+def vit(images: int, tokens: int, width: int = 768, depth: int = 12, patch: int = 16) -> Part:
+    """Count the ViT: 12 width x width maps per block, attention, patch embedding."""
+    patches, maps = 3 * patch**2 * width, 12 * depth * width**2
+    attention = depth * 2 * tokens * width
+    return Part(images * 2 * (tokens * (maps + attention) + (tokens - 1) * patches) / 1e9, (maps + patches) / 1e9)
 
 
-def projection(tokens: int, config: MedConfig) -> float:
-    """Return GFLOP of the keys and values of an image's tokens in all layers."""
-    return config.num_hidden_layers * 2 * tokens * 2 * config.encoder_width * config.hidden_size / 1e9
+def projection(tokens: int, config: MedConfig) -> Part:
+    """Count the keys and values of image tokens in all layers."""
+    maps = config.num_hidden_layers * 2 * config.encoder_width * config.hidden_size
+    return Part(2 * tokens * maps / 1e9, maps / 1e9)
 
 
-def text(tokens: int, config: MedConfig, states: int = 0, context: int = 0) -> float:
-    """Return GFLOP of text tokens in the transformer.
+def text(tokens: int, config: MedConfig, states: int = 0, context: int = 0) -> Part:
+    """Count text tokens in the transformer.
 
     Args:
         tokens: number of tokens computed.
@@ -54,33 +50,18 @@ def text(tokens: int, config: MedConfig, states: int = 0, context: int = 0) -> f
         states: image tokens that each attends to; 0 without cross-attention and its two maps.
         context: text tokens that each attends to; 0 for `tokens`.
     """
-    width, read = config.hidden_size, context or tokens
+    width, layers = config.hidden_size, config.num_hidden_layers
     maps = (6 if states else 4) * width**2 + 2 * width * config.intermediate_size
-    attention = 2 * width * (read + states)
-    return config.num_hidden_layers * 2 * tokens * (maps + attention) / 1e9
+    attention = 2 * width * ((context or tokens) + states)
+    return Part(layers * 2 * tokens * (maps + attention) / 1e9, layers * maps / 1e9)
 
 
-def head(tokens: int, config: MedConfig) -> float:
-    """Return GFLOP of the language-modelling head."""
-    return 2 * tokens * config.hidden_size * (config.vocab_size + config.hidden_size) / 1e9
+def head(tokens: int, config: MedConfig) -> Part:
+    """Count the language-modelling head."""
+    maps = config.hidden_size * (config.vocab_size + config.hidden_size)
+    return Part(2 * tokens * maps / 1e9, maps / 1e9)
 
 
-def vit_weights(width: int = 768, depth: int = 12, patch: int = 16) -> float:
-    """Return the parameters of the ViT's matrices, in thousand millions."""
-    return (12 * depth * width**2 + 3 * patch**2 * width) / 1e9
-
-
-def projection_weights(config: MedConfig) -> float:
-    """Return the parameters of the image's keys and values, in thousand millions."""
-    return config.num_hidden_layers * 2 * config.encoder_width * config.hidden_size / 1e9
-
-
-def text_weights(config: MedConfig, cross_attention: bool) -> float:
-    """Return the parameters of the text layers, in thousand millions, without keys and values of the image."""
-    maps = (6 if cross_attention else 4) * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size
-    return config.num_hidden_layers * maps / 1e9
-
-
-def head_weights(config: MedConfig) -> float:
-    """Return the parameters of the language-modelling head, in thousand millions."""
-    return config.hidden_size * (config.vocab_size + config.hidden_size) / 1e9
+def together(*parts: Part, weights: float | None = None) -> Part:
+    """Return the sum of parts that are one stage; `weights` replaces the parameters that it reads."""
+    return Part(sum(p.gflop for p in parts), sum(p.weights for p in parts) if weights is None else weights)

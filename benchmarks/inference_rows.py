@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import floor
-from benchmarks.case import BASE, SMALL, Case, Size, bfloat16, largest_difference, word_texts
+from benchmarks.case import BASE, SMALL, Case, Size, Work, bfloat16, difference_of, largest_difference, word_texts
 from inference.ranking import match_image, wanted_pairs
 from models.blip import BLIP_Base, BLIP_Decoder
 from models.blip_itm import BLIP_ITM
@@ -20,6 +20,17 @@ from models.huggingface import from_huggingface, to_huggingface
 from tests import plain
 
 BEAMS, LENGTH = 3, 20
+
+
+def build(model_class: type, size: Size, device: str, **settings: Any) -> Any:
+    """Return a model for inference with random weights, the same in each call."""
+    torch.manual_seed(0)
+    return use_cpu_products(model_class(**size.settings, **settings).eval().to(device))
+
+
+def inference(device: str, amp: bool, work: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the work without gradients, and in bfloat16 if asked."""
+    return torch.no_grad()(bfloat16(device, amp)(work))
 
 
 def huggingface_config(size: Size) -> Any:
@@ -38,95 +49,85 @@ def captioning(device: str, amp: bool = False, size: Size = BASE, images: int = 
     """Captions by beam search, against transformers in the same precision."""
     from transformers import BlipForConditionalGeneration
 
-    torch.manual_seed(0)
+    def copy_of_theirs(dtype: torch.dtype) -> Any:
+        model = BlipForConditionalGeneration(theirs.config).eval().to(device, dtype)
+        model.load_state_dict(theirs.state_dict())
+        return model
+
+    ours = build(BLIP_Decoder, size, device)
     theirs = BlipForConditionalGeneration(huggingface_config(size)).eval().to(device)
-    ours = use_cpu_products(BLIP_Decoder(**size.settings).eval().to(device))
     missing = ours.load_state_dict(from_huggingface(theirs.state_dict()), strict=False).missing_keys
     assert not missing, missing
-    image = torch.randn(images, 3, size.image_size, size.image_size, device=device)
+    image, settings = size.images(images, device), {"num_beams": BEAMS, "max_length": LENGTH, "min_length": LENGTH}
     prompt = ours.tokenizer([ours.prompt] * images, return_tensors="pt").input_ids.to(device)
-    settings = {"num_beams": BEAMS, "max_length": LENGTH, "min_length": LENGTH}
-
-    def generate(model: Any, dtype: torch.dtype = torch.float32) -> list[str]:
-        with torch.no_grad():
-            rows = model.generate(pixel_values=image.to(dtype), input_ids=prompt, do_sample=False, **settings)
-        return [ours.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-
-    def caption() -> list[str]:
-        with bfloat16(device, amp):
-            return ours.generate(image, **settings)
 
     @torch.no_grad()
+    def generate(model: Any) -> list[str]:
+        pixels = image.to(next(model.parameters()).dtype)
+        rows = model.generate(pixel_values=pixels, input_ids=prompt, do_sample=False, **settings)
+        return [ours.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+
+    caption = inference(device, amp, lambda: ours.generate(image, **settings))
+
     def difference() -> float:
         texts = generate(theirs)
         if amp:  # beams of random weights lie too close for equal strings, so the loss of one text is compared
-            with bfloat16(device, True):
-                loss = ours(image, texts)
-            return largest_difference([loss], [ours(image, texts)], relative=True)
+            losses = (inference(device, in_bfloat16, ours)(image, texts) for in_bfloat16 in (True, False))
+            return largest_difference([next(losses)], [next(losses)], relative=True)
         captions = caption()
         assert captions == [text[len(ours.prompt) :] for text in texts], (captions, texts)
         return 0.0
 
-    peers = {"transformers": lambda: generate(theirs)}
-    if amp:
-        half = BlipForConditionalGeneration(theirs.config).eval().to(device, torch.bfloat16)
-        half.load_state_dict(theirs.state_dict())
-        peers = {"transformers in bfloat16": lambda: generate(half, torch.bfloat16), **peers}
-    compiled = BlipForConditionalGeneration(theirs.config).eval().to(device, torch.bfloat16 if amp else torch.float32)
-    compiled.load_state_dict(theirs.state_dict())
+    dtype = torch.bfloat16 if amp else torch.float32
+    compiled = copy_of_theirs(dtype)
     compiled.vision_model.forward = torch.compile(compiled.vision_model.forward)
-    peers["transformers, image encoder compiled"] = lambda: generate(compiled, next(compiled.parameters()).dtype)
+    models = {"transformers": theirs, "transformers, image encoder compiled": compiled}
+    if amp:
+        models["transformers in bfloat16"] = copy_of_theirs(dtype)
+    peers = {name: lambda model=model: generate(model) for name, model in models.items()}
     return Case(caption, peers, difference, captioning_floor(ours, size, images))
 
 
 def captioning_floor(model: BLIP_Decoder, size: Size, images: int) -> list[floor.Part]:
     """Return the least work of captions of LENGTH tokens, of which the prompt has 5."""
     text, tokens = model.text_decoder.config, size.tokens
-    step = images * BEAMS * (floor.text(1, text, tokens, 12) + floor.head(1, text))
-    weights = floor.text_weights(text, True)
+    rows = images * BEAMS
+    layers, words = floor.text(1, text, tokens, 12), floor.head(1, text)
+    step = floor.Part(rows * (layers.gflop + words.gflop), layers.weights + words.weights)
+    reading = floor.text(5, text, tokens)
     return [
-        size.vit_floor(images),
-        size.projection_floor(images, text),
-        floor.Part(images * floor.text(5, text, tokens), weights),
-        *[floor.Part(step, weights + floor.head_weights(text))] * (LENGTH - 5),
+        floor.vit(images, tokens, *size.shape),
+        floor.projection(images * tokens, text),
+        floor.Part(images * reading.gflop, reading.weights),
+        *[step] * (LENGTH - 5),
     ]
 
 
 def image_encoder(device: str, size: Size = BASE, images: int = 4) -> Case:
     """The image encoder, against compiled PyTorch, ONNX Runtime and OpenVINO where they are installed."""
-    torch.manual_seed(0)
-    model = BLIP_Base(**size.settings).eval().to(device).visual_encoder
-    image = torch.randn(images, 3, size.image_size, size.image_size, device=device)
-    compiled = torch.compile(model)
-    peers = {
-        "PyTorch": torch.no_grad()(lambda: model(image)),
-        "PyTorch, compiled": torch.no_grad()(lambda: compiled(image)),
-    }
+    own, model = build(BLIP_Base, size, device).visual_encoder, build(BLIP_Base, size, device).visual_encoder
+    use_cpu_products(model, "torch")
+    image, compiled = size.images(images, device), torch.compile(model)
+    ways = {"PyTorch": lambda: model(image), "PyTorch, compiled": lambda: compiled(image)}
+    peers: dict[str, Work] = {name: inference(device, False, way) for name, way in ways.items()}
     if device == "cpu":
         peers |= onnx_peers(model, image)
-    own = use_cpu_products(BLIP_Base(**size.settings).eval().to(device).visual_encoder)
-    own.load_state_dict(model.state_dict())
-    ours = torch.no_grad()(lambda: own(image))
-
-    def difference() -> float:
-        found = ours()
-        return max(largest_difference([found], [torch.as_tensor(peer())]) for peer in peers.values())
-
-    return Case(ours, peers, difference, [size.vit_floor(images)])
+    ours = inference(device, False, lambda: own(image))
+    return Case(ours, peers, difference_of(ours, [*peers.values()]), [floor.vit(images, size.tokens, *size.shape)])
 
 
-def onnx_peers(model: torch.nn.Module, image: torch.Tensor) -> dict[str, Callable[[], Any]]:
+def onnx_peers(model: torch.nn.Module, image: torch.Tensor) -> dict[str, Work]:
     """Return the model run by ONNX Runtime and by OpenVINO, those that are installed."""
-    peers: dict[str, Callable[[], Any]] = {}
+    peers: dict[str, Work] = {}
     try:
         import onnxruntime
     except ImportError:
         return peers
     with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "vit.onnx")
+        path, threads = str(Path(folder) / "vit.onnx"), torch.get_num_threads()
         torch.onnx.export(model, (image,), path, dynamo=True, verbose=False)
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         name, array = session.get_inputs()[0].name, image.numpy()
         peers["ONNX Runtime"] = lambda: session.run(None, {name: array})[0]
@@ -134,7 +135,7 @@ def onnx_peers(model: torch.nn.Module, image: torch.Tensor) -> dict[str, Callabl
             import openvino
         except ImportError:
             return peers
-        settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+        settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
         network = openvino.Core().compile_model(path, "CPU", settings)
         peers["OpenVINO"] = lambda: network(array)[0]
     return peers
@@ -142,58 +143,38 @@ def onnx_peers(model: torch.nn.Module, image: torch.Tensor) -> dict[str, Callabl
 
 def reranking(device: str, amp: bool = False, size: Size = BASE, count: int = 32) -> Case:
     """One image against texts, which the released code pads to 35 tokens."""
-    torch.manual_seed(0)
-    model = use_cpu_products(BLIP_ITM(**size.settings).eval().to(device))
-    states, texts = torch.randn(1, size.tokens, size.shape[0], device=device), word_texts(count)
-    ids, mask = plain.tokens_of(model, texts, plain.MATCH_TOKENS, model.tokenizer.enc_token_id)
-    rows = [model.tokenizer(text).input_ids for text in texts]
-
-    @torch.no_grad()
-    def ours() -> torch.Tensor:
-        with bfloat16(device, amp):
-            return match_image(model, states, rows, 64)
-
-    @torch.no_grad()
-    def plainly() -> torch.Tensor:
-        with bfloat16(device, amp):
-            return plain.match_logits(model, states.expand(count, -1, -1), ids, mask)
-
-    transformers = huggingface_matcher(model, size, device)
-
-    @torch.no_grad()
-    def by_transformers() -> torch.Tensor:
-        with bfloat16(device, amp):
-            return transformers(ids, mask, states.expand(count, -1, -1))
-
-    def difference() -> float:
-        return max(largest_difference([ours()], [way()], relative=amp) for way in (plainly, by_transformers))
-
-    text = model.text_encoder.config
-    parts = [
-        size.projection_floor(1, text),
-        floor.Part(sum(floor.text(len(row), text, size.tokens) for row in rows), floor.text_weights(text, True)),
-    ]
-    return Case(ours, {"released algorithm": plainly, "transformers": by_transformers}, difference, parts)
-
-
-def huggingface_matcher(model: BLIP_ITM, size: Size, device: str) -> Callable[..., torch.Tensor]:
-    """Return transformers' matching head: (ids, mask, image tokens) -> logit of a match minus that of none."""
     from transformers import BlipForImageTextRetrieval
 
+    model = build(BLIP_ITM, size, device)
+    states, texts = torch.randn(1, size.tokens, size.shape[0], device=device), word_texts(count)
+    ids, mask = plain.tokens_of(model, texts, plain.MATCH_TOKENS, model.tokenizer.enc_token_id)
+    rows, all_states = [model.tokenizer(text).input_ids for text in texts], states.expand(count, -1, -1)
     theirs = BlipForImageTextRetrieval(huggingface_config(size)).eval().to(device)
     theirs.load_state_dict(to_huggingface(model.state_dict()), strict=False)
 
-    def match(ids: torch.Tensor, mask: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        hidden = theirs.text_encoder(ids, mask, encoder_hidden_states=states, return_dict=True).last_hidden_state
+    def by_transformers() -> torch.Tensor:
+        hidden = theirs.text_encoder(ids, mask, encoder_hidden_states=all_states, return_dict=True).last_hidden_state
         return theirs.itm_head(hidden[:, 0])[:, 1]
 
-    return match
+    ours = inference(device, amp, lambda: match_image(model, states, rows, 64))
+    peers = {
+        "released algorithm": inference(device, amp, lambda: plain.match_logits(model, all_states, ids, mask)),
+        "transformers": inference(device, amp, by_transformers),
+    }
+    text = model.text_encoder.config
+    parts = [floor.projection(size.tokens, text), matching_floor(rows, size, text)]
+    return Case(ours, peers, difference_of(ours, [*peers.values()], relative=amp), parts)
+
+
+def matching_floor(rows: list[list[int]], size: Size, text: Any) -> floor.Part:
+    """Return the least work of texts that attend to one image."""
+    parts = [floor.text(len(row), text, size.tokens) for row in rows]
+    return floor.together(*parts, weights=parts[0].weights)
 
 
 def retrieval_evaluation(device: str, share: int = 100, size: Size = SMALL) -> Case:
     """A hundredth of 500 images x 2,500 texts: the pairs of 5 images, and of 25 texts the other way."""
-    torch.manual_seed(0)
-    model = use_cpu_products(BLIP_ITM(**size.settings).eval().to(device))
+    model = build(BLIP_ITM, size, device)
     images, texts, k = 500, word_texts(2500), 64
     states = torch.randn(images, size.tokens, size.shape[0], device=device)
     image_feat, text_feat = (F.normalize(torch.randn(n, 256, device=device), dim=-1) for n in (images, 2500))
@@ -202,34 +183,30 @@ def retrieval_evaluation(device: str, share: int = 100, size: Size = SMALL) -> C
     own, similarity = torch.arange(0, images, share), image_feat @ text_feat.T
     to_texts, to_images = similarity[own].topk(k).indices.cpu(), similarity.T.topk(k).indices.cpu()
 
-    @torch.no_grad()
-    def ours() -> dict[int, torch.Tensor]:
-        found = {}
+    def score() -> list[torch.Tensor]:
+        found = []
         for image, wanted in zip(own.tolist(), wanted_pairs(to_texts, to_images, own), strict=True):
             logits = match_image(model, states[image : image + 1], [rows[t] for t in wanted], 64)
-            scored = torch.full((2500,), -100.0, device=device)
             index = torch.tensor(wanted, device=device)
-            found[image] = scored.index_copy(0, index, logits + similarity[image, index])
+            scored = torch.full((2500,), -100.0, device=device)
+            found.append(scored.index_copy(0, index, logits + similarity[image, index]))
         return found
 
-    @torch.no_grad()
-    def theirs() -> list[torch.Tensor]:
-        rows = [plain.image_scores(model, states[i : i + 1], image_feat[i], ids, mask, text_feat, k) for i in own]
+    def plainly() -> list[torch.Tensor]:
+        scored = [plain.image_scores(model, states[i : i + 1], image_feat[i], ids, mask, text_feat, k) for i in own]
         for t in range(0, 2500, share):
             plain.text_scores(model, ids[t : t + 1], mask[t : t + 1], text_feat[t], states, image_feat, k)
-        return rows
+        return scored
 
-    def difference() -> float:
-        found, expected = ours(), theirs()
-        picked = zip(own.tolist(), to_texts, expected, strict=True)
-        return max(largest_difference([found[i][best.to(device)]], [row[best.to(device)]]) for i, best, row in picked)
+    def of_best(scored: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [row[best.to(device)] for best, row in zip(to_texts, scored, strict=True)]
 
-    text = model.text_encoder.config
-    parts = [size.projection_floor(len(own), text)]
+    ours, theirs = (inference(device, False, way) for way in (score, plainly))
+    parts = [floor.projection(len(own) * size.tokens, model.text_encoder.config)]
     for wanted in wanted_pairs(to_texts, to_images, own):
-        work = sum(floor.text(len(rows[t]), text, size.tokens) for t in wanted)
-        parts.append(floor.Part(work, floor.text_weights(text, True)))
-    return Case(ours, {"released algorithm": theirs}, difference, parts)
+        parts.append(matching_floor([rows[t] for t in wanted], size, model.text_encoder.config))
+    peers = {"released algorithm": theirs}
+    return Case(ours, peers, lambda: largest_difference(of_best(ours()), of_best(theirs())), parts)
 
 
 def answer_tokens(model: BLIP_VQA, count: int = 3128, longest: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -249,38 +226,30 @@ def answer_tokens(model: BLIP_VQA, count: int = 3128, longest: int = 8) -> tuple
 
 def answer_ranking(device: str, smooth_padding: bool, amp: bool = False, size: Size = BASE, k: int = 128) -> Case:
     """Two questions of 12 tokens, k of 3,128 candidates, without the ViT."""
-    torch.manual_seed(0)
-    model = use_cpu_products(BLIP_VQA(**size.settings, smooth_padding=smooth_padding).eval().to(device))
+    model = build(BLIP_VQA, size, device, smooth_padding=smooth_padding)
     text = model.text_decoder.config
     ids, mask = (x.to(device) for x in answer_tokens(model))
     states = torch.randn(2, 12, text.hidden_size, device=device)
     seen = torch.ones(2, 12, dtype=torch.long, device=device)
-
-    @torch.no_grad()
-    def ours() -> torch.Tensor:
-        with bfloat16(device, amp):
-            return model.rank_losses(states, seen, ids, k)[0]
-
-    def theirs() -> torch.Tensor:
-        with bfloat16(device, amp):
-            return plain.rank_answers(model, states, seen, ids, mask, k)[1]
+    rank = inference(device, amp, lambda count: model.rank_losses(states, seen, ids[:count], k))
+    rank_plainly = inference(
+        device, amp, lambda count: plain.rank_answers(model, states, seen, ids[:count], mask[:count], k)
+    )
 
     @torch.no_grad()
     def difference() -> float:
         if amp:  # rounding changes which of many candidates are the k best, so k are given
-            with bfloat16(device, True):
-                found = model.rank_losses(states, seen, ids[:k], k)[0].sort().values
-            expected = plain.rank_answers(model, states, seen, ids[:k], mask[:k], k)[1].sort().values
-            return largest_difference([found], [expected], relative=True)
-        expected = plain.rank_answers(model, states, seen, ids, mask, k)[0]
-        assert torch.equal(model.rank_answer(states, seen, ids, mask, k), expected)
-        return largest_difference([ours()], [theirs()])
+            exact = plain.rank_answers(model, states, seen, ids[:k], mask[:k], k)[1]
+            return largest_difference([rank(k)[0].sort().values], [exact.sort().values], relative=True)
+        best, losses = rank_plainly(None)
+        assert torch.equal(model.rank_answer(states, seen, ids, mask, k), best)
+        return largest_difference([rank(None)[0]], [losses])
 
-    _, chosen = model.rank_losses(states, seen, ids, k)
-    tokens = sum(needed_tokens(ids[row], mask[row], smooth_padding) for row in chosen)
-    work = 2 * floor.projection(12, text) + floor.text(tokens, text, 12, 6) + floor.head(tokens, text)
-    weights = floor.projection_weights(text) + 2 * (floor.text_weights(text, True) + floor.head_weights(text))
-    return Case(ours, {"released algorithm": theirs}, difference, [floor.Part(work, weights)])
+    tokens = sum(needed_tokens(ids[row], mask[row], smooth_padding) for row in rank(None)[1])
+    once = floor.text(1, text, 12).weights + floor.head(1, text).weights
+    parts = floor.projection(24, text), floor.text(tokens, text, 12, 6), floor.head(tokens, text)
+    least = floor.together(*parts, weights=parts[0].weights + 2 * once)
+    return Case(lambda: rank(None), {"released algorithm": lambda: rank_plainly(None)}, difference, [least])
 
 
 def needed_tokens(ids: torch.Tensor, mask: torch.Tensor, padding: bool) -> int:

@@ -6,7 +6,6 @@ Runs forward passes on tensors without storage and fills the tables of docs/larg
 
 import itertools
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,9 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from benchmarks.case import word_texts
-from benchmarks.results import fill
+from benchmarks.results import fill, shown, table
 from benchmarks.training_rows import build_pretraining, pretraining_floor
 from models.blip_pretrain import BLIP_Pretrain
+from utils import run_command
 
 PAGE = Path(__file__).parent.parent / "docs" / "large_runs.md"
 CAPTION = max(word_texts(75), key=lambda text: len(text.split()))  # a batch is padded to its longest text
@@ -87,12 +87,6 @@ def counts(vit: Any, **settings: Any) -> dict[str, float]:
     }
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Return a Markdown table."""
-    head = list(head)
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
-
-
 def hours_table(columns: dict[str, dict[str, float]]) -> str:
     """Return pairs per second of a GPU and the hours of pretraining, as ranges."""
     head = ["", "pairs/s of a GPU", *(f"{size} on {gpus}, h" for size in SIZES for gpus in GPUS)]
@@ -103,18 +97,16 @@ def hours_table(columns: dict[str, dict[str, float]]) -> str:
         for size, gpus in itertools.product(SIZES.values(), GPUS):
             row.append(" to ".join(f"{size * EPOCHS / rate / gpus / 3600:,.0f}" for rate in (high, low)))
         rows.append(row)
-    return table(head, rows)
+    return table(head, shown(rows))
 
 
-def main() -> int:
+def main() -> None:
     """Count, print and write the tables."""
     columns = {vit: counts(vit) for vit in ("base", "large")}
     rows = [[name, *(f"{column[name]:,.3g}" for column in columns.values())] for name in columns["base"]]
-    body = table(["", *columns], rows) + "\n\n" + hours_table(columns)
-    print(body)
+    body = table(["", *columns], shown(rows)) + "\n\n" + hours_table(columns)
     PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), "counts", body), encoding="utf-8")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ RATE, BANDWIDTH = "matrix rate (GFLOP/s)", "memory rate (GB/s)"
 # rows, inputs and outputs of the products that the benchmarks time: of images, of texts, of single tokens
 PRODUCTS = ((1154, 768, 3072), (1154, 3072, 768), (2308, 768, 768), (288, 768, 3072), (2048, 2048, 2048))
 FEW_ROWS = (6, 768, 30524)  # a decoding step reads this weight for 6 rows: a rate of memory
-PROBE_REPEATS = 3
 
 
 @dataclass
@@ -38,15 +36,25 @@ class Timing:
     rate: float = 0.0
     bandwidth: float = 0.0
 
-    @property
-    def ratio(self) -> float:
-        """How many times faster ours is, by medians."""
-        return statistics.median(self.theirs) / statistics.median(self.ours)
-
-    @property
-    def ratios(self) -> list[float]:
-        """The same for each pair of neighbouring runs."""
-        return [other / own for own, other in zip(self.ours, self.theirs, strict=True)]
+    def summary(self, floor: Sequence[Part], width: int = 4) -> dict[str, Any]:
+        """Return the figures of a row, given the stages of the least work and the bytes of a parameter."""
+        ours, theirs, plainly = map(statistics.median, (self.ours, self.theirs, self.torch_products))
+        ratios = [other / own for own, other in zip(self.ours, self.theirs, strict=True)]
+        least = sum(part.seconds(self.rate, self.bandwidth, width) for part in floor)
+        return {
+            "ours (s)": ours,
+            "theirs (s)": theirs,
+            "ratio": theirs / ours,
+            "lowest ratio": min(ratios),
+            "highest ratio": max(ratios),
+            "torch products": theirs / plainly,
+            RATE: self.rate,
+            BANDWIDTH: self.bandwidth,
+            "floor (GFLOP)": sum(part.gflop for part in floor),
+            "floor (GB)": sum(part.gigabytes(width) for part in floor),
+            "floor (s)": least,
+            "times the floor": ours / least,
+        }
 
 
 def alternate(
@@ -70,11 +78,7 @@ def alternate(
 
 def fastest(ways: dict[str, Callable[[], Any]]) -> str:
     """Return the name of the fastest way, by the second run of each."""
-    times = {}
-    for name, way in ways.items():
-        way()
-        times[name] = seconds(way)
-    return min(times, key=times.get)
+    return min(ways, key=lambda name: [seconds(ways[name]) for _ in range(2)][1])
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -92,60 +96,37 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def products(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Iterator[Callable[[], torch.Tensor]]:
-    """Yield each way to multiply: with and without bias, by PyTorch's product and by oneDNN's."""
-    yield lambda: F.linear(x, weight, bias)
-    yield lambda: F.linear(x, weight)
-    if x.device.type == "cpu" and x.dtype == torch.float32 and has_onednn():
-        yield lambda: multiply(x, weight, bias)
-        yield lambda: multiply(x, weight)
+def products(
+    shape: tuple[int, int, int], device: str, dtype: torch.dtype
+) -> Iterator[tuple[Callable[[], torch.Tensor], float]]:
+    """Yield each way to multiply, with and without bias, by PyTorch's product and by oneDNN's, and its GFLOP."""
+    rows, inputs, outputs = shape
+    sizes = ((rows, inputs), (outputs, inputs), (outputs,))
+    x, weight, bias = (torch.randn(size, device=device, dtype=dtype) for size in sizes)
+    kinds = (F.linear, multiply) if device == "cpu" and dtype == torch.float32 and has_onednn() else (F.linear,)
+    for kind in kinds:
+        for args in ((x, weight, bias), (x, weight)):
+            yield lambda kind=kind, args=args: kind(*args), 2 * rows * weight.numel() / 1e9
 
 
-def best_seconds(work: Callable[[], Any], repeats: int = PROBE_REPEATS) -> float:
+def best_seconds(work: Callable[[], Any], repeats: int = 3) -> float:
     """Return the shortest of a few calls."""
     return min(seconds(work) for _ in range(repeats))
 
 
-def random_product(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Return rows, weight and bias of a product."""
-    rows, inputs, outputs = shape
-    sizes = ((rows, inputs), (outputs, inputs), (outputs,))
-    return tuple(torch.randn(size, device=device, dtype=dtype) for size in sizes)
-
-
-@cache
-def fastest_product(device: str, dtype: torch.dtype) -> tuple[Callable[[], torch.Tensor], float]:
-    """Return the product with the highest rate, over the shapes that occur and the ways at hand, and its GFLOP."""
-    rates = []
-    for shape in PRODUCTS:
-        gflop = 2 * shape[0] * shape[1] * shape[2] / 1e9
-        for product in products(*random_product(shape, device, dtype)):
-            product()
-            rates.append((gflop / seconds(product), product, gflop))
-    _, product, gflop = max(rates, key=lambda found: found[0])
-    return product, gflop
-
-
 @torch.no_grad()
 def matrix_rate(device: str, dtype: torch.dtype = torch.float32) -> float:
-    """Return the GFLOP/s of the fastest product."""
-    product, gflop = fastest_product(device, dtype)
-    return gflop / best_seconds(product)
-
-
-@cache
-def fastest_read(device: str, dtype: torch.dtype) -> tuple[Callable[[], torch.Tensor], float]:
-    """Return the fastest way to read a large weight, by a product of few rows or a sum, and its GB."""
-    x, weight, bias = random_product(FEW_ROWS, device, dtype)
-    reads = [*products(x, weight, bias), weight.sum]
-    return min(reads, key=best_seconds), weight.nbytes / 1e9
+    """Return the GFLOP/s of the fastest product, over the shapes that occur and the ways at hand."""
+    found = (product for shape in PRODUCTS for product in products(shape, device, dtype))
+    return max(gflop / best_seconds(work) for work, gflop in found)
 
 
 @torch.no_grad()
 def memory_rate(device: str, dtype: torch.dtype = torch.float32) -> float:
-    """Return the GB/s of the fastest read."""
-    read, gigabytes = fastest_read(device, dtype)
-    return gigabytes / best_seconds(read)
+    """Return the GB/s of the fastest read of a large weight, by a product of few rows or a sum."""
+    weight = torch.randn(FEW_ROWS[1:], device=device, dtype=dtype)
+    reads = [weight.sum, *(work for work, _ in products(FEW_ROWS, device, dtype))]
+    return weight.nbytes / 1e9 / min(map(best_seconds, reads))
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -169,29 +150,3 @@ def cpu_name() -> str:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def summary(timing: Timing, floor: Sequence[Part], width: int = 4) -> dict[str, Any]:
-    """Return the figures of a row.
-
-    Args:
-        timing: the runs.
-        floor: stages of the least work.
-        width: bytes of a parameter.
-    """
-    ours = statistics.median(timing.ours)
-    least = sum(part.seconds(timing.rate, timing.bandwidth, width) for part in floor)
-    return {
-        "ours (s)": ours,
-        "theirs (s)": statistics.median(timing.theirs),
-        "ratio": timing.ratio,
-        "lowest ratio": min(timing.ratios),
-        "highest ratio": max(timing.ratios),
-        "torch products": statistics.median(timing.theirs) / statistics.median(timing.torch_products),
-        RATE: timing.rate,
-        BANDWIDTH: timing.bandwidth,
-        "floor (GFLOP)": sum(part.gflop for part in floor),
-        "floor (GB)": sum(part.gigabytes(width) for part in floor),
-        "floor (s)": least,
-        "times the floor": ours / least,
-    }

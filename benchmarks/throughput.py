@@ -11,8 +11,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,26 +23,46 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.__main__ import COLUMNS, line, run_row
-from benchmarks.case import BASE, LARGE, Row, Size, word_texts
+from benchmarks.__main__ import COLUMNS, cells, run_row
+from benchmarks.case import BASE, LARGE, Row, Size, bfloat16, word_texts
 from benchmarks.inference_rows import answer_ranking, captioning, reranking
 from benchmarks.measure import machine, matrix_rate, seconds
+from benchmarks.results import shown, table
 from benchmarks.training_rows import build_pretraining, pretraining_floor, training_step
 from data.transforms import train_transform
 from models.blip import BLIP_Decoder
-from models.precision import autocast
 from training.loop import to_device
 from training.state import compile_blocks
-from utils import memory_used
+from utils import UserError, allow_tf32, memory_used, run_command
 
 PAGE = Path(__file__).parent / "GPU.md"
 PEAKS = {"H100": 989e3, "H200": 989e3, "A100": 312e3, "L40S": 362e3, "V100": 125e3}  # GFLOP/s in half precision, dense
-PRECISIONS = {"float32 with TF32": ("", False), "bfloat16": ("bf16", False), "bfloat16, compiled": ("bf16", True)}
+PRECISIONS = {"float32 with TF32": (False, False), "bfloat16": (True, False), "bfloat16, compiled": (True, True)}
 PRETRAINING_COLUMNS = ("ViT", "precision", "pairs", "s a step", "pairs/s", "MFU", "GiB at most")
 WAITING_COLUMNS = ("pixels", "workers", "images/s", "share of the time that waits")
-COMPILE: dict[str, Any] = {}  # options of torch.compile
 STEPS, WARM_UP = 5, 5
-NO_GOALS = ((0.0, 0.0), (0.0, 0.0))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        sizes: models by name; the first one is also used for inference and data.
+        batches: pairs per pretraining step.
+        image_sizes: pixels of the images that are read; the first also of pretraining.
+        workers: numbers of loading processes.
+        batch_size, steps: of the steps that read images.
+        texts: number of texts that are ranked.
+    """
+
+    sizes: dict[str, Size]
+    batches: list[int]
+    image_sizes: tuple[int, ...] = (224, 384)
+    workers: tuple[int, ...] = (8, 12, 16)
+    batch_size: int = 64
+    steps: int = 50
+    texts: int = 128
 
 
 def peak_rate(device: str) -> tuple[float, str]:
@@ -62,20 +83,14 @@ def free_memory(device: str) -> None:
 
 
 def pretraining(size: Size, pairs: int, precision: str, device: str, peak: float) -> list[str]:
-    """Return a row of the table of pretraining steps."""
+    """Return the figures of a pretraining step."""
     torch.manual_seed(0)
     amp, compiled = PRECISIONS[precision]
     model = build_pretraining(False, False, **size.settings).to(device)
     if compiled:
-        compile_blocks(model, **COMPILE)
-    images = torch.randn(pairs, 3, size.image_size, size.image_size, device=device)
-    texts = word_texts(pairs)
-
-    def losses(model: torch.nn.Module) -> Any:
-        with autocast(amp, torch.device(device)):
-            return model(images, texts, 0.4)
-
-    step = training_step(model, losses)
+        compile_blocks(model)
+    images, texts = size.images(pairs, device), word_texts(pairs)
+    step = training_step(model, bfloat16(device, amp)(lambda model: model(images, texts, 0.4)))
     step()
     step()
     taken = statistics.median(seconds(step) for _ in range(STEPS))
@@ -84,33 +99,30 @@ def pretraining(size: Size, pairs: int, precision: str, device: str, peak: float
     return [f"{pairs}", f"{taken:.3f}", f"{pairs / taken:.1f}", f"{gflop / taken / peak:.1%}", f"{memory:.1f}"]
 
 
-def pretraining_rows(sizes: dict[str, Size], batches: list[int], device: str, peak: float) -> Iterator[list[str]]:
+def pretraining_rows(plan: Plan, device: str, peak: float) -> Iterator[list[str]]:
     """Yield the rows of all sizes, precisions and batch sizes, until memory ends."""
-    for name, size in sizes.items():
-        for precision in PRECISIONS:
-            for pairs in batches:
-                free_memory(device)
-                try:
-                    row = pretraining(size, pairs, precision, device, peak)
-                except torch.OutOfMemoryError:
-                    break
-                yield [name, precision, *row]
-
-
-def inference_rows(size: Size, device: str, count: int) -> Iterator[str]:
-    """Yield rows of captioning, re-ranking and VQA ranking of `count` texts, in float32 and bfloat16."""
-    makes = {
-        "captioning 8 images, beam 3, 20 tokens": lambda amp: captioning(device, amp, size, images=8),
-        f"re-ranking one image against {count} texts": lambda amp: reranking(device, amp, size, count),
-        "VQA ranking, released padding": lambda amp: answer_ranking(device, True, amp, size, count),
-        "VQA ranking, masked padding": lambda amp: answer_ranking(device, False, amp, size, count),
-    }
-    for title, make in makes.items():
-        for amp in (False, True):
+    for (name, size), precision in product(plan.sizes.items(), PRECISIONS):
+        for pairs in plan.batches:
             free_memory(device)
-            name = f"{title}, {'bfloat16' if amp else 'float32'}"
-            row = Row(name, lambda _, make=make, amp=amp: make(amp), NO_GOALS, 0, STEPS, amp)
-            yield line(run_row(row, device))
+            try:
+                found = pretraining(replace(size, image_size=plan.image_sizes[0]), pairs, precision, device, peak)
+            except torch.OutOfMemoryError:
+                break
+            yield [name, precision, *found]
+
+
+def inference_rows(size: Size, device: str, texts: int) -> Iterator[list[str]]:
+    """Yield rows of captioning, re-ranking and VQA ranking, in float32 and bfloat16."""
+    makes = {
+        "captioning 8 images, beam 3, 20 tokens": partial(captioning, images=8),
+        f"re-ranking one image against {texts} texts": partial(reranking, count=texts),
+        "VQA ranking, released padding": partial(answer_ranking, smooth_padding=True, k=texts),
+        "VQA ranking, masked padding": partial(answer_ranking, smooth_padding=False, k=texts),
+    }
+    for (title, make), amp in product(makes.items(), (False, True)):
+        free_memory(device)
+        row = Row(f"{title}, {'bfloat16' if amp else 'float32'}", make, repeats=STEPS, amp=amp)
+        yield cells(run_row(row, device, amp=amp, size=size))
 
 
 class Photographs(Dataset):
@@ -136,21 +148,17 @@ class Photographs(Dataset):
         return {"image": self.transform.read(self.paths[index % len(self.paths)])}
 
 
-def waiting(size: Size, batch_size: int, workers: int, device: str, steps: int) -> list[str]:
+def waiting(size: Size, workers: int, plan: Plan, device: str) -> list[str]:
     """Return a row: images per second of captioning in bfloat16, and the share of the time that waits for data."""
     torch.manual_seed(0)
-    model, texts = BLIP_Decoder(**size.settings).train().to(device), word_texts(batch_size)
+    model, texts = BLIP_Decoder(**size.settings).train().to(device), word_texts(plan.batch_size)
     batch: dict[str, Any] = {}
-
-    def losses(model: torch.nn.Module) -> Any:
-        with autocast("bf16", torch.device(device)):
-            return [model(batch["image"], texts)]
-
+    losses = bfloat16(device, True)(lambda model: [model(batch["image"], texts)])
     step, waited, began = training_step(model, losses), 0.0, 0.0
     with tempfile.TemporaryDirectory() as folder:
-        data = Photographs(Path(folder), batch_size * (WARM_UP + steps), size.image_size)
-        loader = iter(DataLoader(data, batch_size, num_workers=workers, pin_memory=device == "cuda"))
-        for number in range(WARM_UP + steps):
+        data = Photographs(Path(folder), plan.batch_size * (WARM_UP + plan.steps), size.image_size)
+        loader = iter(DataLoader(data, plan.batch_size, num_workers=workers, pin_memory=device == "cuda"))
+        for number in range(WARM_UP + plan.steps):
             if number == WARM_UP:
                 waited, began = 0.0, time.perf_counter()
             before = time.perf_counter()
@@ -159,74 +167,40 @@ def waiting(size: Size, batch_size: int, workers: int, device: str, steps: int) 
             batch.update(to_device(read, torch.device(device)))
             step()
         total = time.perf_counter() - began
-    return [f"{size.image_size}", f"{workers}", f"{batch_size * steps / total:.1f}", f"{waited / total:.1%}"]
+    rate = plan.batch_size * plan.steps / total
+    return [f"{size.image_size}", f"{workers}", f"{rate:.1f}", f"{waited / total:.1%}"]
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Return a Markdown table; its rows are also printed as they come."""
-    lines = ["| " + " | ".join(head) + " |"]
-    lines.append("|---" * lines[0].count(" | ") + "|---|")
-    for row in rows:
-        lines.append("| " + " | ".join(row) + " |")
-        print(lines[-1], flush=True)
-    return "\n".join(lines)
-
-
-def report(
-    device: str,
-    sizes: dict[str, Size],
-    batches: list[int],
-    image_sizes: tuple[int, ...],
-    workers: list[int],
-    batch_size: int,
-    steps: int,
-    count: int,
-) -> str:
-    """Measure everything and return the page.
-
-    Args:
-        device: "cuda", or "cpu" as a test.
-        sizes: models by name; the first one is also used for inference and data.
-        batches: pairs per pretraining step.
-        image_sizes: pixels of the images that are read.
-        workers: numbers of loading processes.
-        batch_size, steps: of the steps that read images.
-        count: texts that are ranked.
-    """
-    peak, source = peak_rate(device)
-    facts = machine(device)
-    first = next(iter(sizes.values()))
-    pretrained = {name: replace(size, image_size=image_sizes[0]) for name, size in sizes.items()}
-    loading = product([replace(first, image_size=image_size) for image_size in image_sizes], workers)
+def report(plan: Plan, device: str) -> str:
+    """Measure everything and return the page; `device` is "cuda", or "cpu" as a test."""
+    facts, (peak, source), first = machine(device), peak_rate(device), next(iter(plan.sizes.values()))
+    loading = product((replace(first, image_size=pixels) for pixels in plan.image_sizes), plan.workers)
     parts = (
         f"# {facts['device']}",
         f"By `python -m benchmarks.throughput`: {', '.join(f'{name} {value}' for name, value in facts.items())}.",
         f"## Pretraining\n\nMFU is the share of {peak / 1e3:.1f} TFLOP/s, the rate of {source}.",
-        table(PRETRAINING_COLUMNS, pretraining_rows(pretrained, batches, device, peak)),
+        table(PRETRAINING_COLUMNS, shown(pretraining_rows(plan, device, peak))),
         "## Inference\n\nThe peer is the fastest of transformers and the released algorithm in the same precision.",
-        "\n".join((f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *inference_rows(first, device, count))),
-        f"## Waiting for data\n\nCaptioning steps of {batch_size} JPEGs of 640 x 480 pixels, bfloat16.",
-        table(WAITING_COLUMNS, (waiting(size, batch_size, n, device, steps) for size, n in loading)),
+        table(COLUMNS, shown(inference_rows(first, device, plan.texts))),
+        f"## Waiting for data\n\nCaptioning steps of {plan.batch_size} JPEGs of 640 x 480 pixels, bfloat16.",
+        table(WAITING_COLUMNS, shown(waiting(size, workers, plan, device) for size, workers in loading)),
     )
     return "\n\n".join(parts) + "\n"
 
 
-def main() -> int:
+def main() -> None:
     """Measure a GPU and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--largest", type=int, default=512, help="pairs of the largest batch (default: 512)")
     parser.add_argument("--output", type=Path, default=PAGE, help=f"file to write (default: {PAGE.name})")
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        print("error: torch finds no CUDA GPU; run this where `nvidia-smi` shows one", file=sys.stderr)
-        return 2
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        raise UserError("torch finds no CUDA GPU; run this where `nvidia-smi` shows one")
+    allow_tf32(True)
     batches = [size for size in (16, 32, 64, 128, 256, 512, 1024) if size <= args.largest]
-    page = report("cuda", {"base": BASE, "large": LARGE}, batches, (224, 384), [8, 12, 16], 64, 50, 128)
-    args.output.write_text(page, encoding="utf-8")
+    args.output.write_text(report(Plan({"base": BASE, "large": LARGE}, batches), "cuda"), encoding="utf-8")
     print(f"wrote {args.output}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -45,51 +45,47 @@ def training_step(model: torch.nn.Module, losses: Losses, plainly: bool = False)
     return step
 
 
-def loss_difference(model: torch.nn.Module, ours: Losses, theirs: Losses, relative: bool = False) -> float:
-    """Return the largest difference of the losses of two ways without dropout; the model is not changed."""
-    with torch.no_grad():
-        one, other = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
-        return largest_difference(ours(one), theirs(other), relative)
+def step_case(
+    model: torch.nn.Module, device: str, amp: bool, ours: Losses, theirs: Losses, compared: slice, parts: Any
+) -> Case:
+    """Return the case of a training step; `compared` picks the losses that do not depend on random numbers."""
+    own = use_cpu_products(copy.deepcopy(model))
+    ours, theirs = (bfloat16(device, amp)(losses) for losses in (ours, theirs))
+
+    @torch.no_grad()
+    def difference() -> float:
+        without_dropout = (copy.deepcopy(own).eval() for _ in range(2))
+        found, expected = (losses(next(without_dropout))[compared] for losses in (ours, theirs))
+        return largest_difference(found, expected, relative=amp)
+
+    peers = {"released algorithm": training_step(model, theirs, plainly=True)}
+    return Case(training_step(own, ours), peers, difference, parts)
 
 
 def pretraining_step(device: str, amp: bool = False, size: Size = PRETRAINING, pairs: int = 8) -> Case:
     """Pairs at 224 px with texts of about 10 words, in one precision."""
     torch.manual_seed(0)
     model = BLIP_Pretrain(**size.settings).train().to(device)
-    image, texts = torch.randn(pairs, 3, size.image_size, size.image_size, device=device), word_texts(pairs)
-    own = use_cpu_products(copy.deepcopy(model))
-
-    def ours(model: BLIP_Pretrain) -> Sequence[torch.Tensor]:
-        with bfloat16(device, amp):
-            return model(image, texts, 0.4)
-
-    def theirs(model: BLIP_Pretrain) -> Sequence[torch.Tensor]:
-        with bfloat16(device, amp):
-            return plain.pretraining_losses(model, image, texts, 0.4)
-
-    def without_matching(losses: Losses) -> Losses:
-        return lambda m: losses(m)[::2]  # matching draws its negatives at random; a test compares it
-
-    def difference() -> float:
-        return loss_difference(own, without_matching(ours), without_matching(theirs), relative=amp)
-
-    peers = {"released algorithm": training_step(model, theirs, plainly=True)}
-    return Case(training_step(own, ours), peers, difference, pretraining_floor(own, texts))
+    image, texts = size.images(pairs, device), word_texts(pairs)
+    ours, theirs = lambda m: m(image, texts, 0.4), lambda m: plain.pretraining_losses(m, image, texts, 0.4)
+    compared = slice(None, None, 2)  # matching draws its negatives at random; a test compares it
+    return step_case(model, device, amp, ours, theirs, compared, pretraining_floor(model, texts))
 
 
 def pretraining_floor(model: BLIP_Pretrain, texts: Sequence[str]) -> list[floor.Part]:
     """Return the least work of a step, with texts padded to the longest, and for the LM to its limit."""
     vit, text, pairs = model.visual_encoder, model.text_config, len(texts)
     length, tokens = max(len(model.tokenizer(t).input_ids) for t in texts), vit.pos_embed.shape[1]
-    shape = (vit.embed_dim, len(vit.blocks), vit.patch_embed.patch_size[0])
-    image = floor.vit(tokens, *shape)
-    matching = 3 * floor.text(length, text, tokens)
-    language = floor.text(MAX_TEXT_TOKENS, text, tokens) + floor.head(MAX_TEXT_TOKENS - 1, text)
-    forward = image + floor.projection(tokens, text) + floor.text(length, text) + matching + language
-    momentum = floor.vit_weights(*shape) + floor.text_weights(text, False)
+    image = floor.vit(1, tokens, vit.embed_dim, len(vit.blocks), vit.patch_embed.patch_size[0])
+    alone, language = floor.text(length, text), floor.text(MAX_TEXT_TOKENS, text, tokens)
+    matching = [floor.text(length, text, tokens)] * 3
+    forward = floor.together(
+        image, floor.projection(tokens, text), alone, *matching, language, floor.head(MAX_TEXT_TOKENS - 1, text)
+    )
+    momentum = floor.together(image, alone)
     return [
-        floor.Part(floor.TRAINING * pairs * forward, trained_weights(model)),
-        floor.Part(pairs * (image + floor.text(length, text)), floor.MOMENTUM_PASSES * momentum),
+        floor.Part(floor.TRAINING * pairs * forward.gflop, trained_weights(model)),
+        floor.Part(pairs * momentum.gflop, floor.MOMENTUM_PASSES * momentum.weights),
     ]
 
 
@@ -102,21 +98,12 @@ def captioning_step(device: str, amp: bool = False, size: Size = BASE, images: i
     """A captioning step at 384 px."""
     torch.manual_seed(0)
     model = BLIP_Decoder(**size.settings).train().to(device)
-    image = torch.randn(images, 3, size.image_size, size.image_size, device=device)
-    texts = [f"a picture of {text}" for text in word_texts(images)]
-    own = use_cpu_products(copy.deepcopy(model))
-
-    def ours(model: BLIP_Decoder) -> list[torch.Tensor]:
-        with bfloat16(device, amp):
-            return [model(image, texts)]
-
-    def theirs(model: BLIP_Decoder) -> list[torch.Tensor]:
-        with bfloat16(device, amp):
-            return [plain.caption_loss(model, image, texts)]
-
+    image, texts = size.images(images, device), [f"a picture of {text}" for text in word_texts(images)]
+    ours, theirs = lambda m: [m(image, texts)], lambda m: [plain.caption_loss(m, image, texts)]
     text, length = model.text_decoder.config, max(len(model.tokenizer(t).input_ids) for t in texts)
-    reading = floor.text(length, text, size.tokens) + floor.head(length, text)
-    forward = floor.vit(size.tokens, *size.shape) + floor.projection(size.tokens, text) + reading
-    parts = [floor.Part(floor.TRAINING * images * forward, trained_weights(model))]
-    peers = {"released algorithm": training_step(model, theirs, plainly=True)}
-    return Case(training_step(own, ours), peers, lambda: loss_difference(own, ours, theirs, amp), parts)
+    forward = floor.together(
+        floor.vit(1, size.tokens, *size.shape), floor.projection(size.tokens, text),
+        floor.text(length, text, size.tokens), floor.head(length, text),
+    )  # fmt: skip
+    parts = [floor.Part(floor.TRAINING * images * forward.gflop, trained_weights(model))]
+    return step_case(model, device, amp, ours, theirs, slice(None), parts)

@@ -132,11 +132,10 @@ def cards(tally: Tally, images: dict[str, Any]) -> list[dict[str, Any]]:
         tally: of the finished shards.
         images: name -> image, as far as they can be shown.
     """
-    found = []
-    for rows in (rows for rows in tally.shown if rows[0]["image"] in images):
-        lines = [
-            (f"{row['source']} {row.get('probability', '')}", row["caption"], "good" if row["kept"] else "bad")
-            for row in rows
-        ]
-        found.append({"image": images[rows[0]["image"]], "lines": lines})
-    return found
+
+    def line(row: Row) -> tuple[str, str, str]:
+        """Return label, text and tone."""
+        return f"{row['source']} {row.get('probability', '')}", row["caption"], "good" if row["kept"] else "bad"
+
+    found = [(rows[0]["image"], rows) for rows in tally.shown]
+    return [{"image": images[name], "lines": [*map(line, rows)]} for name, rows in found if name in images]

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 import torch.distributed as dist
 
 from data.pretrain import PairList
-from files import to_json, write_whole
+from files import read_json, read_rows, to_json, write_json, write_whole
 from utils import ProgressLine, UserError, barrier, get_world_size
 
 Row = dict[str, Any]
@@ -50,8 +50,7 @@ class Shards:
 
     def rows(self, shard: int) -> list[Row]:
         """Return the rows of a finished shard."""
-        with open(self.path(shard), encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        return read_rows(self.path(shard))
 
     def count_missing(self) -> int:
         """Return the number of shards that are not finished."""
@@ -62,7 +61,6 @@ def open_folder(folder: Path, settings: Row, overwrite: bool = False) -> None:
     """Make a folder of shards, or accept one whose shards were made with the same settings.
 
     Args:
-        folder: of the shards.
         settings: everything that the shards' content depends on.
         overwrite: delete shards of other settings.
 
@@ -74,7 +72,10 @@ def open_folder(folder: Path, settings: Row, overwrite: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for part in folder.glob("*.part*"):  # of a start that was killed
             part.unlink(missing_ok=True)
-        old = _read_settings(path)
+        try:
+            old = read_json(path)
+        except (FileNotFoundError, ValueError):
+            old = {}
         if old == settings:
             return
         if any(folder.glob("*.jsonl")) and not overwrite:
@@ -85,17 +86,9 @@ def open_folder(folder: Path, settings: Row, overwrite: bool = False) -> None:
             )
         for shard in folder.glob("*.jsonl"):
             shard.unlink()
-        with write_whole(path) as file:
-            json.dump(settings, file)
+        write_json(path, settings)
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output_dir") from None
-
-
-def _read_settings(path: Path) -> Row:
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
 
 
 def fingerprint_of(path: str | Path) -> list[str | int]:
@@ -121,8 +114,11 @@ def run_shards(shards: Shards, work: Callable[[int], list[Row]], title: str) -> 
     first, finished = min((len(shards) - shards.count_missing()) * shards.size, shards.total), 0
     for shard in _next_shards(shards, title):
         rows = work(shard)
-        if not shards.tars:
-            refuse_unreadable(shard, rows)
+        if not shards.tars and len(rows) > 1 and all("error" in row for row in rows):
+            raise UserError(
+                f"none of the {len(rows)} images of shard {shard} can be read, the first because: {rows[0]['error']}; "
+                "correct image_root and start again: finished shards are kept"
+            )
         with write_whole(shards.path(shard), shared=True) as file:
             write_rows(file, rows)
         finished += len(shards.pairs(shard)) * get_world_size()
@@ -144,19 +140,6 @@ def _wait_for_all(title: str) -> None:
         while store.add(f"finished {title}", 0) < get_world_size():
             time.sleep(0.1)
         barrier()  # the process that holds the store stays until the others have read it
-
-
-def refuse_unreadable(shard: int, rows: Sequence[Row]) -> None:
-    """Stop where no image of a shard can be read: a wrong folder, or a disk that is not mounted.
-
-    Raises:
-        UserError: the shard's images all have errors, and there are several.
-    """
-    if len(rows) > 1 and all("error" in row for row in rows):
-        raise UserError(
-            f"none of the {len(rows)} images of shard {shard} can be read, the first because: {rows[0]['error']}; "
-            "correct image_root and start again: finished shards are kept"
-        )
 
 
 def _next_shards(shards: Shards, title: str) -> Iterator[int]:

@@ -21,6 +21,7 @@ def make_captions(config: Any, model: Captioner, source: Source, seed: int) -> C
     settings = {name: config[name] for name in CAPTION_SETTINGS}
 
     def work(shard: int) -> list[Row]:
+        """Return a row for each image of a shard."""
         rows = []
         for samples, errors in source(shard):
             images, names = [sample.image for sample in samples], [sample.name for sample in samples]
@@ -38,6 +39,7 @@ def make_texts(source: Source, captions: Shards | None, judge: Judge, output: Ou
     """Return the work of the filtering stage: every text of a shard, and whether it is kept."""
 
     def work(shard: int) -> list[Row]:
+        """Return a row for each text of a shard, and write the kept pairs."""
         written = {row["image"]: row for row in captions.rows(shard)} if captions else {}
         rows = []
         with output(shard) as write:
@@ -54,9 +56,11 @@ def by_model(config: Any, model: Matcher) -> Judge:
     """Return a judge that keeps the texts whose probability of a match reaches the threshold."""
 
     def judge(samples: Sequence[Sample], written: dict[str, Row]) -> list[Row]:
+        """Return a row for each text of the samples."""
         texts = {sample.name: _texts_of(sample, written) for sample in samples}
 
         def predict(image: torch.Tensor, names: list[str]) -> list[Row]:
+            """Return the probabilities of each image's texts."""
             tokens = model.model.visual_encoder(image)
             found = model.own_probabilities(tokens, [[text for _, text in texts[name]] for name in names])
             return [{"probabilities": row} for row in found]

@@ -45,6 +45,7 @@ def list_source(shards: Shards, image_root: str) -> Source:
     """Return a source of the images of lists, each once, a shard at a time."""
 
     def source(shard: int) -> Iterator[tuple[list[Sample], list[Row]]]:
+        """Yield the samples of a shard, and rows for paths that are refused."""
         samples: dict[str, Sample] = {}
         errors: dict[str, Row] = {}
         for image, text in shards.pairs(shard):
@@ -67,6 +68,7 @@ def tar_source(shards: Shards, size: int) -> Source:
     """
 
     def source(shard: int) -> Iterator[tuple[list[Sample], list[Row]]]:
+        """Yield the samples of a tar file, then a row for damage."""
         (tar,) = shards.pairs(shard)
         held: list[Sample] = []
         errors: list[Row] = []
@@ -80,7 +82,7 @@ def tar_source(shards: Shards, size: int) -> Source:
             errors = [{"image": tar, "error": f"the archive cannot be read to its end ({error})"}]
         except OSError as error:
             raise UserError(
-                f"shard {tar} cannot be read ({error}); mend that and start again: finished shards are kept"
+                f"shard {tar} cannot be read ({error}); repair it and start again: finished shards are kept"
             ) from None
         yield held, errors
 
@@ -109,11 +111,7 @@ Output = Callable[[int], AbstractContextManager[Write]]  # shard -> context in w
 
 
 class TarOutput:
-    """Tar shards of the bootstrapped set, one for each shard of the input.
-
-    Args:
-        folder: of the tar files.
-    """
+    """Tar shards of the bootstrapped set in a folder, one for each shard of the input."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -137,6 +135,7 @@ class TarOutput:
         with write_whole(self.path(shard), "wb", shared=True) as file, tarfile.open(fileobj=file, mode="w") as tar:
 
             def write(samples: Sequence[Sample], rows: Sequence[Row]) -> None:
+                """Add the kept pairs, and count them."""
                 nonlocal number
                 number += add_pairs(tar, samples, rows)
 

@@ -55,10 +55,10 @@ class ModelConfig(Settings):
     deterministic: bool = setting(False, "PyTorch's deterministic algorithms, to repeat a run on a GPU; slower")
     cpu_products: str = setting("auto", "float32 products on a CPU; auto: onednn with AVX-512", PRODUCTS)
 
-    def model_settings(self) -> dict[str, Any]:
-        """Return the arguments that every model's factory takes."""
+    def model_settings(self, *more: str) -> dict[str, Any]:
+        """Return the arguments that every model's factory takes, and those of one task."""
         keys = ("pretrained", "allow_pickle", "med_config", "image_size", "vit", "vit_grad_ckpt", "vit_ckpt_layer")
-        return {key: self[key] for key in keys}
+        return {key: self[key] for key in (*keys, *more)}
 
 
 @dataclass

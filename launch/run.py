@@ -117,7 +117,7 @@ def launch(
     config_class: type[ModelConfig],
     default_config: str,
     default_output: str,
-    description: str,
+    description: str | None,
     examples: Sequence[str] = (),
 ) -> int:
     """Parse the command line, start the run, call `main(config, run)`, and report its end.
@@ -180,15 +180,15 @@ def explain_error(error: Exception, watchdog: Watchdog, config: Any, output_dir:
 
 
 def _parser(
-    config_class: type[ModelConfig], default_config: str, default_output: str, description: str, examples: Sequence[str]
+    config_class: type[ModelConfig], config: str, output: str, description: str | None, examples: Sequence[str]
 ) -> argparse.ArgumentParser:
     epilog = "examples:\n" + "".join(f"  {line}\n" for line in examples)
     epilog += "\nconfiguration keys, with their defaults:\n" + "\n".join(describe(config_class))
     parser = argparse.ArgumentParser(
         description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", default=default_config, help=f"YAML file of settings (default: {default_config})")
-    parser.add_argument("--output_dir", default=default_output, help=f"folder of results (default: {default_output})")
+    parser.add_argument("--config", default=config, help=f"YAML file of settings (default: {config})")
+    parser.add_argument("--output_dir", default=output, help=f"folder of results (default: {output})")
     parser.add_argument("--evaluate", action="store_true", help="evaluate only")
     parser.add_argument("--device", default="", help="cuda, xpu, mps or cpu (default: cuda if there is a GPU)")
     parser.add_argument("--seed", type=int, default=42, help="of all random numbers (default: 42)")

@@ -51,7 +51,7 @@ def draw_scores(scores: Scores, path: Path) -> bool:
     if not panels:
         return False
     num_bars = [len({name for values in panel.values() for name in values}) for panel in panels.values()]
-    with _axes(7.2, [0.5 + n * 0.42 * (0.6 + 0.4 * len(scores)) for n in num_bars], path) as all_axes:
+    with _axes(7.2, [0.5 + n * 0.42 * (0.6 + 0.4 * len(scores)) for n in num_bars], path, "x") as all_axes:
         for axes, panel in zip(all_axes, panels.values(), strict=True):
             _draw_bars(axes, panel)
         if len(scores) > 1:
@@ -71,17 +71,11 @@ def _draw_bars(axes: "Axes", scores: Scores) -> None:
     axes.invert_yaxis()
     axes.set_xlim(left=0)
     axes.margins(x=0.14)
-    _style(axes, grid="x")
 
 
 def draw_means(values: dict[str, dict[str, Sequence[float]]], path: Path) -> None:
-    """Draw a panel for each score: a bar for the mean of each variant, and a point for each run.
-
-    Args:
-        values: score -> variant -> one value for each run.
-        path: of the PNG.
-    """
-    with _axes(8.4, [1.75] * len(values), path) as all_axes:
+    """Draw a panel for each score: a bar for the mean of each variant, and a point for each run's value."""
+    with _axes(8.4, [1.75] * len(values), path, "x") as all_axes:
         for axes, (score, variants) in zip(all_axes, values.items(), strict=True):
             for k, runs in enumerate(variants.values()):
                 axes.barh(k, np.mean(runs), 0.7, color=COLORS[k % len(COLORS)], alpha=0.55)
@@ -89,7 +83,6 @@ def draw_means(values: dict[str, dict[str, Sequence[float]]], path: Path) -> Non
             axes.set_yticks(range(len(variants)), variants)
             axes.invert_yaxis()
             axes.set_title(score, loc="left", fontsize=10, fontweight="bold", color=INK)
-            _style(axes, grid="x")
 
 
 def draw_histograms(histograms: Mapping[str, Sequence[int]], path: Path) -> bool:
@@ -97,14 +90,13 @@ def draw_histograms(histograms: Mapping[str, Sequence[int]], path: Path) -> bool
     shown = {name: counts for name, counts in histograms.items() if sum(counts)}
     if not shown:
         return False
-    with _axes(7.2, [2.8], path) as (axes,):
+    with _axes(7.2, [2.8], path, "y") as (axes,):
         for color, (name, counts) in zip(COLORS, shown.items()):
             edges = np.linspace(0, 1, len(counts) + 1)
             axes.stairs(np.asarray(counts) / sum(counts), edges, color=color, lw=2, label=f"{name} ({sum(counts)})")
         axes.set_xlabel("probability of a match")
         axes.set_ylabel("share")
         axes.legend(frameon=False)
-        _style(axes, "y")
     return True
 
 
@@ -150,7 +142,7 @@ def draw_lines(
         path: of the PNG.
         from_zero: both axes begin at 0.
     """
-    with _axes(8.4, [2.5] * len(panels), path) as all_axes:
+    with _axes(8.4, [2.5] * len(panels), path, "y") as all_axes:
         for axes, (title, lines) in zip(all_axes, panels.items(), strict=True):
             for k, (name, points) in enumerate(lines.items()):
                 marker = {"marker": "o", "markersize": 3.5} if len(points) <= 40 else {}
@@ -163,7 +155,6 @@ def draw_lines(
             if from_zero:
                 axes.set_xlim(left=0)
                 axes.set_ylim(bottom=0)
-            _style(axes, grid="y")
 
 
 def _places(log: Sequence[dict[str, Any]]) -> tuple[str, list[float | None]]:
@@ -188,22 +179,21 @@ def _line(log: Sequence[dict[str, Any]], places: Sequence[float | None], name: s
 
 
 @contextmanager
-def _axes(width: float, heights: Sequence[float], path: Path) -> Iterator[Sequence["Axes"]]:
+def _axes(width: float, heights: Sequence[float], path: Path, grid: str) -> Iterator[Sequence["Axes"]]:
     """Yield axes below each other to draw on, sizes in inches at 110 dots each, and write the figure as PNG."""
     from matplotlib.figure import Figure
 
     # A Figure of its own and not pyplot: no global state, no window, Agg in any case.
     figure = Figure(figsize=(width, sum(heights) + 0.4), dpi=110, layout="constrained", facecolor="white")
-    yield figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
+    all_axes = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
+    yield all_axes
+    for axes in all_axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(FAINT)
+        axes.tick_params(colors=INK, labelsize=9, length=0)
+        axes.grid(axis=grid, color=FAINT, lw=0.6)
+        axes.set_axisbelow(True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # scripts that the figure's font lacks show as boxes
         with write_whole(path, "wb") as file:
             figure.savefig(file, format="png")
-
-
-def _style(axes: "Axes", grid: str) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(colors=INK, labelsize=9, length=0)
-    axes.grid(axis=grid, color=FAINT, lw=0.6)
-    axes.set_axisbelow(True)

@@ -191,7 +191,6 @@ MISTAKES = [
     ("decoder", {"freeze": ["vision"]}, "no part 'vision'; it has visual_encoder, text_decoder"),
     ("decoder", {"freeze": ["visual_encoder", "text_decoder"]}, "freeze leaves nothing to train"),
     ("decoder", {**ADAPTED, "freeze": ["visual_encoder", "text_decoder"]}, "are in parts that freeze names"),
-    ("decoder", {"adapter_rank": -1}, "expected a rank of 1 or more"),
     ("decoder", {**ADAPTED, "adapter_targets": ["dense9"]}, "no linear layer is called 'dense9'; there are attn.qkv"),
     ("decoder", {**ADAPTED, "adapter_targets": ["predictions.decoder"]}, "shares its weights with another part"),
     ("decoder", {**ADAPTED, "adapter_also": ["cls_head"]}, "nothing to train is called 'cls_head'"),

@@ -7,10 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import floor, measure, results, throughput
-from benchmarks.__main__ import line, run_row
+from benchmarks.__main__ import cells, run_row
 from benchmarks.case import Size, word_texts
 from benchmarks.inference_rows import needed_tokens
-from benchmarks.measure import Timing, summary
+from benchmarks.measure import Timing
 from benchmarks.rows import ROWS
 from benchmarks.training_rows import pretraining_floor
 from models.blip_pretrain import BLIP_Pretrain
@@ -19,6 +19,7 @@ from models.med import TextDecoder, TextTransformer
 from models.med_config import MedConfig
 from models.vit import create_vit
 from tests import plain
+from utils import run_command
 
 TINY = Size(
     {"embed_dim": 64, "depth": 2, "num_heads": 1, "patch_size": 16},
@@ -39,19 +40,20 @@ def counted(work):
 def test_the_floor_of_the_vit_is_what_is_counted():
     vit, width = create_vit({"embed_dim": 48, "depth": 2, "num_heads": 3, "patch_size": 8}, 32)
     image = torch.randn(1, 3, 32, 32)
-    assert counted(lambda: plain.image_tokens(vit.eval(), image)) == pytest.approx(floor.vit(17, width, 2, 8))
+    assert counted(lambda: plain.image_tokens(vit.eval(), image)) == pytest.approx(floor.vit(1, 17, width, 2, 8).gflop)
 
 
 def test_the_floor_of_texts_is_what_is_counted():
     text, ids, mask = TextTransformer(CONFIG).eval(), torch.ones(1, 7, dtype=torch.long), torch.ones(1, 7)
     states = torch.randn(1, 11, 48)
     alone = counted(lambda: plain.text_states(text, ids, mask))
-    assert alone == pytest.approx(floor.text(7, CONFIG))
-    assert counted(lambda: text.project(states)) == pytest.approx(floor.projection(11, CONFIG))
+    assert alone == pytest.approx(floor.text(7, CONFIG).gflop)
+    assert counted(lambda: text.project(states)) == pytest.approx(floor.projection(11, CONFIG).gflop)
     reading = counted(lambda: plain.text_states(text, ids, mask, states))
-    assert reading == pytest.approx(floor.text(7, CONFIG, states=11) + floor.projection(11, CONFIG))
+    both = floor.together(floor.text(7, CONFIG, states=11), floor.projection(11, CONFIG))
+    assert reading == pytest.approx(both.gflop)
     head = counted(lambda: TextDecoder(CONFIG).eval().logits(torch.randn(1, 5, 32)))
-    assert head == pytest.approx(floor.head(5, CONFIG))
+    assert head == pytest.approx(floor.head(5, CONFIG).gflop)
 
 
 def test_tokens_that_must_be_computed():
@@ -69,13 +71,13 @@ def matrices(module):
 def test_the_weights_of_the_floor_are_the_models():
     vit, width = create_vit({"embed_dim": 48, "depth": 2, "num_heads": 3, "patch_size": 8}, 32)
     tables = vit.pos_embed.numel() + vit.cls_token.numel()
-    assert matrices(vit) == pytest.approx(floor.vit_weights(width, 2, 8) + tables / 1e9)
+    assert matrices(vit) == pytest.approx(floor.vit(1, 17, width, 2, 8).weights + tables / 1e9)
     decoder = TextDecoder(CONFIG)
-    layers = floor.text_weights(CONFIG, True) + floor.projection_weights(CONFIG)
-    assert matrices(decoder.bert.encoder) == pytest.approx(layers)
-    assert matrices(decoder.cls) == pytest.approx(floor.head_weights(CONFIG))
-    reading = floor.text_weights(CONFIG, True) - floor.text_weights(CONFIG, False)
-    assert reading == pytest.approx(3 * 2 * 32 * 32 / 1e9)  # a layer's query and output
+    reads, writes = floor.text(1, CONFIG, states=11), floor.text(1, CONFIG)
+    layers = floor.together(reads, floor.projection(1, CONFIG))
+    assert matrices(decoder.bert.encoder) == pytest.approx(layers.weights)
+    assert matrices(decoder.cls) == pytest.approx(floor.head(1, CONFIG).weights)
+    assert reads.weights - writes.weights == pytest.approx(3 * 2 * 32 * 32 / 1e9)  # a layer's query and output
 
 
 def test_the_floor_of_a_pretraining_step_is_below_what_is_counted():
@@ -99,7 +101,7 @@ def test_a_stage_waits_for_what_is_slower():
 def test_a_row_is_summed_up_by_medians():
     parts = [floor.Part(50.0, 0.1), floor.Part(25.0, 10.0)]
     timing = Timing([1.0, 2.0, 1.5], [3.0, 3.0, 6.0], [2.0, 2.0, 2.0], rate=100.0, bandwidth=160.0)
-    found = summary(timing, parts)
+    found = timing.summary(parts)
     assert found["ratio"] == 2.0 and found["torch products"] == 1.5
     assert (found["lowest ratio"], found["highest ratio"]) == (1.5, 4.0)
     assert (found["floor (GFLOP)"], found["floor (GB)"]) == (75.0, pytest.approx(40.4))
@@ -112,24 +114,20 @@ def small_probes(monkeypatch):
     monkeypatch.setattr(measure, "PRODUCTS", ((64, 64, 64),))
     monkeypatch.setattr(measure, "FEW_ROWS", (2, 64, 64))
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
-    for cached in (measure.fastest_product, measure.fastest_read):
-        cached.cache_clear()
-    yield
-    for cached in (measure.fastest_product, measure.fastest_read):
-        cached.cache_clear()
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name != "retrieval"])  # whose size is not free
 def test_a_row_at_tiny_size(name, small_probes):
     found = run_row(replace(ROWS[name], repeats=1), "cpu", size=TINY, **({"k": 4} if name.startswith("vqa") else {}))
     assert found["ratio"] > 0 and found["times the floor"] > 0 and found["difference"] <= ROWS[name].tolerance
-    assert line(found).count("|") == 13
+    assert len(cells(found)) == 12
 
 
 def test_the_page_of_a_gpu_at_tiny_size(small_probes, monkeypatch):
     """Only the card is missing."""
     monkeypatch.setattr(throughput, "STEPS", 1)
-    text = throughput.report("cpu", {"tiny": TINY}, [2], (32, 64), [0, 1], 2, 1, 4)
+    plan = throughput.Plan({"tiny": TINY}, [2], (32, 64), (0, 1), batch_size=2, steps=1, texts=4)
+    text = throughput.report(plan, "cpu")
     assert len([row for row in text.splitlines() if row.startswith("| tiny | ")]) == len(throughput.PRECISIONS)
     assert text.count("| captioning 8 images") == text.count("| re-ranking one image") == 2
     assert text.count("| VQA ranking") == 4 and "| 64 | 1 | " in text
@@ -138,7 +136,7 @@ def test_the_page_of_a_gpu_at_tiny_size(small_probes, monkeypatch):
 def test_without_a_gpu_the_page_is_refused(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["throughput"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert throughput.main() == 2 and "torch finds no CUDA GPU" in capsys.readouterr().err
+    assert run_command(throughput.main) == 2 and "torch finds no CUDA GPU" in capsys.readouterr().err
 
 
 def test_sections_are_replaced_and_others_stay(tmp_path, monkeypatch):

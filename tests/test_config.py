@@ -128,6 +128,9 @@ def test_every_key_is_described():
         ("max_length=3", "min_length is 5 and max_length 3; raise max_length"),
         ("amp=bf32", "amp is 'bf32'; expected one of '', 'bf16', 'fp16', 'auto'"),
         ("schedule=cosine", "schedule is 'cosine'; expected one of 'epoch', 'step'"),
+        ("parallel=zero", "parallel is 'zero'; expected one of 'ddp', 'fsdp'"),
+        ("grad_ckpt=deepspeed", "grad_ckpt is 'deepspeed'; expected one of 'torch', 'fairscale'"),
+        ("adapter_rank=-1", "adapter_rank is -1; expected a number >= 0"),
     ],
 )
 def test_18_c_values_out_of_range(tmp_path, override, message):

@@ -48,7 +48,6 @@ def test_recomputed_blocks_give_the_same_losses_and_gradients(grad_ckpt, num_blo
         ({"parallel": "fsdp"}, "grad_ckpt: fairscale does not go with parallel: fsdp"),
         ({"compile": True}, "grad_ckpt: fairscale does not go with compile: True"),
         ({"amp": "bf16"}, "grad_ckpt: fairscale does not go with amp: bf16"),
-        ({"grad_ckpt": "deepspeed"}, "grad_ckpt is 'deepspeed'; expected 'torch' or 'fairscale'"),
     ],
 )
 def test_what_fairscale_does_not_go_with(values, message):

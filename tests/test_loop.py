@@ -234,8 +234,6 @@ def test_too_few_data(tmp_path):
 
 
 def test_wrong_settings(tmp_path):
-    with pytest.raises(UserError, match="schedule is 'weekly'; expected 'epoch' or 'step'"):
-        trained(tmp_path / "a", 8, schedule="weekly")
     with pytest.raises(UserError, match="amp is 'int8'; expected 'bf16'"):
         trained(tmp_path / "b", 8, amp="int8")
 

@@ -341,8 +341,3 @@ def test_processes_that_add_gradients_up_are_refused():
     parallel._check_averaging(lambda module: None)
     with pytest.raises(UserError, match="sums gradients that it should average; update torch, or set parallel"):
         parallel._check_averaging(lambda module: module.weight.register_hook(lambda grad: 2 * grad))
-
-
-def test_another_way_is_refused():
-    with pytest.raises(UserError, match="parallel is 'zero'; expected 'ddp'"):
-        parallel.wrap(small("decoder"), "zero", CPU)

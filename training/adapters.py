@@ -65,11 +65,10 @@ def freeze_parts(model: nn.Module, names: list[str]) -> None:
     Raises:
         UserError: the model has no part of a name.
     """
-    parts = {name: part for name, part in model.named_children() if any(True for _ in part.parameters())}
+    parts = {name: part for name, part in model.named_children() if [*part.parameters()] and not name.endswith("_m")}
     for name in names:
-        if name not in parts or name.endswith("_m"):
-            choices = ", ".join(part for part in parts if not part.endswith("_m"))
-            raise UserError(f"freeze: this model has no part {name!r}; it has {choices}")
+        if name not in parts:
+            raise UserError(f"freeze: this model has no part {name!r}; it has {', '.join(parts)}")
         parts[name].requires_grad_(False)
 
 
@@ -77,16 +76,13 @@ def add_adapters(model: nn.Module, config: TrainConfig) -> None:
     """Add adapters to a model's linear layers, and freeze all but them and the parts of `adapter_also`.
 
     Raises:
-        UserError: peft is missing, a setting is out of range, a name fits nothing, or the model has momentum encoders.
+        UserError: peft is missing, a name fits nothing, or the model has momentum encoders.
     """
     if isinstance(model, MomentumModel):
         raise UserError(
             "adapters do not go with retrieval and pretraining, whose momentum models follow whole weights; "
             "set adapter_rank: 0, and freeze parts to train less"
         )
-    if config.adapter_rank < 1 or config.adapter_alpha <= 0:
-        wanted = f"adapter_rank {config.adapter_rank}, adapter_alpha {config.adapter_alpha}"
-        raise UserError(f"{wanted}: expected a rank of 1 or more (0 for no adapters), and an alpha above 0")
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
@@ -95,7 +91,13 @@ def add_adapters(model: nn.Module, config: TrainConfig) -> None:
     lora = LoraConfig(r=config.adapter_rank, lora_alpha=config.adapter_alpha, target_modules=names)
     inject_adapter_in_model(lora, model, NAME)
     for wanted in config.adapter_also:
-        _train_whole(model, wanted)
+        plain = {name: p for name, p in model.named_parameters() if ".lora_" not in name and ".base_layer." not in name}
+        found = [p for name, p in plain.items() if f".{wanted}." in f".{name}."]
+        if not found:
+            parts = ", ".join(name for name, _ in model.named_children())
+            raise UserError(f"adapter_also: nothing to train is called {wanted!r}; name one of {parts} or a piece")
+        for parameter in found:
+            parameter.requires_grad_(True)
 
 
 def adapted_layers(model: nn.Module, config: TrainConfig) -> list[str]:
@@ -114,16 +116,6 @@ def adapted_layers(model: nn.Module, config: TrainConfig) -> list[str]:
     if not found:
         raise UserError("all layers of adapter_targets are in parts that freeze names; take a part off that list")
     return list(dict.fromkeys(found))
-
-
-def _train_whole(model: nn.Module, wanted: str) -> None:
-    parameters = [p for name, p in model.named_parameters()
-                  if f".{wanted}." in f".{name}." and ".lora_" not in name and ".base_layer." not in name]  # fmt: skip
-    if not parameters:
-        parts = ", ".join(name for name, _ in model.named_children())
-        raise UserError(f"adapter_also: nothing to train is called {wanted!r}; name a part ({parts}) or a piece of one")
-    for parameter in parameters:
-        parameter.requires_grad_(True)
 
 
 # Checkpoints.

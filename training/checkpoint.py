@@ -19,11 +19,7 @@ from utils import UserError, all_gather_object, barrier, get_rank, get_world_siz
 
 
 def save_atomic(content: Any, path: Path) -> None:
-    """Save with torch under a temporary name, then rename, so that `path` is always complete.
-
-    Raises:
-        UserError: writing failed, for instance because the disk is full; an earlier file of that name is untouched.
-    """
+    """Save with torch; an error leaves an earlier file of that name untouched, as `write_whole`."""
     with write_whole(path, "wb") as file:
         torch.save(content, file)
 

@@ -20,15 +20,12 @@ def set_grad_checkpointing(model: nn.Module, config: Any) -> None:
     """Checkpoint the layers of the text transformers if asked, and ViT blocks by PyTorch or by fairscale.
 
     Raises:
-        UserError: `grad_ckpt` is unknown, or fairscale is missing or does not go with another setting.
+        UserError: fairscale is missing or does not go with another setting.
     """
-    checkpointing = config.get("grad_ckpt", "torch")
-    if checkpointing not in ("torch", "fairscale"):
-        raise UserError(f"grad_ckpt is {checkpointing!r}; expected 'torch' or 'fairscale'")
     for part in model.modules():
         if isinstance(part, TextTransformer):
             part.grad_checkpointing = config.get("text_grad_ckpt", False)
-    if checkpointing == "fairscale":
+    if config.get("grad_ckpt") == "fairscale":
         for key, allowed, reason in FAIRSCALE_LIMITS:
             if config.get(key, allowed[0]) not in allowed:
                 raise UserError(f"grad_ckpt: fairscale does not go with {key}: {config[key]} ({reason}); use torch")

@@ -126,6 +126,6 @@ def open_tensorboard(run: Run) -> Any:
     return SummaryWriter(str(run.output_dir / "tensorboard"))
 
 
-def round_to(value: float, digits: int = 6) -> float:
-    """Round to significant digits, so that nothing small becomes 0."""
-    return float(f"{value:.{digits}g}")
+def round_to(value: float) -> float:
+    """Round to 6 significant digits, so that nothing small becomes 0."""
+    return float(f"{value:.6g}")

@@ -54,11 +54,9 @@ def fit(run: Run, config: TrainConfig, model: nn.Module, loader: DataLoader, tas
     """Train a model: log and save every epoch, evaluate every `eval_every` epochs, keep the best and last weights.
 
     Args:
-        run: the run's device, folder and log.
-        config: settings of the training.
+        run, config, task: what the script adds is in `task`.
         model: on any device.
         loader: its sampler is a `data.sampler.EpochSampler`.
-        task: what the script adds.
 
     Returns:
         The best epoch's scores, with "epoch" and "quality", the value of `best_metric`.
@@ -97,12 +95,7 @@ def fit(run: Run, config: TrainConfig, model: nn.Module, loader: DataLoader, tas
 
 
 def take_step(state: TrainState, task: Task, batches: list[Batch]) -> Losses:
-    """Update the weights from one batch, or from several whose gradients are accumulated.
-
-    Args:
-        state: the run.
-        task: what the script adds.
-        batches: `grad_accum` batches on the device.
+    """Update the weights from `grad_accum` batches on the device, whose gradients are accumulated.
 
     Returns:
         The losses, their sum where there are several, and the gradient norm: scalars on the device, detached.

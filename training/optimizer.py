@@ -8,7 +8,6 @@ from torch import nn
 from launch.config import TrainConfig
 from training.parallel import split_params
 from training.progress import Progress
-from utils import UserError
 
 
 def cosine_lr(epoch: float, max_epoch: float, init_lr: float, min_lr: float) -> float:
@@ -30,8 +29,6 @@ def cosine_schedule(config: TrainConfig, progress: Progress) -> float:
     """Cosine from `init_lr` to `min_lr`: updated every epoch, as released, or every step after a linear warm-up."""
     if config.schedule == "epoch":
         return cosine_lr(progress.epoch, progress.max_epoch, config.init_lr, config.min_lr)
-    if config.schedule != "step":
-        raise UserError(f"schedule is {config.schedule!r}; expected 'epoch' or 'step'")
     if progress.step < config.warmup:
         return warmup_lr(progress.step + 1, config.warmup, 0.0, config.init_lr)
     num_steps = max(progress.total_steps - config.warmup, 1)
@@ -44,9 +41,7 @@ def create_optimizer(
     """Return a fused AdamW over all trainable parameters.
 
     Args:
-        model: the model.
-        lr: learning rate.
-        weight_decay: of all parameters, as released.
+        model, lr, weight_decay: weight decay of all parameters, as released.
         decay_norms: False exempts biases and norms, parameters of one dimension.
         lr_layer_decay: factor on the learning rate of the ViT, to the power of a block's distance from its output.
     """

@@ -29,12 +29,7 @@ def wrap(model: nn.Module, parallel: str, device: torch.device) -> nn.Module:
 
     Returns:
         DistributedDataParallel of the model for "ddp"; the model, sharded in place, for "fsdp".
-
-    Raises:
-        UserError: `parallel` is neither "ddp" nor "fsdp".
     """
-    if parallel not in ("ddp", "fsdp"):
-        raise UserError(f"parallel is {parallel!r}; expected 'ddp' (replicas) or 'fsdp' (shards)")
     if get_world_size() == 1:
         return model
     broadcast_(model.buffers())  # the queues: equal at the start, and every rank updates them alike
@@ -73,7 +68,8 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
         fully_shard(unit)
         if hasattr(unit, "project"):
             fsdp.register_fsdp_forward_method(unit, "project")
-        unit.register_forward_pre_hook(_gather, prepend=True)
+        # gathered also when it is recomputed: torch before 2.11 then leaves it in shards
+        unit.register_forward_pre_hook(lambda unit, _: unit.unshard(), prepend=True)
     fully_shard(model, ignored_params={p for p in model.parameters() if p.dim() == 0})
     object.__setattr__(model, SKELETON, skeleton)
     if isinstance(model, MomentumModel):
@@ -91,11 +87,6 @@ def _check_averaging(fully_shard: Any) -> None:
         raise UserError(f"{problem}; update torch, or set parallel: ddp")
 
 
-def _gather(unit: nn.Module, _: Any) -> None:
-    """Gather a unit before its forward, also when it is recomputed: torch before 2.11 then leaves it in shards."""
-    unit.unshard()  # type: ignore[operator]
-
-
 def _units(model: nn.Module) -> list[nn.Module]:
     """Return the parts that are gathered one at a time, shared ones once."""
     units = [part for name, part in model.named_modules() if name.split(".")[-2:-1] == ["blocks"]]
@@ -107,11 +98,8 @@ def _units(model: nn.Module) -> list[nn.Module]:
 
 def _skeleton(model: nn.Module) -> nn.Module:
     """Return a copy of a model on the device "meta", without storage."""
-    tensors = [*model.parameters(), *model.buffers()]
-    memo: dict[int, Any] = {}
-    for tensor in tensors:
-        empty = tensor.detach().to("meta")
-        memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+    memo: dict[int, Any] = {id(tensor): tensor.to("meta") for tensor in model.buffers()}
+    memo |= {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
     return copy.deepcopy(model, memo)
 
 

@@ -1,4 +1,4 @@
-"""How far a training run is."""
+"""The position of a training run: epochs and steps."""
 
 from dataclasses import dataclass
 

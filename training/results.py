@@ -17,6 +17,8 @@ from training.loop import Scores, Task, fit
 from training.state import compile_blocks, prepare_model
 from utils import UserError, on_main_process
 
+Examples = Callable[[Any, str], list[dict[str, Any]]]  # dataset, split -> what the report shows of it
+
 
 def splits_of(run: Run, config: Any) -> tuple[str, ...]:
     """Return the splits that a run reads; with `--evaluate` those of the config's `splits` alone.
@@ -24,9 +26,7 @@ def splits_of(run: Run, config: Any) -> tuple[str, ...]:
     Raises:
         UserError: `splits` names none, or another one than val and test.
     """
-    if not run.evaluate:
-        return ("train", "val", "test")
-    return eval_splits(config)
+    return eval_splits(config) if run.evaluate else ("train", "val", "test")
 
 
 def eval_splits(config: Any) -> tuple[str, ...]:
@@ -36,16 +36,21 @@ def eval_splits(config: Any) -> tuple[str, ...]:
     return tuple(split for split in ("val", "test") if split in config.splits)
 
 
-def shown_split(loaders: dict[str, DataLoader]) -> str:
-    """Return the split whose examples the report shows."""
-    return "test" if "test" in loaders else "val"
+def eval_loaders(loaders: dict[str, DataLoader]) -> dict[str, DataLoader]:
+    """Return the loaders of the splits that are evaluated."""
+    return {split: loader for split, loader in loaders.items() if split != "train"}
 
 
-def train_or_evaluate(run: Run, config: Any, model: nn.Module, loaders: dict[str, DataLoader], task: Task) -> Scores:
-    """Train a model, or with `--evaluate` only evaluate it; return the scores."""
+def train_and_report(
+    run: Run, config: Any, model: nn.Module, loaders: dict[str, DataLoader], task: Task, title: str, examples: Examples
+) -> None:
+    """Train a model, or with `--evaluate` only evaluate it, and write the report with examples of the last split."""
     if run.evaluate:
-        return evaluate_only(run, config, model, task.evaluate)
-    return fit(run, config, model, loaders["train"], task)
+        scores = evaluate_only(run, config, model, task.evaluate)
+    else:
+        scores = fit(run, config, model, loaders["train"], task)
+    split = [*loaders][-1]
+    report_scores(run, title, scores, lambda: examples(loaders[split].dataset, split))
 
 
 def evaluate_only(run: Run, config: Any, model: nn.Module, evaluate: Callable[[nn.Module], Scores]) -> Scores:
@@ -66,23 +71,15 @@ def evaluate_only(run: Run, config: Any, model: nn.Module, evaluate: Callable[[n
 
 
 def report_scores(run: Run, title: str, scores: Scores, cards: Callable[[], list[dict[str, Any]]]) -> None:
-    """Print the scores and write the report page.
-
-    Args:
-        run: its folder, logs and notes.
-        title: of the page.
-        scores: of the best epoch, or of an evaluation.
-        cards: returns the examples that the page shows.
-    """
+    """Print scores, and write the report page with the examples that `cards` returns."""
     scores = put_test_first({name: value for name, value in scores.items() if name != "quality"})
     width = max((len(name) for name in scores), default=0)
     for name, value in scores.items():
         run.print(f"  {name.ljust(width)}  {format_score(name, value)}")
     run.epoch = scores.get("epoch")
-    page = on_main_process(lambda: _write_report(run, title, scores, cards()))
-    run.print(f"report: {page}")
 
+    def write() -> str:
+        log = run.read_log("curve.jsonl") + run.read_log()
+        return str(write_report(run.output_dir, title, scores, log, cards(), run.notes))
 
-def _write_report(run: Run, title: str, scores: Scores, cards: list[dict[str, Any]]) -> str:
-    log = run.read_log("curve.jsonl") + run.read_log()
-    return str(write_report(run.output_dir, title, scores, log, cards, run.notes))
+    run.print(f"report: {on_main_process(write)}")

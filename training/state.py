@@ -67,13 +67,7 @@ class TrainState:
 
 
 def create_state(run: Run, config: TrainConfig, model: nn.Module, num_batches: int) -> TrainState:
-    """Prepare a model for training.
-
-    Args:
-        run: its device and folder.
-        config: settings.
-        model: on any device.
-        num_batches: batches of an epoch.
+    """Prepare a model, on any device, for training with a number of batches an epoch.
 
     Raises:
         UserError: the data do not fill a step, or settings do not go together.
@@ -95,9 +89,7 @@ def create_state(run: Run, config: TrainConfig, model: nn.Module, num_batches: i
         config,
         model,
         wrapped,
-        create_optimizer(
-            model, config.init_lr, config.weight_decay, config.decay_norms, config.lr_layer_decay
-        ),
+        create_optimizer(model, config.init_lr, config.weight_decay, config.decay_norms, config.lr_layer_decay),
         torch.amp.GradScaler(run.device.type, enabled=use_scaler),
         StepCheck(run.device, overflow_is_normal=use_scaler),
         TrainLog(run, config.tensorboard),
