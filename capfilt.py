@@ -1,5 +1,10 @@
 """Bootstrap web pairs: caption every image, and keep of web and synthetic texts those that match (section 3.3)."""
 
+from launch.interrupts import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import sys
 from dataclasses import asdict
 from pathlib import Path

@@ -94,14 +94,14 @@ def _continue(url: str, part: Path, version: Path) -> None:
     have = part.stat().st_size if part.is_file() else 0
     headers = {"Range": f"bytes={have}-"} if have else {}
     if have and version.is_file():
-        headers["If-Range"] = version.read_text()
+        headers["If-Range"] = version.read_text(encoding="utf-8")
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS) as response:
         if response.status != 206:  # the server sends the whole
             have = 0
             version.unlink(missing_ok=True)
             tag = response.headers.get("ETag") or ""
             if tag and not tag.startswith("W/"):  # a weak tag does not promise the same bytes
-                version.write_text(tag)
+                version.write_text(tag, encoding="utf-8")
         rest = response.headers.get("Content-Length")
         total = have + int(rest) if rest else 0
         if total > LARGEST_BYTES:

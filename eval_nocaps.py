@@ -1,5 +1,10 @@
 """Caption NoCaps images, which show objects never seen in training, and score them by domain (paper section 5.2)."""
 
+from launch.interrupts import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import sys
 from typing import Any
 
@@ -12,7 +17,7 @@ from launch.run import Run, launch
 from metrics.caption import domain_scores
 from metrics.ground_truth import read_ground_truth, refuse_missing
 from models.blip import BLIP_Decoder, blip_decoder
-from train_caption import write_captions
+from train_caption import check_captions, write_captions
 from training.results import eval_splits, evaluate_only, report_scores
 from utils import on_main_process
 
@@ -56,6 +61,8 @@ def main(config: NoCapsConfig, run: Run) -> None:
     loaders = make_loaders("nocaps", config, eval_splits(config))
     on_main_process(lambda: check_ground_truth(loaders, config))
     model = blip_decoder(**config.model_settings("prompt"))
+    for name, reason in check_captions(model, config).items() if config.val_gt or config.test_gt else ():
+        run.note_once(f"{name}: {reason}")
     scores = evaluate_only(run, config, model, lambda model: evaluate(model, loaders, config, run))
     split = next(iter(loaders))
     report_scores(run, "NoCaps", scores, lambda: examples(loaders[split].dataset, split, run))

@@ -1,5 +1,10 @@
 """Zero-shot text-to-video retrieval with an image-text model, MSRVTT (paper section 5.6)."""
 
+from launch.interrupts import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import sys
 from typing import Any
 
@@ -45,6 +50,7 @@ def evaluate(model: BLIP_Retrieval, loader: DataLoader, config: VideoConfig, run
     bad: dict[int, str] = {}
 
     def encode(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return tokens and features of clips, and note those that cannot be read."""
         bad.update({int(i): error for i, error in zip(batch["index"], batch["error"], strict=True) if error})
         return encode_video(model, batch["video"].to(run.device, non_blocking=True))
 

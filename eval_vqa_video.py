@@ -1,5 +1,10 @@
 """Zero-shot video question answering with an image VQA model, MSRVTT-QA and MSVD-QA (paper section 5.6)."""
 
+from launch.interrupts import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import sys
 from typing import Any
 
@@ -106,13 +111,11 @@ def examples(dataset: Any, run: Run, count: int = 24) -> list[dict[str, Any]]:
 
 def main(config: VideoQAConfig, run: Run) -> None:
     """Answer the questions and report."""
-    if config.inference == "choices":
-        raise UserError("inference is 'choices'; expected 'generate' or 'rank'")
     loader = make_loaders("video_qa", config)["test"]
-    model = blip_vqa(**config.model_settings(), smooth_padding=config.smooth_padding, mask_padding=True)
+    model = blip_vqa(**config.model_settings("smooth_padding"), mask_padding=True)
     scores = evaluate_only(run, config, model, lambda model: evaluate(model, loader, config, run))
     report_scores(run, "Questions about clips", scores, lambda: examples(loader.dataset, run))
 
 
 if __name__ == "__main__":
-    sys.exit(launch(main, VideoQAConfig, "configs/msrvtt_qa.yaml", "output/video_qa", __doc__ or "", EXAMPLES))
+    sys.exit(launch(main, VideoQAConfig, "configs/msrvtt_qa.yaml", "output/video_qa", __doc__, EXAMPLES))

@@ -1,5 +1,10 @@
 """Pretrain BLIP by contrast, matching and language modelling (paper sections 3.2 and 4.1)."""
 
+from launch.interrupts import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import sys
 from collections.abc import Callable
 from typing import Any

@@ -1,5 +1,10 @@
 """Fine-tune and evaluate a captioner (paper section 5.2)."""
 
+from launch.interrupts import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import sys
 from typing import Any
 
@@ -11,13 +16,13 @@ from data.annotations import find_annotation
 from files import read_json, write_json
 from launch.config import CaptionConfig
 from launch.run import Run, launch
-from metrics.caption import caption_scores
+from metrics.caption import caption_scores, metric_obstacles
 from metrics.ground_truth import read_ground_truth, refuse_missing
 from models.blip import BLIP_Decoder, blip_decoder
 from training.loop import Losses, Task
 from training.progress import Progress
 from training.results import eval_loaders, splits_of, train_and_report
-from utils import gather_results, id_text, on_main_process, track
+from utils import UserError, gather_results, id_text, on_main_process, track
 
 EXAMPLES = (
     "python train_caption.py --config configs/miniature/caption.yaml --output_dir output/caption",
@@ -82,6 +87,18 @@ def check_ground_truth(loaders: dict[str, DataLoader], config: CaptionConfig) ->
         refuse_missing(read_ground_truth(ground_truth(split, config)), loader.dataset.ids)
 
 
+def check_captions(model: BLIP_Decoder, config: Any) -> dict[str, str]:
+    """Return the metrics that cannot be computed here, and why.
+
+    Raises:
+        UserError: none can be, or the prompt leaves no place for a caption.
+    """
+    if model.prompt_length >= config.max_length:
+        lengths = f"prompt has {model.prompt_length} tokens and max_length is {config.max_length}"
+        raise UserError(f"{lengths}; raise max_length")
+    return metric_obstacles(config.java)
+
+
 def examples(dataset: Any, split: str, config: CaptionConfig, run: Run, count: int = 24) -> list[dict[str, Any]]:
     """Return images of a split with their captions and references, for the report."""
     references = read_ground_truth(ground_truth(split, config)).references
@@ -98,6 +115,8 @@ def main(config: CaptionConfig, run: Run) -> None:
     splits = eval_loaders(loaders)
     on_main_process(lambda: check_ground_truth(splits, config))
     model = blip_decoder(**config.model_settings("prompt", "smooth_padding"))
+    for name, reason in check_captions(model, config).items():
+        run.note_once(f"{name}: {reason}")
     task = Task(train_step, lambda model: evaluate(model, splits, config, run), best_metric)
     train_and_report(run, config, model, loaders, task, "Captioning", lambda *of: examples(*of, config, run))
 

@@ -1,5 +1,10 @@
 """Fine-tune and evaluate classification of images, with or without a text, such as visual entailment (SNLI-VE)."""
 
+from launch.interrupts import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import sys
 from collections.abc import Callable
 from typing import Any

@@ -1,5 +1,10 @@
 """Fine-tune and evaluate a judge of statements about two images, NLVR2 (paper section 5.4)."""
 
+from launch.interrupts import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import sys
 from typing import Any
 

@@ -1,5 +1,10 @@
 """Fine-tune and evaluate image-text retrieval (paper section 5.1)."""
 
+from launch.interrupts import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -52,6 +57,7 @@ def evaluate(
     """Rank both ways and return recalls, their means and the median ranks of each split."""
 
     def encode(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return tokens and features of images."""
         image_embeds = model.visual_encoder(batch["image"].to(run.device, non_blocking=True))
         return image_embeds, model.image_feat(image_embeds)
 
@@ -64,6 +70,7 @@ def evaluate(
         ranking = two_stage_scores(model, encode, loader, dataset.text, *sizes, config.keep_images)
 
         def measure(ranking=ranking, dataset=dataset, split=split) -> dict[str, float]:
+            """Write the best images of each text, and return the scores of a split."""
             write_json(run.result(split), best_texts(ranking.t2i, dataset))
             return retrieval_scores(ranking.i2t, ranking.t2i, dataset.txt2img, dataset.img2txt)
 

@@ -1,5 +1,10 @@
 """Fine-tune and evaluate visual question answering (paper section 5.3)."""
 
+from launch.interrupts import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import sys
 from typing import Any
 
@@ -88,6 +93,7 @@ def evaluate(model: BLIP_VQA, loader: DataLoader, config: VQAConfig, run: Run) -
     rows = answer(model, loader, config, run.device)
 
     def measure() -> dict[str, float]:
+        """Write the answers, and return their scores."""
         write_json(run.result("vqa_result"), rows)
         if config.scoring == "aokvqa":  # the file for its leaderboard
             key = "multiple_choice" if config.inference == "choices" else "direct_answer"

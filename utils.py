@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,18 @@ def user_message(error: BaseException) -> str | None:
     return " ".join(str(error).rpartition(MARK)[2].splitlines()).strip()
 
 
+def say(text: str, to: TextIO | None = None, end: str = "\n") -> None:
+    """Print on standard error, or another stream. A run goes on where its disk is full or its reader has gone."""
+    stream = to or sys.stderr
+    try:
+        encoding = stream.encoding or "utf-8"
+        print(text.encode(encoding, "replace").decode(encoding), end=end, file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except OSError:
+        pass
+
+
 def allow_tf32(enabled: bool) -> None:
     """Let CUDA compute float32 products and convolutions in TF32, the default of the released code's PyTorch."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = enabled
@@ -42,10 +54,10 @@ def run_command(main: Callable[[], None]) -> int:
         main()
         return 0
     except UserError as error:
-        print(f"error: {user_message(error)}", file=sys.stderr)
+        say(f"error: {user_message(error)}")
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        say("\ninterrupted")
         return 130
 
 
@@ -182,7 +194,7 @@ def choose_device(name: str) -> torch.device:
     if device.index is None:
         device = torch.device(device.type, local_rank % count)
         if local_rank == count:  # as under SLURM with one visible GPU per task
-            print(f"LOCAL_RANK is {local_rank} with {count} visible GPU; this rank uses {device}", file=sys.stderr)
+            say(f"LOCAL_RANK is {local_rank} with {count} visible GPU; this rank uses {device}")
     if device.index >= count:
         raise UserError(f"--device is {name!r}, and PyTorch finds {count} of this kind; use a smaller index")
     module.set_device(device)
@@ -253,15 +265,15 @@ class ProgressLine:
         line = f"{self.title}  {done}/{self.total}  {details}  {left} left".replace("    ", "  ")
         if self.live:
             line = line[: shutil.get_terminal_size().columns - 1]
-            print(f"\r{line.ljust(self.width)}", end="", file=sys.stderr, flush=True)
+            say(f"\r{line.ljust(self.width)}", end="")
             self.width = len(line)
         else:
-            print(line, file=sys.stderr, flush=True)
+            say(line)
 
     def close(self) -> None:
         """End the line on a terminal."""
         if self.live and self.width:
-            print(file=sys.stderr, flush=True)
+            say("")
 
 
 def track(items: Sequence[Item] | Any, title: str) -> Iterator[Item]:
@@ -276,7 +288,7 @@ def track(items: Sequence[Item] | Any, title: str) -> Iterator[Item]:
 def note(text: str) -> None:
     """Print a line on standard error, on the main process only."""
     if is_main_process():
-        print(f"note: {text}", file=sys.stderr, flush=True)
+        say(f"note: {text}")
 
 
 note_once = cache(note)

@@ -40,6 +40,7 @@ def forward_bytes(model: BLIP_Pretrain, pairs: int) -> int:
         weights = {tensor.untyped_storage()._cdata for tensor in state.values()}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
+            """Note the bytes of a tensor that is kept."""
             storage = tensor.untyped_storage()
             if storage._cdata not in weights:
                 kept[storage._cdata] = storage.nbytes()

@@ -69,7 +69,7 @@ def _count(shard: str, dropped: Counter[str]) -> int:
     except UNREADABLE as error:
         raise UserError(f"shard {shard} cannot be read ({error}); replace it or take it out") from None
     with suppress(OSError):  # in a folder without write permission the next run counts again
-        kept.write_text(json.dumps({"pairs": number, **version}))
+        kept.write_text(json.dumps({"pairs": number, **version}), encoding="utf-8")
     return number
 
 

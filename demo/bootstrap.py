@@ -192,7 +192,7 @@ def write_pairs(path: Path, pairs: list[dict], count: int, seed: int) -> None:
     rounds = (rng.sample(pairs, len(pairs)) for _ in itertools.count())
     rows = itertools.islice(itertools.chain.from_iterable(rounds), count)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 # Running the stages.
@@ -257,7 +257,7 @@ async def run_python(arguments: list[str], name: str, log: Path) -> None:
             if child.returncode is None:
                 child.terminate()
     if code:
-        last = (log.read_text().strip().splitlines() or ["no output"])[-1]
+        last = (log.read_text(encoding="utf-8").strip().splitlines() or ["no output"])[-1]
         raise UserError(f"stage {name} ended with {code}: {last}; see {log}, and start again to continue")
 
 

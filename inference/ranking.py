@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from models.blip_retrieval import MAX_TEXT_TOKENS
 from models.losses import similarity, unit_features
-from models.tokenizer import TokenBatch, tokenize
+from models.tokenizer import TokenBatch, encodable, tokenize
 from utils import UserError, all_gather_object, get_rank, get_world_size, is_main_process, track
 
 NOT_SCORED = -100.0
@@ -59,7 +59,8 @@ def two_stage_scores(
         left_out: asked once all images are encoded: the images, and the texts, that are no candidates.
     """
     device = next(model.parameters()).device
-    tokens = [model.tokenizer(text, truncation=True, max_length=MAX_TEXT_TOKENS).input_ids for text in texts]
+    settings = {"truncation": True, "max_length": MAX_TEXT_TOKENS}
+    tokens = [model.tokenizer(encodable(text), **settings).input_ids for text in texts]
     text_feat = encode_texts(model, texts, batch_size, device)
     embeds, feats = encode_images(encode, loader, keep_images)
     num_images, image_feat = gather_features(feats)

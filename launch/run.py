@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 
 from files import append, disk_is_full, to_free, write_whole
-from launch.config import ModelConfig, describe
+from launch.command_line import make_parser, refuse_unknown
+from launch.config import ModelConfig
+from launch.interrupts import raise_interrupts
 from launch.settings_file import load_config, save_config
 from launch.watchdog import BUSY_MINUTES, Watchdog
 from utils import (
@@ -29,6 +31,7 @@ from utils import (
     has_group,
     is_main_process,
     on_main_process,
+    say,
     user_message,
 )
 
@@ -69,7 +72,7 @@ class Run:
     def print(self, *words: Any) -> None:
         """Print on the main process."""
         if is_main_process():
-            print(*words, flush=True)
+            say(" ".join(map(str, words)), sys.stdout)
 
     def note(self, text: str) -> None:
         """Print something a reader of the report should know too."""
@@ -103,7 +106,7 @@ class Run:
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield a log's lines and what they hold, without those that a kill or a full disk has cut."""
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
@@ -112,6 +115,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield line, row
 
 
+@raise_interrupts()
 def launch(
     main: Callable[[Any, Run], None],
     config_class: type[ModelConfig],
@@ -125,9 +129,11 @@ def launch(
     Returns:
         The exit code: 0; 2 after an error that the user can fix; 130 after Ctrl-C; 143 after SIGTERM.
     """
-    args = _parser(config_class, default_config, default_output, description, examples).parse_args()
+    parser = make_parser(config_class, default_config, default_output, description, examples)
+    args, unknown = parser.parse_known_args()
     watchdog, config = Watchdog(), config_class()
     try:
+        refuse_unknown(unknown, parser, config)
         config = load_config(config_class, args.config, args.set)
         slurm_to_torchrun()
         device = choose_device(args.device)
@@ -146,7 +152,7 @@ def launch(
         message = user_message(error) or explain_error(error, watchdog, config, Path(args.output_dir))
         if message:
             return _end(watchdog, f"error: {message}", 2)
-        print(f"rank {get_rank()} failed in {watchdog.state}:", file=sys.stderr, flush=True)
+        say(f"rank {get_rank()} failed in {watchdog.state}:")
         raise
     finally:
         if has_group():
@@ -157,7 +163,7 @@ def launch(
 def _end(watchdog: Watchdog, message: str, code: int) -> int:
     """Print why the run ends, once if all ranks have the same message."""
     if watchdog.is_first(message) and (has_group() or int(os.environ.get("LOCAL_RANK", 0)) == 0):
-        print(message, file=sys.stderr, flush=True)
+        say(message)
     return code
 
 
@@ -177,30 +183,6 @@ def explain_error(error: Exception, watchdog: Watchdog, config: Any, output_dir:
         savers = MEMORY_SAVERS if "grad_accum" in config else ""
         return f"out of memory: {place}: {problem or 'MemoryError'}; lower {sizes}{savers}"
     return ""
-
-
-def _parser(
-    config_class: type[ModelConfig], config: str, output: str, description: str | None, examples: Sequence[str]
-) -> argparse.ArgumentParser:
-    epilog = "examples:\n" + "".join(f"  {line}\n" for line in examples)
-    epilog += "\nconfiguration keys, with their defaults:\n" + "\n".join(describe(config_class))
-    parser = argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", default=config, help=f"YAML file of settings (default: {config})")
-    parser.add_argument("--output_dir", default=output, help=f"folder of results (default: {output})")
-    parser.add_argument("--evaluate", action="store_true", help="evaluate only")
-    parser.add_argument("--device", default="", help="cuda, xpu, mps or cpu (default: cuda if there is a GPU)")
-    parser.add_argument("--seed", type=int, default=42, help="of all random numbers (default: 42)")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --output_dir")
-    parser.add_argument("--checkpoint", default="", help="continue from this checkpoint, of any folder")
-    parser.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting; may be given many times"
-    )
-    for name in ("--world_size", "--dist_url", "--distributed"):
-        parser.add_argument(name, default=None, help="accepted as in the released code; the launcher decides")
-    return parser
 
 
 def join_process_group(device: torch.device, hang_minutes: float) -> dist.Store | None:

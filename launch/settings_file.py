@@ -82,6 +82,8 @@ def _build(config_class: type[Config], values: dict[str, Any], places: dict[str,
             meant = f"did you mean {close[0]!r}?" if close else f"this task has {', '.join(sorted(hints))}"
             raise UserError(f"{places[key]}: unknown key {abbreviate(key)}; {meant}")
         values[key] = _convert(value, hints[key], f"{places[key]}: {key}")
+        if has_lone_surrogates(str(value)):  # config.yaml could not be written
+            raise UserError(f"{places[key]}: {key} is no text in UTF-8; write it in UTF-8")
     config = config_class(**values)
     check_ranges(config, places)
     return config
@@ -177,6 +179,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, list):
         return [plain(item) for item in value]
     return next((kind(value) for kind in (bool, int, float, str) if isinstance(value, kind)), value)
+
+
+def has_lone_surrogates(text: str) -> bool:
+    """Return True if UTF-8 cannot encode a text, such as an argument in another encoding."""
+    return text.encode("utf-8", "ignore").decode() != text
 
 
 def abbreviate(value: Any) -> str:

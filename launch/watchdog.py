@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from utils import duration
+from utils import duration, say
 
 CODE_FOLDER = str(Path(__file__).resolve().parent.parent) + os.sep
 STRICT = ("data loading", "a step")  # phases with the limit `hang_minutes`, from the second time on
@@ -139,6 +139,7 @@ class Watchdog:
         answers: list[Any] = []
 
         def ask() -> None:
+            """Note the answer, if one comes."""
             with suppress(RuntimeError):
                 answers.append(question())
 
@@ -160,7 +161,7 @@ class Watchdog:
         self.ending.set()
         number, deadline = self._count(message, 1), time.time() + END_SECONDS
         if number in (1, None):
-            print(f"error: {message}; continue with --resume", file=sys.stderr, flush=True)
+            say(f"error: {message}; continue with --resume")
         # the end of one rank fails the collectives of the others, and rank 0 may hold the store: they end together
         while number is not None and number < len(self.keys) and time.time() < deadline:
             time.sleep(0.1)

@@ -150,12 +150,11 @@ def _score_all(
     references: Captions, predictions: Captions, java: bool
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Compute each metric separately, so that the failure of one loses no other."""
-    if find_spec("pycocoevalcap") is None:
-        raise UserError("caption metrics need the package pycocoevalcap, which is not installed; install it with pip")
+    obstacles = metric_obstacles(java)
     scores: dict[str, float] = {}
     notes = {"CIDEr": ONE_IMAGE} if len(references) == 1 else {}
     for name in SCORERS:
-        reason = _obstacle(name, java)
+        reason = obstacles.get(name, "")
         if not reason:
             try:
                 with contextlib.redirect_stdout(io.StringIO()), _open_scorer(name) as scorer:
@@ -170,18 +169,23 @@ def _score_all(
     return scores, notes
 
 
-def _obstacle(name: str, java: bool) -> str:
-    """Return why a metric cannot be computed here, '' if it can."""
-    if name in ("METEOR", "SPICE") and (reason := _no_java(java)):
-        return reason
-    if name == "SPICE":  # without its models it would download them when constructed
-        from pycocoevalcap.spice import get_stanford_models as spice
+def metric_obstacles(java: bool) -> dict[str, str]:
+    """Return the metrics that cannot be computed here, and why.
 
-        names = (f"{spice.JAR}.jar", f"{spice.JAR}-models.jar")
-        if not all((Path(spice.SPICEDIR) / spice.SPICELIB / name).is_file() for name in names):
-            remedy = "`python -m pycocoevalcap.spice.get_stanford_models` downloads them"
-            return f"needs the Stanford CoreNLP models, which are not installed; {remedy}"
-    return ""
+    Raises:
+        UserError: none can.
+    """
+    if find_spec("pycocoevalcap") is None:
+        raise UserError("caption metrics need the package pycocoevalcap, which is not installed; install it with pip")
+    if reason := _no_java(java):
+        return {"METEOR": reason, "SPICE": reason}
+    from pycocoevalcap.spice import get_stanford_models as spice
+
+    names = (f"{spice.JAR}.jar", f"{spice.JAR}-models.jar")
+    if all((Path(spice.SPICEDIR) / spice.SPICELIB / name).is_file() for name in names):
+        return {}  # without its models SPICE would download them when constructed
+    remedy = "`python -m pycocoevalcap.spice.get_stanford_models` downloads them"
+    return {"SPICE": f"needs the Stanford CoreNLP models, which are not installed; {remedy}"}
 
 
 def _open_scorer(name: str) -> AbstractContextManager[Any]:

@@ -111,6 +111,11 @@ class TokenBatch(NamedTuple):
         return TokenBatch(F.pad(self.input_ids, extra, value=pad_token_id), F.pad(self.attention_mask, extra))
 
 
+def encodable(text: str) -> str:
+    """Return a text with "?" for lone surrogates, which JSON may hold and UTF-8 cannot encode."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def tokenize(
     tokenizer: Any, texts: str | Sequence[str], first: str = "cls", max_length: int | None = None,
     device: torch.device | str = "cpu",
@@ -126,7 +131,7 @@ def tokenize(
         device: where the result goes.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
-    texts = [text.encode("utf-8", "replace").decode() for text in texts]  # JSON may hold lone surrogates
+    texts = [encodable(text) for text in texts]
     longest = min(tokenizer.model_max_length, MAX_POSITIONS)
     encoded = tokenizer(
         texts, padding="longest", truncation=True, max_length=max_length or longest, return_tensors="pt"

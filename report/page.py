@@ -31,12 +31,10 @@ def write_report(
     curves: Sequence[str] = ("train_loss",),
     histograms: Mapping[str, Sequence[int]] | None = None,
 ) -> Path:
-    """Write report.html, which needs no other file, and its figures: scores.png, curve.png and histograms.png.
-
-    A figure is written where there is something to draw.
+    """Write report.html, which needs no other file, and its figures where there is something to draw.
 
     Args:
-        folder: made if absent.
+        folder: gets report.html, scores.png, curve.png and histograms.png; made if absent.
         title: heading of the page.
         scores: metric -> value, or group (a domain, a split) -> {metric: value}.
         log: rows of the log: "epoch", "step" or both, losses, learning rates ("..._lr"), scores ("val_...").
@@ -73,13 +71,14 @@ def write_report(
         _histograms_section(embedded.get("histograms.png")),
         cards,
     ]
-    with write_whole(folder / "report.html") as file:
-        file.write(
-            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{escape(title)}</title><style>\n{STYLE.read_text()}</style></head>\n"
-            f"<body><main><h1>{escape(title)}</h1>\n{''.join(sections)}</main></body></html>\n"
-        )
+    page = (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>\n{STYLE.read_text(encoding='utf-8')}</style></head>\n"
+        f"<body><main><h1>{escape(title)}</h1>\n{''.join(sections)}</main></body></html>\n"
+    )
+    with write_whole(folder / "report.html", "wb") as file:
+        file.write(page.encode(errors="replace"))  # texts may hold lone surrogates
     return folder / "report.html"
 
 

@@ -202,7 +202,8 @@ class Job:
     def workers(self) -> list[int]:
         """Return the workers' process numbers, in order of rank."""
         try:
-            return sorted(map(int, Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()))
+            children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text(encoding="utf-8")
+            return sorted(map(int, children.split()))
         except FileNotFoundError:
             return []
 
@@ -392,7 +393,7 @@ def campaign(kills: list[Kill], seed: int, output: Path) -> list[Kill]:
     for kill in kills[len(done) :]:
         carry_out(kill, output, seed)
         done.append(kill)
-        with open(book, "a") as file:
+        with open(book, "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(kill)) + "\n")
         print(kill.number, *[getattr(kill, name) for name in COLUMNS[1:]], kill.lost or "nothing lost", flush=True)
     return done

@@ -191,7 +191,7 @@ def pretraining_losses(model, image, captions, alpha, draw=draw_one_by_one):
     image_feat = F.normalize(model.vision_proj(states[:, 0]), dim=-1)
     text_feat = F.normalize(model.text_proj(text_states(model.text_encoder, ids, mask)[:, 0]), dim=-1)
     with torch.no_grad():
-        move_twin(model)
+        move_momentum_encoders(model)
         image_m = F.normalize(model.vision_proj_m(image_tokens(model.visual_encoder_m, image)[:, 0]), dim=-1)
         text_m = F.normalize(model.text_proj_m(text_states(model.text_encoder_m, ids, mask)[:, 0]), dim=-1)
         images = torch.cat((image_m.T, model.image_queue.clone()), dim=1)
@@ -227,7 +227,7 @@ def pretraining_losses(model, image, captions, alpha, draw=draw_one_by_one):
     return loss_itc, loss_itm, mean_loss(logits, labels[:, 1:], model.smooth_padding)
 
 
-def move_twin(model):
+def move_momentum_encoders(model):
     """Move the momentum encoders, parameter by parameter."""
     for name in ("visual_encoder", "vision_proj", "text_encoder", "text_proj"):
         pairs = zip(getattr(model, name).parameters(), getattr(model, name + "_m").parameters(), strict=True)

@@ -30,9 +30,9 @@ def settings(**values):
     return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
 
 
-def environment():
-    """The environment of a script; on several processes collectives refuse what NCCL would."""
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "nccl_like")))
+def environment(nccl_like=True):
+    """The environment of a script; on several processes collectives refuse what NCCL would, if NCCL is not there."""
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "nccl_like") if nccl_like else str(ROOT)))
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
@@ -50,7 +50,7 @@ def run(script, *args, processes=1, check=True):
 
 def run_here(script, *args):
     """Run a script in this process, which saves its start; returns the exit code and what went to stderr."""
-    told, argv = io.StringIO(), sys.argv
+    told, argv, handler = io.StringIO(), sys.argv, signal.getsignal(signal.SIGINT)
     sys.argv = [script, *map(str, args)]
     try:
         with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
@@ -59,12 +59,13 @@ def run_here(script, *args):
         return end.code, told.getvalue()
     finally:
         sys.argv = argv
+        signal.signal(signal.SIGINT, handler)
     raise AssertionError(f"{script} ended without an exit code")
 
 
 def family(pid):
     """A process and all that descend from it; torchrun's workers have sessions of their own."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
     return [pid] + [found for child in children for found in family(child)]
 
 

@@ -87,7 +87,7 @@ def test_a_table(folder, tmp_path, monkeypatch, capsys):
     (folder / "broken.png").write_bytes(b"no image")
     output.parent.mkdir()
     assert command(monkeypatch, "caption", folder, "--output", output, "--prefix", 'a "quoted", prefix ') == 0
-    with open(output, newline="") as file:
+    with open(output, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["image"] for row in rows] == [str(folder / f"{number}.png") for number in range(4)]
     assert all(row["caption"].startswith('a "quoted", prefix ') for row in rows)

@@ -35,7 +35,7 @@ def arguments(web, output, **more):
 
 
 def read(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 def results(folder):
@@ -206,5 +206,5 @@ def test_a_million_pairs_in_flat_memory(tmp_path):
     tally = merge_shards(shards, tmp_path)
     assert sum(tally.kept.values()) == sum(tally.dropped.values()) == 1_000_000
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
-    with open(tmp_path / "bootstrapped.jsonl") as file:
+    with open(tmp_path / "bootstrapped.jsonl", encoding="utf-8") as file:
         assert sum(1 for _ in file) == 1_000_000

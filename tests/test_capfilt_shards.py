@@ -190,11 +190,11 @@ def test_damage_is_counted_and_a_failing_command_ends_the_run(web, samples, tmp_
     found = [record.facts["key"] for record in read(tmp_path / "out")]
     assert found[-1] == samples[9][0] and 2 <= len(found) < 9
     tar, size = web / "00000.tar", len(whole) // 2
-    command = f"pipe:head -c {size} {tar}; test -e {tmp_path}/mended || exit 3; tail -c +{size + 1} {tar}"
-    with pytest.raises(UserError, match="ended with 3.*; mend that and start again: finished shards are kept"):
+    command = f"pipe:head -c {size} {tar}; test -e {tmp_path}/repaired || exit 3; tail -c +{size + 1} {tar}"
+    with pytest.raises(UserError, match="ended with 3.*; repair it and start again: finished shards are kept"):
         bootstrap([web / "00001.tar", command], tmp_path / "piped")
     assert not list((tmp_path / "piped" / "bootstrapped").glob("*.part*"))
-    (tmp_path / "mended").touch()
+    (tmp_path / "repaired").touch()
     assert bootstrap([web / "00001.tar", command], tmp_path / "piped").kept["web"] == 1 + 9
 
 

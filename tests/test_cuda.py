@@ -1,16 +1,20 @@
 """On a GPU: the models give the results of the CPU, and a training step does not wait. Skipped without a card."""
 
 import copy
+import json
+import subprocess
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
+from scripts import ROOT, TINY, command, environment, settings
 from test_fake_cuda import PROGRESS, QUESTIONS, STEPS, TEXTS
 
 from formula import build, expected, img, load_trained
 from launch.config import TrainConfig
-from launch.run import Run
+from launch.run import BEST, LAST, Run
+from miniature.writing import write_miniature
 from models.tokenizer import tokenize
 from training.loop import Task, take_step
 from training.state import compile_blocks, create_state
@@ -118,3 +122,28 @@ def test_a_compiled_step_has_the_same_losses():
         warnings.simplefilter("ignore")
         compile_blocks(model)
         torch.testing.assert_close(step_losses("captioning", model, CUDA), right, rtol=1e-4, atol=1e-4)
+
+
+def run_two_ranks(folder, world, device, *more, **values):
+    """Run two ranks of train_retrieval.py; returns the rows of log.txt."""
+    values |= dict(image_root=world, ann_root=world / "annotations", pretrained="''", amp="''")
+    values |= dict(batch_size_train=4, queue_size=16, k_test=5, embed_dim=16)
+    words = ["--config", "configs/miniature/retrieval.yaml", "--output_dir", folder, "--device", device, *more]
+    words += [part for value in TINY for part in ("--set", value)] + settings(**values)
+    words = command("train_retrieval.py", *words, processes=2)
+    done = subprocess.run(words, cwd=ROOT, env=environment(device == "cpu"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices on this machine")
+def test_17_1_two_ranks_over_nccl(parallel, tmp_path):
+    """An epoch, evaluation, log, best checkpoint and resume."""
+    world = write_miniature(tmp_path / "world", 3, num_train=16, num_val=6, num_test=9, num_web=0, num_videos=0)
+    (first,) = run_two_ranks(tmp_path / "run", world, "cuda", parallel=parallel, max_epoch=1)
+    assert {"train_loss_itc", "train_loss_itm", "val_r_mean", "test_r_mean"} <= first.keys()
+    last, best = (torch.load(tmp_path / "run" / name, weights_only=True) for name in (LAST, BEST))
+    assert last["epoch"] == 1 and len(last["rng"]) == 2 and last["model"].keys() == best["model"].keys()
+    rows = run_two_ranks(tmp_path / "run", world, "cuda", "--resume", parallel=parallel, max_epoch=2)
+    assert rows[0] == first and [row["epoch"] for row in rows] == [0, 1]

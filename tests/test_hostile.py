@@ -119,7 +119,7 @@ def peak_below(mebibytes):
     """Hold that this process's memory does not grow by more, not even for a moment."""
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("memory is read from Linux's /proc")
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the earlier peak
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forgets the earlier peak
     before = peak()
     yield
     assert peak() - before < mebibytes
@@ -127,7 +127,7 @@ def peak_below(mebibytes):
 
 def peak():
     """MiB of this process at its most."""
-    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))[1]) / 1024
 
 
 def safetensors(header, body=b"\0" * 16, length=None):

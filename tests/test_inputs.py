@@ -148,7 +148,7 @@ def test_e_a_missing_image_has_no_image_root(folder, monkeypatch, capsys):
 
 
 def test_e_a_full_disk_under_standard_output(folder, monkeypatch, capsys):
-    with open("/dev/full", "w") as full:
+    with open("/dev/full", "w", encoding="utf-8") as full:
         monkeypatch.setattr(sys, "stdout", full)
         code = command(monkeypatch, "caption", folder / "a.jpg", "--checkpoint", MODEL)
         monkeypatch.undo()

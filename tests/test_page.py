@@ -206,7 +206,7 @@ def memory(page, name):
     status = Path(f"/proc/{page[1].pid}/status")
     if not status.exists():
         pytest.skip("memory is read from Linux's /proc")
-    return int(re.search(rf"{name}:\s*(\d+) kB", status.read_text())[1]) / 1024
+    return int(re.search(rf"{name}:\s*(\d+) kB", status.read_text(encoding="utf-8"))[1]) / 1024
 
 
 def connect(address):

@@ -68,7 +68,7 @@ def command(monkeypatch, *words):
 
 def lines(path):
     """Return the rows of a result file, without its record."""
-    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     return [row for row in rows if "made_by" not in row]
 
 

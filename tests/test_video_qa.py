@@ -129,4 +129,4 @@ def test_other_inference_is_refused(tmp_path):
         "eval_vqa_video.py", "--config", "configs/miniature/video_qa.yaml", "--output_dir", tmp_path,
         *settings(inference="choices"), check=False,
     )  # fmt: skip
-    assert done.returncode == 2 and "inference is 'choices'; expected 'generate' or 'rank'" in done.stderr
+    assert done.returncode == 2 and "inference is 'choices'; expected one of 'generate', 'rank'" in done.stderr

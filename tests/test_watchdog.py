@@ -65,7 +65,7 @@ def work(config, run, fault):
 def process(rank, port, fault, folder):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    sys.stderr = open(f"{folder}/{rank}.txt", "w", buffering=1)  # noqa: SIM115
+    sys.stderr = open(f"{folder}/{rank}.txt", "w", encoding="utf-8", buffering=1)  # noqa: SIM115
     sys.argv = ["work", "--output_dir", f"{folder}/out", "--set", f"hang_minutes={SECONDS / 60}"]
     try:
         code = launch(lambda c, r: work(c, r, fault), CaptionConfig, "configs/miniature/caption.yaml", "", "")

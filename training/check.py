@@ -89,6 +89,7 @@ def stop_on_sigterm(check: StepCheck) -> Iterator[None]:
     """Turn SIGTERM into a request to stop after the current step."""
 
     def request(*_: Any) -> None:
+        """Ask for the stop."""
         check.stop_requested = True
 
     previous = signal.signal(signal.SIGTERM, request)

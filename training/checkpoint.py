@@ -1,6 +1,8 @@
 """Checkpoints of a run: the last, which continues it (on CPUs bit for bit), and the best weights."""
 
 import random
+import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -92,7 +94,8 @@ def load_last(path: Path, device: torch.device) -> dict[str, Any]:
         raise UserError(f"{path} does not exist; leave out --resume to start a run, or correct --output_dir")
     refuse_compressed(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Windows cannot replace a file that is mapped
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=sys.platform != "win32")
     except Exception as error:  # torch raises many kinds for a damaged file
         raise UserError(f"{path} cannot be read ({type(error).__name__}); start from another checkpoint") from None
     if not isinstance(content, dict) or not isinstance(content.get("rng"), list):
@@ -108,6 +111,23 @@ def load_last(path: Path, device: torch.device) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({type(error).__name__}); start from another checkpoint") from None
     barrier()
     return content
+
+
+def check_space(state: TrainState, folder: Path) -> None:
+    """Check that the disk takes the last checkpoint, the one that replaces it, and the best weights.
+
+    Raises:
+        UserError: it is too small.
+    """
+    weights = sum(x.numel() * x.element_size() for x in (*state.model.parameters(), *state.model.buffers()))
+    moments = sum(2 * p.numel() * p.element_size() for p in state.model.parameters() if p.requires_grad)
+    written = sum(path.stat().st_size for path in (folder / LAST, folder / BEST) if path.is_file())
+    needed, free = 2 * (weights + moments) + weights - written, shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"checkpoints need {needed / 1e9:.3g} GB more in {folder}, and {free / 1e9:.3g} are free; free space, or "
+            "choose another --output_dir"
+        )
 
 
 def restore(state: TrainState, run: Run, path: Path) -> None:

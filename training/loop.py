@@ -13,11 +13,11 @@ from launch.run import Interrupted, Run
 from models.precision import autocast
 from training import parallel
 from training.check import stop_on_sigterm
-from training.checkpoint import restore, save, save_best
+from training.checkpoint import check_space, restore, save, save_best
 from training.optimizer import cosine_schedule, set_lr
 from training.progress import Progress
 from training.state import TrainState, create_state
-from utils import UserError, get_world_size
+from utils import UserError, get_world_size, on_main_process
 
 Batch = dict[str, Any]
 Losses = dict[str, torch.Tensor]
@@ -66,6 +66,7 @@ def fit(run: Run, config: TrainConfig, model: nn.Module, loader: DataLoader, tas
         Interrupted: SIGTERM came; the run has been saved.
     """
     state = create_state(run, config, model, len(loader))
+    on_main_process(lambda: check_space(state, run.output_dir))
     if run.resume:
         restore(state, run, run.resume)
     config, model, progress, log = state.config, state.model, state.progress, state.log
@@ -127,6 +128,7 @@ def read_batches(state: TrainState, run: Run, loader: DataLoader, task: Task) ->
     state.log.begin_epoch(progress, batch_size * accum * get_world_size())
 
     def inspect(batch: Batch) -> Batch:
+        """Note a reason to end the run, and move a batch to the device."""
         state.check.problem = state.check.problem or task.inspect_batch(batch)
         return to_device(batch, run.device)
 

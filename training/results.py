@@ -79,6 +79,7 @@ def report_scores(run: Run, title: str, scores: Scores, cards: Callable[[], list
     run.epoch = scores.get("epoch")
 
     def write() -> str:
+        """Write the page and return its path."""
         log = run.read_log("curve.jsonl") + run.read_log()
         return str(write_report(run.output_dir, title, scores, log, cards(), run.notes))
 

@@ -19,7 +19,7 @@ parser.add_argument("--device", default="cuda")
 parser.add_argument("--dist_url", default="env://")
 parser.add_argument("--distributed", default=True, type=bool)
 args = parser.parse_args()
-config = json.loads(Path(args.config).read_text())
+config = json.loads(Path(args.config).read_text(encoding="utf-8"))
 
 utils.init_distributed_mode(args)
 device = torch.device(args.device)
