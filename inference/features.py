@@ -11,7 +11,7 @@ from inference.predictor import Images, Predictor, Row
 from models.losses import unit_features
 from models.med import TextTransformer
 from models.med_config import create_text_config
-from models.pretrained import load_state
+from models.pretrained import load_pretrained
 from models.vit import create_vit
 from models.weights import read_source
 from utils import UserError
@@ -54,14 +54,11 @@ class FeatureModel(nn.Module):
 
 def feature_model(pretrained: str, allow_pickle: bool = False, **settings: Any) -> FeatureModel:
     """Build the parts that a checkpoint has, with its weights."""
-    state = read_source(pretrained, allow_pickle)
-    parts = {key.split(".")[0] for key in state}
-    if any(key.startswith("text_encoder.") and ".self0." in key for key in state):
+    names = read_source(pretrained, allow_pickle).keys()
+    parts = {name.split(".")[0] for name in names}
+    if any(name.startswith("text_encoder.") and ".self0." in name for name in names):
         parts.remove("text_encoder")  # NLVR2's reads two images
-    model = FeatureModel(parts, **settings)
-    model.load_report = load_state(model, state, pretrained, "features")
-    model.load_report.show()
-    return model
+    return load_pretrained(FeatureModel(parts, **settings), pretrained, "features", allow_pickle)
 
 
 class Extractor(Predictor):
