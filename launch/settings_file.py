@@ -60,6 +60,8 @@ def _override(values: dict[str, Any], places: dict[str, str], override: str) -> 
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"--set got {abbreviate(override)}; expected key=value, for instance --set batch_size=8")
+    if has_lone_surrogates(text):  # bytes of another encoding, which YAML's reader refuses without saying so
+        raise UserError(f"--set {abbreviate(override)}: {key} is not UTF-8 text; write it in UTF-8")
     try:
         value = plain(parse(text)) if text else ""
     except BAD_YAML:
@@ -83,7 +85,7 @@ def _build(config_class: type[Config], values: dict[str, Any], places: dict[str,
             raise UserError(f"{places[key]}: unknown key {abbreviate(key)}; {meant}")
         values[key] = _convert(value, hints[key], f"{places[key]}: {key}")
         if has_lone_surrogates(str(value)):  # config.yaml could not be written
-            raise UserError(f"{places[key]}: {key} is no text in UTF-8; write it in UTF-8")
+            raise UserError(f"{places[key]}: {key} is not UTF-8 text; write it in UTF-8")
     config = config_class(**values)
     check_ranges(config, places)
     return config

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from scripts import environment
 
 from demo.bootstrap import QUICK, Plan, Stage, all_stages, done_file, keep_plan, run_stages, write_pairs
-from demo.bootstrap_table import SETS, order_lines, spread
+from demo.bootstrap_table import SETS, order_lines, spread, write_tables
+from processes import run_script, start
 from utils import UserError
 
 COMMAND = [sys.executable, "-m", "demo.bootstrap", "--quick", "--jobs", "2"]
@@ -99,19 +100,29 @@ def test_the_order_is_reported_with_the_number_of_seeds():
     assert spread([90.0, 92.0]) == "91.0 ± 1.4"
 
 
-def test_the_quick_experiment_killed_goes_on_to_its_tables(tmp_path):
-    """From the first stage to the tables, killed on the way."""
+def test_the_quick_experiment_killed_goes_on_to_its_tables(tmp_path, monkeypatch):
+    """From the first stage to the tables: by the command, which is killed, then by copies of a preloaded process."""
     command = [*COMMAND, "--output", str(tmp_path)]
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     done = tmp_path / "done" / "seed0.start.json"
     limit = time.monotonic() + 120
     while not done.is_file() and time.monotonic() < limit:
         time.sleep(0.2)
-    os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
     first = done.read_text()
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+
+    async def run_copy(arguments, name, log):
+        folder = tmp_path / "output" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        process = start(run_script, arguments, 1, folder, environment())
+        await asyncio.to_thread(process.join)
+        assert process.exitcode == 0, (name, (folder / "stderr").read_text())
+
+    monkeypatch.setattr("demo.bootstrap.run_python", run_copy)
+    asyncio.run(run_stages(tmp_path, all_stages(tmp_path, QUICK), 2))
+    table = write_tables(tmp_path, QUICK.seeds)
     assert done.read_text() == first  # not done again
-    values = json.loads((Path(tmp_path) / "bootstrap.json").read_text())
+    values = json.loads((tmp_path / "bootstrap.json").read_text())
     assert set(values["models"]) == set(SETS) and set(values["tools"]) == {"nucleus", "beam"}
-    assert "| captioner and filter |" in finished.stdout and (tmp_path / "bootstrap.png").stat().st_size > 5000
+    assert "| captioner and filter |" in table and (tmp_path / "bootstrap.png").stat().st_size > 5000

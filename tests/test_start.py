@@ -130,7 +130,7 @@ def test_18_e_every_script_handles_ctrl_c_before_its_imports():
         (["config.yaml"], "config.yaml is no option; give a file of settings as --config config.yaml"),
         (["max_epoch=3"], "max_epoch=3 is no option; give a setting as --set max_epoch=3"),
         (["--max_epoch", "3"], "--max_epoch is no option; give a setting as --set max_epoch=VALUE"),
-        (["--set", "prompt=caf\udce9"], "--set prompt=caf\udce9: prompt is no text in UTF-8; write it in UTF-8"),
+        (["--set", "prompt=caf\udce9"], "--set 'prompt=caf\\udce9': prompt is not UTF-8 text; write it in UTF-8"),
         (["--evalute"], "--evalute is no option; did you mean --evaluate?"),
         (["--set", "bacth_size=3"], "--set bacth_size=3: unknown key 'bacth_size'; did you mean 'batch_size'?"),
         (["--set", "batch_size=4", "warmup=x"], "--set warmup=x: warmup is a text ('x'); expected a whole number"),
