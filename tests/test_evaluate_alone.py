@@ -89,4 +89,5 @@ def test_c_wrong_ground_truth_is_said_before_the_first_step(world, script, rows,
     code, told = run_here(script, *args)
     assert code == 2 and said in told, told
     assert not (world.parent / "out/log.txt").exists() and not list((world.parent / "out").glob("*.pth"))
+    assert not (world.parent / "out/result").exists()  # nor has anything been captioned
 

@@ -250,7 +250,6 @@ NO_COUNTS = ["{", "[]", '{"successes": -1}', '{"successes": true}', '{"successes
 def test_a4_statistics_that_are_none_are_not_believed(tmp_path, content):
     shard = make(tmp_path / "0.tar", *pairs(2))
     (tmp_path / "0_stats.json").write_text(content)
-    (tmp_path / "0.tar.count.json").write_text(content)
     assert count_pairs([shard]) == 2
 
 
