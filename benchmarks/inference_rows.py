@@ -92,7 +92,7 @@ def captioning(device: str, amp: bool = False, size: Size = BASE, images: int = 
 
 
 def captioning_floor(model: BLIP_Decoder, size: Size, images: int) -> list[floor.Part]:
-    """Return the least work of captions of LENGTH tokens, of which the prompt has 5."""
+    """Return the least work of captions of LENGTH tokens, prompt (5 tokens) included."""
     text, tokens = model.text_decoder.config, size.tokens
     rows = images * BEAMS
     layers, words = floor.text(1, text, tokens, 12), floor.head(1, text)
