@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data.annotations import find_annotation
 from data.classification import Classified, read_folder, read_pairs
 from data.coco_flickr import MAX_WORDS, CaptionEval, CaptionTrain, RetrievalEval, RetrievalTrain
+from data.dialogue import Dialogues, DialogueTrain
 from data.mixture import Mixture, MixtureSampler, read_ratios
 from data.nlvr import NLVR
 from data.pretrain import PairDataset, list_turns
@@ -145,6 +146,14 @@ def _classification(config: Any, split: str, transform: Transform) -> Dataset:
     return Classified(read_pairs(file, config["image_root"], classes), transform)
 
 
+def _dialogue(config: Any, split: str, transform: Transform) -> Dataset:
+    file = find_annotation(config["ann_root"], "", config[f"{split}_file"] or f"visdial_1.0_{split}.json")
+    if split == "train":
+        return DialogueTrain(file, config["image_root"], transform, config["num_rounds"], config["num_negatives"])
+    dense = config[f"{split}_dense"] and find_annotation(config["ann_root"], "", config[f"{split}_dense"])
+    return Dialogues(file, config["image_root"], transform, dense)
+
+
 def _pretrain(config: Any, split: str, transform: Transform) -> Dataset:
     files = config["train_file"]
     if only_shards(files, "train_file"):
@@ -183,6 +192,7 @@ DATASETS = {  # how a split is built, and the splits there are
     "vqa": (_vqa, ("train", "test")),
     "nlvr": (_nlvr, ALL_SPLITS),
     "classification": (_classification, ALL_SPLITS),
+    "dialogue": (_dialogue, ALL_SPLITS),
     "retrieval_msrvtt": (_msrvtt, ("test",)),
     "video_qa": (_video_qa, ("test",)),
 }

@@ -64,7 +64,7 @@ def read_list(path: str | Path) -> list[Any]:
     path = Path(path)
     rows: Any = read_text(path)
     if not recognize(rows):
-        rows = _parse_lines(rows, path) if path.suffix == ".jsonl" else _parse(rows, path)
+        rows = _parse_lines(rows, path) if path.suffix == ".jsonl" else parse(rows, path)
     if name := recognize(rows):
         raise UserError(f"annotation file {path} is {name}; convert it with python -m data.convert {path}")
     if not isinstance(rows, list) or not rows:
@@ -84,10 +84,11 @@ def read_text(path: Path) -> str:
 
 def _parse_lines(text: str, path: Path) -> list[Any]:
     # only line feeds separate lines: a JSON string may contain other line separators
-    return [_parse(line, path, number) for number, line in enumerate(text.split("\n")) if line.strip()]
+    return [parse(line, path, number) for number, line in enumerate(text.split("\n")) if line.strip()]
 
 
-def _parse(text: str, path: Path, lines_before: int = 0) -> Any:
+def parse(text: str, path: str | Path, lines_before: int = 0) -> Any:
+    """Return the value of JSON text; a UserError names the file and the line."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -137,6 +138,12 @@ def short_repr(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
+def number_problem(row: Row, key: str, total: int) -> str:
+    """Return what is wrong with the number of one of `total` things; '' for nothing, or if the row has none."""
+    right = key not in row or (type(row[key]) is int and 0 <= row[key] < total)
+    return "" if right else f"{key!r} is {short_repr(row[key])}; expected 0 to {total - 1}"
+
+
 def as_list(value: Any) -> list[Any]:
     """Return a list as it is, and a single caption or answer as a list of one."""
     return value if isinstance(value, list) else [value]
@@ -178,6 +185,17 @@ def check_images(root: str | Path, names: Iterable[str], annotation: str | Path)
             f"annotation file {annotation}: {len(missing)} of {total} files do not exist: {_first(missing)}; "
             "correct the root folder in the config, or take their entries out"
         )
+
+
+def find_image(root: str | Path, number: int, stems: Sequence[str]) -> str:
+    """Return the path below `root` of an image that its publisher names by a stem and twelve digits.
+
+    The first of `stems`, such as "train2014/COCO_train2014_", that exists counts, with its folder or without; if none
+    does, the first.
+    """
+    names = [f"{stem}{number:012d}.jpg" for stem in stems]
+    both = [name for path in names for name in (path, os.path.basename(path))]
+    return next((name for name in both if os.path.isfile(os.path.join(root, name))), both[0])
 
 
 def _first(names: Sequence[str]) -> str:

@@ -57,6 +57,13 @@ def check_question_ids(rows: Sequence[Row], path: str | Path) -> None:
     _refuse_second(keys, questions, path, "the id {} belongs to two questions, {} and {}; " + remedy)
 
 
+def check_dialogue_ids(rows: Sequence[Row], path: str | Path) -> None:
+    """Check that no two dialogues share an "image_id"; UserError names the two."""
+    keys, numbers = _texts([row["image_id"] for row in rows], path, "image_id"), [str(n) for n in range(len(rows))]
+    remedy = "take one out, or give it an 'image_id' of its own"
+    _refuse_second(keys, numbers, path, "the id {} belongs to two dialogues; " + remedy)
+
+
 def number_images(rows: Sequence[Row], path: str | Path) -> list[int]:
     """Return a number for each row, equal for rows of the same image.
 

@@ -8,7 +8,18 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from data.annotations import Row, as_list, check_images, check_rows, entry_error, read_annotation, read_list, short_repr
+from data.annotations import (
+    Row,
+    as_list,
+    check_images,
+    check_rows,
+    entry_error,
+    find_image,
+    number_problem,
+    read_annotation,
+    read_list,
+    short_repr,
+)
 from data.ids import check_question_ids
 from data.text import is_blank, pre_question
 from data.transforms import Transform
@@ -30,7 +41,7 @@ class Questions(Dataset):
     def __init__(self, annotation_files: Sequence[str], roots: dict[str, str], transform: Transform, key: str):
         self.roots, self.transform, self.annotation = roots, transform, []
         for file in annotation_files:
-            rows = [with_answer(row) for row in read_annotation(file, ("image", "question"))]
+            rows = [with_answer(with_image(row, roots)) for row in read_annotation(file, ("question",))]
             check_rows(rows, ("image", "question", key), file, optional=("answer",))
             for number, row in enumerate(rows):
                 if row.setdefault("dataset", "vqa") not in list(roots):
@@ -52,6 +63,13 @@ class Questions(Dataset):
         """Return {"image", "question"}."""
         question = pre_question(self.annotation[index]["question"])
         return {"image": self.transform.read(self.path(index)), "question": question}
+
+
+def with_image(row: Row, roots: dict[str, str]) -> Row:
+    """Return a row with "image"; A-OKVQA publishes "image_id", the number of an image of COCO 2017, and "split"."""
+    if "image" in row or not isinstance(row.get("split"), str) or type(row.get("image_id")) is not int:
+        return row
+    return {**row, "image": find_image(roots["vqa"], row["image_id"], [f"{row['split']}2017/"])}
 
 
 def with_answer(row: Row) -> Row:
@@ -96,7 +114,7 @@ class VQATest(Questions):
         super().__init__([annotation_file], roots, transform, "question_id")
         check_question_ids(self.annotation, annotation_file)
         for number, row in enumerate(self.annotation):
-            if problem := _choice_problem(row.get("choices"), row.get("correct_choice_idx")):
+            if problem := _choice_problem(row):
                 raise entry_error(problem, annotation_file, number)
         lost, total = sum("answer" not in row for row in self.annotation), len(self.annotation)
         if 0 < lost < total:
@@ -107,15 +125,14 @@ class VQATest(Questions):
         return {**self.item(index), "question_id": self.annotation[index]["question_id"]}
 
 
-def _choice_problem(choices: Any, right: Any) -> str:
+def _choice_problem(row: Row) -> str:
     """Return what is wrong with a question's choices, '' for nothing or if it has none."""
+    choices = row.get("choices")
     if choices is None:
         return ""
     if not (isinstance(choices, list) and choices and all(isinstance(choice, str) for choice in choices)):
         return f"'choices' is {short_repr(choices)}; expected a list of texts"
-    if right is None or (type(right) is int and 0 <= right < len(choices)):
-        return ""
-    return f"'correct_choice_idx' is {short_repr(right)}; expected 0 to {len(choices) - 1}"
+    return "" if row.get("correct_choice_idx") is None else number_problem(row, "correct_choice_idx", len(choices))
 
 
 def read_answers(path: str) -> list[str]:

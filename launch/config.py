@@ -201,6 +201,23 @@ class ClassificationConfig(Files, TrainConfig):
 
 
 @dataclass
+class DialogueConfig(Files, TrainConfig):
+    """Visual dialogue (paper section 5.5)."""
+
+    train_file: str = setting("", "own training dialogues; '' for visdial_1.0_train.json")
+    val_file: str = setting("", "the same for validation; '' for visdial_1.0_val.json")
+    test_file: str = setting("", "the same for the test; '' for visdial_1.0_test.json")
+    val_dense: str = setting("", "relevance of the validation's options (dense annotations), for NDCG; '' for none")
+    test_dense: str = setting("", "the same for the test")
+    batch_size_train: int = setting(8, "dialogues per process and step", ">= 1")
+    batch_size_test: int = setting(32, "images at once in evaluation", ">= 1")
+    num_rounds: int = setting(10, "rounds of each dialogue that a step trains, drawn at random", ">= 1")
+    num_negatives: int = setting(3, "wrong options that a round trains beside the right one, drawn at random", ">= 1")
+    drop_path_rate: float = setting(0.0, "stochastic depth of the image encoder", ">= 0 and < 1")
+    adapter_also: list = setting(["itm_head"], "parts trained whole beside adapters, by pieces of names")
+
+
+@dataclass
 class NoCapsConfig(Captions, Files, ModelConfig):
     """Captions for objects never seen in training (paper section 5.2)."""
 

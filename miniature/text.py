@@ -169,6 +169,18 @@ def answer_list() -> list[str]:
     return ["yes", "no", "1", "2", "3", *COLORS, *SHAPES, *SIZES, *dict.fromkeys(SYNONYMS.values()), *pairs]
 
 
+ORDERED = (("1", "2", "3"), ("top", "center", "bottom"), ("left", "center", "right"))
+GROUPS = (("yes", "no"), tuple(COLORS), SHAPES, tuple(SIZES), *ORDERED)  # answers to one kind of question
+ANSWERS = tuple(dict.fromkeys(answer for group in GROUPS for answer in group))
+
+
+def options(answer: str, group: Sequence[str], count: int, rng: random.Random) -> list[str]:
+    """Return `count` options with the right answer among them, as many as possible of its group."""
+    likely, others = ([word for word in words if word != answer] for words in (group, set(ANSWERS) - set(group)))
+    wrong = rng.sample(likely, len(likely)) + rng.sample(sorted(others), count)
+    return rng.sample([answer, *wrong[: count - 1]], count)
+
+
 # Statements about two images.
 
 

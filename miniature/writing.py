@@ -9,6 +9,7 @@ from typing import Any
 from data.publishers import ground_truth
 from files import write_json
 from miniature import text
+from miniature.dialogue import dialogues
 from miniature.scene import LEVELS, Scene, draw_scene, render, seen_pairs, unseen_pairs
 from utils import UserError, track
 
@@ -49,8 +50,10 @@ def write_miniature(
     for split in ("train", "val", "test"):
         write_captions(annotations, split, splits[split], seed)
         write_questions(annotations, split, splits[split], seed)
+        write_choices(annotations, split, splits[split], seed)
         write_statements(annotations, split, splits[split], seed)
         write_entailment(annotations, split, splits[split], seed)
+        write_dialogues(annotations, split, splits[split], seed)
     write_json(annotations / "answer_list.json", text.answer_list())
     write_nocaps(annotations, splits["test"], seed)
     write_web(annotations, splits["web"], seed)
@@ -140,6 +143,24 @@ def write_questions(folder: Path, split: str, scenes: Sequence[Scene], seed: int
         write_json(folder / "vg_qa.json", rows["vg"])
 
 
+def write_choices(folder: Path, split: str, scenes: Sequence[Scene], seed: int) -> None:
+    """Write questions in A-OKVQA's format, with ten direct answers and four choices, and in GQA's, with one answer."""
+    rng, names = generator(seed, "choices", split), [" ".join(pair) for pair in seen_pairs()]
+    direct, exact = [], []
+    for i, scene in enumerate(scenes):
+        for number, question in enumerate(text.questions(scene, rng, 4)):
+            asked = {"image": image(split, i), "question": question.text}
+            asked["question_id"] = f"{image_id(split, i)}-{number}"
+            group = next((group for group in text.GROUPS if question.answer in group), names)
+            choices = text.options(question.answer, group, 4, rng)
+            right = choices.index(question.answer)
+            people = {"direct_answers": text.ten_answers(question, rng), "difficult_direct_answer": False}
+            direct.append(asked | people | {"choices": choices, "correct_choice_idx": right})
+            exact.append(asked | {"answer": question.answer, "fullAnswer": question.answer})
+    write_json(folder / f"aokvqa_v1p0_{split}.json", direct)
+    write_json(folder / f"gqa_{split}.json", exact)
+
+
 def write_statements(folder: Path, split: str, scenes: Sequence[Scene], seed: int) -> None:
     """Write statements about two images, each judged for two true and two false pairs.
 
@@ -175,6 +196,16 @@ def write_entailment(folder: Path, split: str, scenes: Sequence[Scene], seed: in
         name = image(split, i).removesuffix(".jpg")
         rows += [{"image": name, "sentence": text.with_article(s), "label": label} for label, s in sentences.items()]
     write_json(folder / f"ve_{'dev' if split == 'val' else split}.json", rows)
+
+
+def write_dialogues(folder: Path, split: str, scenes: Sequence[Scene], seed: int) -> None:
+    """Write dialogues in VisDial's format, and dense annotations outside training."""
+    numbers = range(len(scenes))
+    images, ids = [image(split, i) for i in numbers], [image_id(split, i) for i in numbers]
+    content, dense = dialogues(scenes, images, ids, split, generator(seed, "dialogue", split))
+    write_json(folder / f"visdial_1.0_{split}.json", content)
+    if split != "train":
+        write_json(folder / f"visdial_1.0_{split}_dense_annotations.json", dense)
 
 
 def write_nocaps(folder: Path, scenes: Sequence[Scene], seed: int) -> None:

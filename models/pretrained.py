@@ -26,12 +26,14 @@ MAY_BE_FRESH = {
     "vqa": r"^text_decoder\..*crossattention\.self\.(key|value)",  # only if their width differs
     "nlvr": r"(merge_layer|^cls_head)",
     "classification": r"^cls_head",
+    "dialogue": r"^(caption_proj|itm_head)",
     "pretrain": MOMENTUM,
 }
 KINDS = (  # of checkpoint: name, prefixes that are present, prefixes that are absent
     ("pretraining", ("itm_head", "text_decoder"), ()),
     ("NLVR2", ("cls_head",), ()),  # or classification, which reads one image
-    ("retrieval", ("itm_head",), ("text_decoder",)),
+    ("retrieval", ("itm_head", "vision_proj"), ("text_decoder",)),
+    ("dialogue", ("itm_head",), ("text_decoder",)),
     ("VQA", ("text_encoder", "text_decoder"), ("itm_head",)),
     ("captioning", ("text_decoder",), ("text_encoder",)),
     ("features", ("text_encoder",), ("text_decoder", "itm_head")),

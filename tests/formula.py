@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from models.blip import BLIP_Base, BLIP_Decoder
+from models.blip_classification import BLIP_Classification
+from models.blip_dialogue import BLIP_Dialogue
 from models.blip_itm import BLIP_ITM
 from models.blip_nlvr import BLIP_NLVR
 from models.blip_pretrain import BLIP_Pretrain
@@ -28,6 +30,8 @@ MODELS = {
     "itm": BLIP_ITM,
     "retrieval": BLIP_Retrieval,
     "nlvr": BLIP_NLVR,
+    "classification": BLIP_Classification,
+    "dialogue": BLIP_Dialogue,
     "pretrain": BLIP_Pretrain,
 }
 

@@ -26,6 +26,7 @@ TASKS = {
     "msvd_qa": c.VideoQAConfig,
     "nlvr": c.NLVRConfig,
     "snli_ve": c.ClassificationConfig,
+    "visdial": c.DialogueConfig,
     "pretrain": c.PretrainConfig,
     "pretrain_large": c.PretrainConfig,
 }
@@ -42,6 +43,8 @@ MINIATURE = {
     "nlvr": c.NLVRConfig,
     "nocaps": c.NoCapsConfig,
     "classification": c.ClassificationConfig,
+    "dialogue": c.DialogueConfig,
+    "aokvqa": c.VQAConfig,
     "pretrain": c.PretrainConfig,
 }
 

@@ -14,6 +14,8 @@ SCRIPTS = {
     "train_retrieval.py": ("retrieval", "coco_karpathy_{}.json", None),
     "train_vqa.py": ("vqa", "vqa_{}.json", None),
     "train_nlvr.py": ("nlvr", "nlvr_{}.json", None),
+    "train_classification.py": ("classification", "ve_{}.json", None),
+    "train_dialogue.py": ("dialogue", "visdial_1.0_{}.json", None),
     "eval_nocaps.py": ("nocaps", "nocaps_{}.json", "nocaps_{}_gt.json"),
 }
 
@@ -30,7 +32,7 @@ def arguments(script, world, *splits, **more):
     own.mkdir(exist_ok=True)
     named = {}
     for split in splits:
-        stem = "dev" if (task, split) == ("nlvr", "val") else split
+        stem = "dev" if task in ("nlvr", "classification") and split == "val" else split
         shutil.copy(world / "annotations" / file.format(stem), own / f"my_{split}.json")
         named[f"{split}_file"] = own / f"my_{split}.json"
         if truth:
@@ -52,8 +54,7 @@ def test_b_the_test_split_alone_needs_nothing_else(world, script, monkeypatch):
     shutil.rmtree(world / "images" / "train")
     shutil.rmtree(world / "images" / "val")
     more = {} if script == "train_vqa.py" else {"splits": "[test]"}
-    if script == "train_retrieval.py":
-        more["k_test"] = 2
+    more |= {"train_retrieval.py": {"k_test": 2}, "train_dialogue.py": {"test_dense": "''"}}.get(script, {})
     code, told = run_here(script, *arguments(script, world, "test", **more), "--evaluate")
     assert code == 0, told
     found = json.loads((world.parent / "out/evaluate.txt").read_text())

@@ -14,6 +14,8 @@ from torch._subclasses import FakeTensorMode
 
 import pretrain
 import train_caption
+import train_classification
+import train_dialogue
 import train_nlvr
 import train_retrieval
 import train_vqa
@@ -106,6 +108,14 @@ STEPS = {
         {"image": image, "question": lambda _: QUESTIONS, "answer": lambda _: ["red", "two", "a ring"],
          "n": lambda _: [1, 2], "weights": tensor(1.0, 0.5, 0.5)},
     ),
+    "classification": (
+        "classification", {}, lambda: train_classification.train_step,
+        {"image": image, "text": lambda _: TEXTS, "label": tensor(0, 2)},
+    ),
+    "dialogue": (
+        "dialogue", {}, lambda: train_dialogue.train_step,
+        PAIRS | {"dialogue": lambda _: [QUESTIONS, TEXTS], "targets": tensor([1, 0], [1, 0])},
+    ),
     "NLVR2": (
         "nlvr", {}, lambda: train_nlvr.train_step,
         {"image0": image, "image1": image, "sentence": lambda _: TEXTS, "label": tensor(0, 1)},
@@ -177,6 +187,15 @@ def test_answers_are_ranked(fake, amp):
         answers = SimpleNamespace(input_ids=candidates, attention_mask=None)
         found = model(image(CUDA), QUESTIONS, answers, train=False, k_test=7)
     assert found.device.type == "cuda" and found.shape == (2,)
+
+
+@AMP
+def test_options_of_a_dialogue_are_judged(fake, amp):
+    model = model_of("dialogue").eval()
+    with amp_context(amp), torch.no_grad():
+        own = model.project(image(CUDA), TEXTS).select(torch.tensor([1], device=CUDA))
+        logits = model.judge(own.read_by(2), QUESTIONS)
+    assert logits.device.type == "cuda" and logits.shape == (2, 2)
 
 
 @AMP

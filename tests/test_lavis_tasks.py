@@ -9,7 +9,8 @@ from scripts import TINY, run, settings
 from torch import nn
 
 from data.classification import class_names, read_folder, read_pairs
-from data.vqa import with_answer
+from data.transforms import test_transform as make_transform
+from data.vqa import VQATest, VQATrain, with_answer
 from formula import MED_CONFIG, MODELS
 from inference.zero_shot import class_features, class_probabilities
 from metrics.knowledge import choice_accuracy, direct_accuracy, exact_match
@@ -48,6 +49,37 @@ def test_choices_and_exact_matches():
 
 def test_direct_answers_are_answers():
     assert with_answer({"direct_answers": ["a", "b"]})["answer"] == ["a", "b"]
+
+
+def test_rows_of_aokvqa_as_published_name_images_of_coco_by_number(tmp_path):
+    asked = {"question_id": "22MexNkBPpdZGX6sxbxVBH", "question": "What is it?", "rationales": ["It barks."] * 3}
+    asked |= {"choices": ["cat", "dog"], "correct_choice_idx": 1, "direct_answers": ["dog"] * 10}
+    rows = [asked | {"split": "train", "image_id": 299207}, asked | {"split": "val", "image_id": 5, "question_id": "b"}]
+    files = [tmp_path / "train2017/000000299207.jpg", tmp_path / "000000000005.jpg"]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (20, 20)).save(file)
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    args = {"vqa": str(tmp_path), "vg": ""}, make_transform(16)
+    for dataset in (VQATest(str(tmp_path / "rows.json"), *args), VQATrain([str(tmp_path / "rows.json")], *args)):
+        assert [dataset.path(i) for i in range(2)] == files and dataset[1]["image"].shape == (3, 16, 16)
+    files[1].unlink()
+    with pytest.raises(UserError, match=r"1 of 2 files do not exist: \S*val2017/"):
+        VQATest(str(tmp_path / "rows.json"), *args)
+    del rows[0]["split"]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    with pytest.raises(UserError, match=r"entry 0 .*lacks 'image'; add it"):
+        VQATest(str(tmp_path / "rows.json"), *args)
+
+
+def test_choices_of_the_world(world):
+    files = (world / f"annotations/{name}_test.json" for name in ("aokvqa_v1p0", "gqa"))
+    direct, exact = (json.loads(file.read_text()) for file in files)
+    assert len(direct) == len(exact) > 12
+    for row, other in zip(direct, exact, strict=True):
+        right = row["choices"][row["correct_choice_idx"]]
+        assert len(set(row["choices"])) == 4 and row["direct_answers"].count(right) >= 7 and other["answer"] == right
+        assert {key: row[key] for key in ("image", "question", "question_id")}.items() <= other.items()
 
 
 def test_decay_spares_biases_and_norms():

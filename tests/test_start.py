@@ -156,7 +156,8 @@ def spoilt(value, key=None):
         return {name: spoilt(item, name) for name, item in value.items()}
     if isinstance(value, list):
         return [spoilt(item, key) for item in value]
-    return f"{value} \ud83d red" if key in ("caption", "question", "answer", "sentence", "text") else value
+    texts = ("caption", "question", "answer", "sentence", "text", "questions", "answers")
+    return f"{value} \ud83d red" if key in texts and isinstance(value, str) else value
 
 
 SURROGATES = {
@@ -165,6 +166,7 @@ SURROGATES = {
     "train_nlvr.py": ("nlvr", {"batch_size_train": 4}),
     "train_vqa.py": ("vqa", {"batch_size_train": 4}),
     "train_classification.py": ("classification", {"batch_size_train": 4}),
+    "train_dialogue.py": ("dialogue", {"batch_size_train": 4}),
     "pretrain.py": ("pretrain", {"batch_size": 4, "queue_size": 8, "embed_dim": 8}),
 }
 
