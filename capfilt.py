@@ -6,18 +6,22 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bootstrap.duplicates import write_duplicates
 from bootstrap.merging import Tally, cards, merge_shards
+from bootstrap.parquet import ParquetOutput
 from bootstrap.shards import Shards, fingerprint_of, open_folder, run_shards
-from bootstrap.stages import by_model, keep_all, make_captions, make_texts
-from bootstrap.tars import TarOutput, list_source, no_output, read_images, tar_source
+from bootstrap.stages import make_work
+from bootstrap.tars import Output, TarOutput, no_output, read_images, read_objects
 from data.images import as_rgb
+from data.parquet import PARQUET
 from data.pretrain import open_lists
 from data.tars import expand, only_shards
-from inference import load
+from files import is_address
 from launch.config import CapFiltConfig
 from launch.run import Run, launch
 from models.architecture import settings_of
@@ -29,53 +33,102 @@ EXAMPLES = (
     "--set filter=retrieval.pth --output_dir output/capfilt",
     "python -m torch.distributed.run --nproc_per_node=8 capfilt.py --config configs/capfilt.yaml",
 )
-FREE = ("batch_size", "num_workers", "amp", "allow_pickle", "image_root", "stage")  # may change when a run continues
+FREE = (
+    "batch_size", "num_workers", "amp", "allow_pickle", "image_root", "stage", "engine", "ray_address", "workers",
+    "cpus_per_worker", "gpus_per_worker", "duplicate_cosine",
+)  # may change when a run continues  # fmt: skip
+OF_OUTPUT = ("output", "parquet")
+TITLES = {"hashes": "hashing", "captions": "captioning", "texts": "filtering"}
 
 
 def main(config: CapFiltConfig, run: Run) -> None:
     """Caption, filter, merge and report."""
     check(config)
-    captions, texts = make_shards(config, run)
-    source = tar_source(texts, config.shard_size) if texts.tars else list_source(texts, config.image_root)
-    output = TarOutput(run.output_dir / "bootstrapped") if texts.tars else no_output
-    if texts.tars:
+    if config.stage == "dedup":
+        deduplicate(config, run)
+        return
+    captions, texts, duplicates = make_shards(config, run)
+    output, folder = no_output, config.output or run.output_dir / "bootstrapped"
+    if texts.tars or config.parquet:
+        output = ParquetOutput(folder) if config.parquet else TarOutput(folder)
         on_main_process(lambda: output.delete_unfinished(texts))
-    unit = "tar files" if texts.tars else "pairs"
     if config.stage != "filter":
-        model = load("caption", config.captioner, str(run.device), config.amp, config.allow_pickle)
-        run_shards(captions, make_captions(config, model, source, run.seed), f"captioning, {unit}")
-    judge = keep_all
-    if config.stage != "caption":
-        judge = by_model(config, load("match", config.filter, str(run.device), config.amp, config.allow_pickle))
-    run_shards(texts, make_texts(source, captions, judge, output), f"filtering, {unit}")
+        run_stage("captions", captions, config, run, duplicates=duplicates)
+    run_stage("texts", texts, config, run, captions, duplicates, output)
     if is_main_process():  # the others end here: merging may take longer than a collective waits
         page = report(config, run, texts, merge_shards(texts, run.output_dir))
-        made = f"{output.folder}/*.tar" if texts.tars else run.output_dir / "bootstrapped.jsonl"
+        made = run.output_dir / "bootstrapped.jsonl" if output is no_output else f"{folder}/*{output.ending}"
         run.print(f"bootstrapped set: {made}\nreport: {page}")
 
 
-def make_shards(config: CapFiltConfig, run: Run) -> tuple[Shards | None, Shards]:
-    """Return the shards of captions, None in a run without captions, and the shards of texts.
+def deduplicate(config: CapFiltConfig, run: Run) -> None:
+    """Find near-duplicate images, which later stages in this folder leave out."""
+    make, files = open_pairs(config, run)
+    hashes, duplicates = make("hashes"), make("duplicates")
+    for shards in (hashes, duplicates):
+        on_main_process(lambda folder=shards.folder: open_folder(folder, of_pairs(config, files), run.overwrite))
+    run_stage("hashes", hashes, config, run)
+    if is_main_process():  # the others end here, as above
+        images, left_out = write_duplicates(hashes, duplicates, run.output_dir, config.duplicate_cosine)
+        run.print(f"{left_out} of {images} images are near-duplicates: {run.output_dir / 'duplicates.jsonl'}")
+
+
+def run_stage(
+    stage: str, shards: Shards, config: CapFiltConfig, run: Run, captions: Shards | None = None,
+    duplicates: Shards | None = None, output: Output = no_output,
+) -> None:  # fmt: skip
+    """Do the shards of a stage by the processes of torchrun, or by Ray's workers."""
+    settings = dict(stage=stage, config=config, seed=run.seed, shards=shards, captions=captions)
+    settings |= dict(duplicates=duplicates, output=output)
+    title = f"{TITLES[stage]}, {'shards' if shards.tars else 'pairs'}"
+    if config.engine == "ray":
+        from bootstrap.ray_engine import ray_results
+
+        run_shards(shards, None, title, ray_results(**settings))
+    else:
+        run_shards(shards, make_work(device=str(run.device), **settings), title)
+
+
+def open_pairs(config: CapFiltConfig, run: Run) -> tuple[Callable[[str], Shards], list[str]]:
+    """Return a function that makes the shards of a stage, in its folder; and the lists or shards of the input."""
+    tars = only_shards(config.pairs, "pairs")
+    several = tars or all(str(name).endswith(PARQUET) for name in config.pairs)
+    files = on_main_process(lambda: expand(config.pairs, "pairs")) if several else config.pairs
+    lists, size = ([files], 1) if tars else (open_lists(files), config.shard_size)
+    return lambda name: Shards(lists, size, run.output_dir / "shards" / name, tars), files
+
+
+def make_shards(config: CapFiltConfig, run: Run) -> tuple[Shards | None, Shards, Shards | None]:
+    """Return the shards of captions, None in a run without captions; those of texts; and of duplicates, if found.
 
     Raises:
-        UserError: the folder holds shards of other settings, or captions that are not finished.
+        UserError: the folder holds shards of other settings, or captions or duplicates that are not finished.
     """
-    tars, folder = only_shards(config.pairs, "pairs"), run.output_dir / "shards"
-    files = on_main_process(lambda: expand(config.pairs, "pairs")) if tars else config.pairs
-    lists, size = ([files], 1) if tars else (open_lists(files), config.shard_size)
-    captions: Shards | None = Shards(lists, size, folder / "captions", tars)
-    if config.stage == "filter" and not any(captions.folder.glob("*.jsonl")):
-        captions = None
-    of_captions, of_texts = settings_of_shards(config, run, files, tars, captions is not None)
-    if captions:
+    make, files = open_pairs(config, run)
+    captions, texts, duplicates = make("captions"), make("texts"), make("duplicates")
+    captioned = config.stage != "filter" or any(captions.folder.glob("*.jsonl"))
+    of_captions, of_texts = settings_of_shards(config, run, files, texts.tars, captioned)
+    if deduplicated := any(duplicates.folder.glob("*.jsonl")):
+        on_main_process(lambda: open_folder(duplicates.folder, of_pairs(config, files)))
+        of_captions |= {"deduplicated": config.duplicate_cosine or "hash"}
+        if missing := duplicates.count_missing():
+            raise UserError(f"duplicates of {missing} of {len(texts)} shards are not written; repeat stage=dedup first")
+    if captioned:
         on_main_process(lambda: open_folder(captions.folder, of_captions, run.overwrite))
         if config.stage == "filter" and (missing := captions.count_missing()):
             raise UserError(
                 f"{missing} of {len(captions)} shards have no captions yet; finish them with stage=caption first"
             )
-    texts = Shards(lists, size, folder / "texts", tars)
     on_main_process(lambda: open_folder(texts.folder, of_captions | of_texts, run.overwrite))
-    return captions, texts
+    return captions if captioned else None, texts, duplicates if deduplicated else None
+
+
+def of_pairs(config: CapFiltConfig, files: list[str]) -> dict[str, Any]:
+    """Return the settings that hashes and duplicates depend on."""
+    size: dict[str, Any] = {} if only_shards(files, "pairs") else {"shard_size": config.shard_size}
+    if cosine := config.duplicate_cosine:
+        size |= {"duplicate_cosine": cosine, "features of": fingerprint_of(config.filter)}
+    return {"pairs": [fingerprint_of(path) for path in files]} | size
 
 
 def settings_of_shards(
@@ -87,10 +140,13 @@ def settings_of_shards(
         "threshold": config.threshold,
         "captions": captioned,
         "judged": config.stage != "caption",
-    }
-    free = (*FREE, *of_texts, "shard_size") if tars else (*FREE, *of_texts)
+    } | {key: config[key] for key in OF_OUTPUT if config[key]}  # folders made before these settings stay as they are
+    ranked = config.best_of > config.num_captions
+    free = (*FREE, *OF_OUTPUT, *(() if ranked else ("best_of",)), *of_texts, *(("shard_size",) if tars else ()))
     of_captions = {key: value for key, value in asdict(config).items() if key not in free} | {"seed": run.seed}
     of_captions |= {"pairs": [fingerprint_of(path) for path in files], "captioner": fingerprint_of(config.captioner)}
+    if ranked:
+        of_captions |= {"ranked_by": fingerprint_of(config.filter)}
     return of_captions, of_texts
 
 
@@ -102,7 +158,9 @@ def check(config: CapFiltConfig) -> None:
     """
     if not config.pairs:
         raise UserError("pairs names no list; give at least one, for instance --set pairs=[web.json]")
-    for name, stages in (("captioner", ("caption", "both")), ("filter", ("filter", "both"))):
+    ranks = ("caption",) if config.best_of > config.num_captions else ()
+    ranks += ("dedup",) if config.duplicate_cosine else ()
+    for name, stages in (("captioner", ("caption", "both")), ("filter", ("filter", "both", *ranks))):
         if config.stage in stages and not config[name]:
             raise UserError(f"{name} names no checkpoint; give one, for instance --set {name}=model.pth")
         if config.stage in stages:
@@ -122,6 +180,9 @@ def report(config: CapFiltConfig, run: Run, shards: Shards, tally: Tally) -> str
     names = [rows[0]["image"] for rows in tally.shown]
     if shards.tars:
         images = {name: as_rgb(data) for name, data in read_images(shards.lists[0], names).items()}
+    elif is_address(config.image_root):
+        found = read_objects(config.image_root, names)
+        images = {name: as_rgb(data) for name, data in found.items() if isinstance(data, bytes)}
     else:
         images = {name: Path(config.image_root) / name for name in names}
     page = write_report(

@@ -1,8 +1,10 @@
-"""Files are written whole or not at all; after a full disk, one line says where to free space."""
+"""Files, and objects of any store that fsspec knows, are written whole or not at all; a full disk is named."""
 
 import errno
 import json
 import os
+import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,11 +13,72 @@ from typing import IO, Any
 from utils import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
+ATOMIC = ("s3", "gs", "gcs", "abfs", "az", "hf")  # stores that show an object only when all of it has come
+CLIENTS = ("aiohttp", "azure", "botocore", "gcsfs", "google", "huggingface_hub")  # their errors are no OSError
+
+
+def is_address(name: str | Path) -> bool:
+    """Return True for an address of a store that fsspec may know, such as s3://bucket/folder."""
+    return isinstance(name, str) and ADDRESS.match(name) is not None
+
+
+def open_store(address: str) -> tuple[Any, str]:
+    """Return fsspec's file system of an address or path, and the path in it.
+
+    Raises:
+        UserError: a package is missing, or no store has this kind of address.
+    """
+    try:
+        from fsspec.core import url_to_fs
+
+        return url_to_fs(address)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{address} cannot be opened ({error}); install what this store needs") from None
 
 
 @contextmanager
-def write_whole(path: Path, mode: str = "w", shared: bool = False) -> Iterator[IO[Any]]:
+def open_to_read(name: str | Path) -> Iterator[IO[bytes]]:
+    """Open a file or an address; what a store's client raises becomes an OSError."""
+    if not is_address(name):
+        with open(name, "rb") as file:
+            yield file
+        return
+    store, path = open_store(name)
+    try:
+        with store.open(path, "rb") as file:
+            yield file
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in CLIENTS:
+            raise
+        raise OSError(f"{type(error).__name__}: {error}") from None
+
+
+@contextmanager
+def write_to_store(address: str) -> Iterator[IO[bytes]]:
+    """Open a local file whose content replaces the object at an address when it is whole.
+
+    Raises:
+        UserError: the store does not take it; an earlier object is unchanged.
+    """
+    store, path = open_store(address)
+    with tempfile.NamedTemporaryFile() as file:
+        yield file
+        file.flush()
+        temporary = path if address.startswith(tuple(f"{kind}:" for kind in ATOMIC)) else f"{path}.part{os.getpid()}"
+        try:
+            store.put_file(file.name, temporary)
+            if temporary != path:
+                store.mv(temporary, path)
+        except Exception as error:  # each store has errors of its own
+            raise UserError(f"{address} could not be written ({type(error).__name__}: {error})") from None
+
+
+@contextmanager
+def write_whole(path: Path | str, mode: str = "w", shared: bool = False) -> Iterator[IO[Any]]:
     """Open a file ("w", in UTF-8, or "wb") under a temporary name; it replaces `path` when it is whole on the disk.
+
+    `path` may be an address, as for `write_to_store`, with "wb".
 
     If other processes may write the same file (`shared`), the temporary name has the process id, and the caller deletes
     what killed processes left. Otherwise the next write replaces it.
@@ -23,6 +86,10 @@ def write_whole(path: Path, mode: str = "w", shared: bool = False) -> Iterator[I
     Raises:
         UserError: it could not be written, for instance because the disk is full; an earlier file is unchanged.
     """
+    if is_address(path):
+        with write_to_store(path) as file:
+            yield file
+        return
     temporary = path.with_name(f"{path.name}.part{os.getpid() if shared else ''}")
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:

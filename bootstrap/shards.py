@@ -14,6 +14,7 @@ from utils import ProgressLine, UserError, barrier, get_world_size
 
 Row = dict[str, Any]
 Pair = tuple[str, str]  # image path, web text
+Results = Iterator[tuple[int, list[Row]]]
 
 
 class Shards:
@@ -79,7 +80,7 @@ def open_folder(folder: Path, settings: Row, overwrite: bool = False) -> None:
         if old == settings:
             return
         if any(folder.glob("*.jsonl")) and not overwrite:
-            changed = sorted(key for key in settings if old.get(key) != settings[key])
+            changed = sorted(key for key in settings | old if old.get(key) != settings.get(key))
             raise UserError(
                 f"{folder} holds shards of other settings ({', '.join(changed)}); restore them, choose another "
                 "--output_dir, or delete these shards, and no others, with --overwrite"
@@ -99,21 +100,23 @@ def fingerprint_of(path: str | Path) -> list[str | int]:
     return [Path(path).name, stat.st_size, stat.st_mtime_ns]
 
 
-def run_shards(shards: Shards, work: Callable[[int], list[Row]], title: str) -> None:
+def run_shards(
+    shards: Shards, work: Callable[[int], list[Row]] | None, title: str, results: Results | None = None
+) -> None:
     """Do every shard that is not finished; each process takes the next one when it is free.
 
     Args:
         shards: what to do.
         work: shard -> its rows, which depend on nothing but the shard.
         title: of the progress line.
+        results: shards and their rows as others do them, in place of `work`.
 
     Raises:
         UserError: a shard cannot be written, or none of its images can be read.
     """
     line = ProgressLine(shards.total, title)
     first, finished = min((len(shards) - shards.count_missing()) * shards.size, shards.total), 0
-    for shard in _next_shards(shards, title):
-        rows = work(shard)
+    for shard, rows in results or ((shard, work(shard)) for shard in _next_shards(shards, title)):
         if not shards.tars and len(rows) > 1 and all("error" in row for row in rows):
             raise UserError(
                 f"none of the {len(rows)} images of shard {shard} can be read, the first because: {rows[0]['error']}; "

@@ -1,12 +1,14 @@
-"""The two stages of CapFilt: captions for every image, and the texts that match it (section 3.3)."""
+"""The stages of CapFilt: captions for every image, and the texts that match it (section 3.3); first, hashes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from bootstrap.duplicates import make_features, make_hashes, without
 from bootstrap.shards import Row, Shards
-from bootstrap.tars import Output, Sample, Source, with_places
+from bootstrap.tars import Output, Sample, Source, list_source, tar_source, with_places
+from inference import load
 from inference.tasks import Captioner, Matcher
 
 Judge = Callable[[Sequence[Sample], dict[str, Row]], list[Row]]  # samples, caption rows by name -> rows of texts
@@ -16,9 +18,48 @@ CAPTION_SETTINGS = (
 )  # fmt: skip
 
 
-def make_captions(config: Any, model: Captioner, source: Source, seed: int) -> Callable[[int], list[Row]]:
-    """Return the work of the captioning stage: each image of a shard once, with its distinct captions, best first."""
-    settings = {name: config[name] for name in CAPTION_SETTINGS}
+def make_work(
+    stage: str, config: Any, seed: int, device: str, shards: Shards, captions: Shards | None,
+    duplicates: Shards | None, output: Output,
+) -> Callable[[int], list[Row]]:  # fmt: skip
+    """Load the model of a stage, "hashes", "captions" or "texts", and return its work: shard -> rows.
+
+    Args:
+        device: of the model.
+        shards: the input.
+        captions: finished, for the texts; None to judge web texts alone.
+        duplicates: images to leave out.
+        output: of the kept pairs.
+    """
+    source = tar_source(shards, config.shard_size) if shards.tars else list_source(shards, config.image_root)
+    source = without(source, duplicates) if duplicates else source
+    if stage == "hashes" and config.duplicate_cosine:
+        return make_features(config, load("features", config.filter, device, config.amp, config.allow_pickle), source)
+    if stage == "hashes":
+        return make_hashes(config, source)
+    if stage == "captions":
+        captioner = load("caption", config.captioner, device, config.amp, config.allow_pickle)
+        ranker = None
+        if config.best_of > config.num_captions:
+            size = captioner.image_size
+            ranker = load("match", config.filter, device, config.amp, config.allow_pickle, image_size=size)
+        return make_captions(config, captioner, source, seed, ranker)
+    judge = keep_all
+    if config.stage != "caption":
+        judge = by_model(config, load("match", config.filter, device, config.amp, config.allow_pickle))
+    return make_texts(source, captions, judge, output)
+
+
+def make_captions(
+    config: Any, model: Captioner, source: Source, seed: int, ranker: Matcher | None = None
+) -> Callable[[int], list[Row]]:
+    """Return the work of the captioning stage: each image of a shard once, with its distinct captions, best first.
+
+    With a ranker, `best_of` captions are written, and those kept that match the image best.
+    """
+    settings = {name: config[name] for name in CAPTION_SETTINGS} | {"rank_by": ranker}
+    if ranker:
+        settings["num_captions"] = config.best_of
 
     def work(shard: int) -> list[Row]:
         """Return a row for each image of a shard."""
@@ -27,7 +68,8 @@ def make_captions(config: Any, model: Captioner, source: Source, seed: int) -> C
             images, names = [sample.image for sample in samples], [sample.name for sample in samples]
             for row in model.captions(images, names=names, seed=seed, **settings):
                 if "error" not in row:
-                    row["captions"] = list(dict.fromkeys(found["caption"] for found in row["captions"]))
+                    texts = dict.fromkeys(found["caption"] for found in row["captions"])
+                    row["captions"] = list(texts)[: config.num_captions]
                 rows.append(row)
             rows += errors
         return rows

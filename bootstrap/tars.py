@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from bootstrap.shards import Row, Shards
 from data.annotations import inside
 from data.pretrain import MAX_WORDS
 from data.tars import Record, read_shard
 from data.text import pre_caption
-from files import write_whole
+from files import is_address, open_store, write_whole
 from utils import UserError
 
 
@@ -55,9 +55,23 @@ def list_source(shards: Shards, image_root: str) -> Source:
                 errors[image] = {"image": image, "error": str(error)}
                 continue
             sample.texts.append(pre_caption(text, MAX_WORDS))
+        for name, content in read_objects(image_root, list(samples)).items() if is_address(image_root) else ():
+            if isinstance(content, bytes):
+                samples[name].image = content
+            else:
+                errors[name] = {"image": name, "error": f"{image_root}/{name} cannot be read ({content})"}
+                del samples[name]
         yield list(samples.values()), list(errors.values())
 
     return source
+
+
+def read_objects(root: str, names: Sequence[str]) -> dict[str, bytes | Exception]:
+    """Return the content of objects below an address, or the error of each that cannot be read; all at once."""
+    store, folder = open_store(root)
+    paths = [f"{folder.rstrip('/')}/{name}" for name in names]
+    found = store.cat(paths, on_error="return") if paths else {}
+    return {name: found[path] for name, path in zip(names, paths, strict=True)}
 
 
 def tar_source(shards: Shards, size: int) -> Source:
@@ -111,28 +125,38 @@ Output = Callable[[int], AbstractContextManager[Write]]  # shard -> context in w
 
 
 class TarOutput:
-    """Tar shards of the bootstrapped set in a folder, one for each shard of the input."""
+    """Tar shards of the bootstrapped set in a folder or at an address, one for each shard of the input."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    ending = ".tar"
 
-    def path(self, shard: int) -> Path:
-        """Return the tar file of a shard."""
-        return self.folder / f"{shard:05d}.tar"
+    def __init__(self, folder: str | Path):
+        self.folder = str(folder)
+
+    def path(self, shard: int, ending: str = "") -> str | Path:
+        """Return the file of a shard."""
+        path = f"{self.folder}/{shard:05d}{ending or self.ending}"
+        return path if is_address(path) else Path(path)
 
     @contextmanager
     def __call__(self, shard: int) -> Iterator[Write]:
         """Write a shard, whole or not at all.
 
         Raises:
-            UserError: the disk is full, or the folder cannot be written.
+            UserError: the disk is full, or the folder or store cannot be written.
         """
-        number = 0
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if not is_address(self.folder):
+                Path(self.folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.folder} cannot be made ({error.strerror}); choose another --output_dir") from None
-        with write_whole(self.path(shard), "wb", shared=True) as file, tarfile.open(fileobj=file, mode="w") as tar:
+        with write_whole(self.path(shard), "wb", shared=True) as file, self.writer(file, shard) as write:
+            yield write
+
+    @contextmanager
+    def writer(self, file: IO[bytes], shard: int) -> Iterator[Write]:
+        """Write the kept pairs of a shard to its file, and their number beside it."""
+        number = 0
+        with tarfile.open(fileobj=file, mode="w") as tar:
 
             def write(samples: Sequence[Sample], rows: Sequence[Row]) -> None:
                 """Add the kept pairs, and count them."""
@@ -140,28 +164,33 @@ class TarOutput:
                 number += add_pairs(tar, samples, rows)
 
             yield write
-            stats = self.path(shard).with_name(f"{shard:05d}_stats.json")  # read by `data.shards.count_pairs`
-            stats.write_text(json.dumps({"successes": number}))
+        with write_whole(self.path(shard, "_stats.json"), "wb", shared=True) as stats:  # for `data.shards.count_pairs`
+            stats.write(json.dumps({"successes": number}).encode())
 
     def delete_unfinished(self, shards: Shards) -> None:
-        """Delete the tar files of shards that are not finished: of other settings, or of a start that was killed.
+        """Delete the files of shards that are not finished: of other settings, or of a start that was killed.
 
         Raises:
             UserError: one cannot be deleted.
         """
-        done = {path.stem for path in map(self.path, range(len(shards))) if shards.path(int(path.stem)).is_file()}
-        for path in self.folder.glob("[0-9]*"):
-            name = re.fullmatch(r"(\d+)(\.tar|_stats\.json|\.tar\.part\d+)", path.name)
-            if name and (name[1] not in done or ".part" in name[2]):
-                try:
-                    path.unlink()
-                except OSError as error:
-                    raise UserError(f"{path} is out of date and cannot be deleted ({error.strerror})") from None
+        store, folder = open_store(self.folder)
+        try:
+            for path in store.ls(folder, detail=False) if store.exists(folder) else ():
+                ending = re.escape(self.ending)
+                name = re.fullmatch(rf"(\d+)({ending}|_stats\.json|({ending}|_stats\.json)\.part\d+)", Path(path).name)
+                if name and (".part" in name[2] or not _is_finished(shards, int(name[1]))):
+                    store.rm_file(path)
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be cleared of unfinished shards ({error})") from None
+
+
+def _is_finished(shards: Shards, shard: int) -> bool:
+    return shard < len(shards) and shards.path(shard).is_file()
 
 
 @contextmanager
 def no_output(shard: int) -> Iterator[Write]:
-    """Write no tar file: the output of a run over lists."""
+    """Write no file: the output of a run over lists."""
     yield lambda samples, rows: None
 
 

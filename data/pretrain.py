@@ -14,9 +14,11 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from data.annotations import as_list, inside
+from data.parquet import PARQUET, read_list
 from data.text import is_blank, pre_caption
 from data.transforms import Transform
 from download import cache_folder
+from files import is_address, open_store, open_to_read, write_whole
 from utils import ProgressLine, UserError, barrier, note
 
 CHUNK = 1 << 22  # bytes of a list that are read at once
@@ -83,12 +85,35 @@ def _fingerprint(path: Path, size: int = 1 << 16) -> int:
 
 def open_lists(paths: Sequence[str | Path]) -> list[PairList]:
     """Index the lists that are new, by one process of each machine, and open all of them."""
-    for path in map(Path, paths):
-        folder = index_folder(path)
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not folder.is_dir():
-            build_index(path, folder)
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    for path in paths:
+        if first or not is_address(path):
+            folder = index_folder(_local(path))
+            if first and not folder.is_dir():
+                build_index(_local(path), folder)
     barrier()
-    return [PairList(Path(path)) for path in paths]
+    return [PairList(_local(path)) for path in paths]
+
+
+def _local(address: str | Path) -> Path:
+    """Return a list's path; of an address, that of a copy in the cache, which is new when the list's size changes.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if not is_address(address):
+        return Path(address)
+    store, path = open_store(address)
+    try:
+        name = hashlib.sha256(f"{address} {store.info(path)['size']}".encode()).hexdigest()[:12]
+        copy = cache_folder() / "lists" / name / address.rpartition("/")[2].partition("?")[0]
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if not copy.is_file():
+            with write_whole(copy, "wb", shared=True) as file, open_to_read(address) as source:
+                shutil.copyfileobj(source, file)
+    except OSError as error:
+        raise UserError(f"list of pairs {address} cannot be read ({error}); correct its address") from None
+    return copy
 
 
 def build_index(path: Path, folder: Path) -> None:
@@ -117,7 +142,7 @@ def build_index(path: Path, folder: Path) -> None:
 
 def _encoded_pairs(path: Path) -> Iterator[bytes]:
     num_empty = 0
-    for number, row in enumerate(read_rows(path)):
+    for number, row in enumerate(read_list(path) if path.suffix == PARQUET else read_rows(path)):
         image, captions = _pairs_of(row, f"{path}, entry {number}")
         texts = [caption for caption in captions if not is_blank(caption)]
         num_empty += len(captions) - len(texts)

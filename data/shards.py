@@ -19,10 +19,12 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
+from data.parquet import PARQUET
 from data.pretrain import MAX_WORDS, TRIES
 from data.tars import PIPE, SHARD_ENDINGS, Record, contents, dropped_samples, expand, read_shard
 from data.text import pre_caption
 from data.transforms import BAD_IMAGE, Transform, to_rgb
+from files import is_address
 from utils import UserError, get_rank, get_world_size, note, on_main_process, track
 
 SHOWN = 3  # shards of a reader whose dropped samples are shown
@@ -36,7 +38,7 @@ def count_pairs(shards: Sequence[str]) -> int:
     shard's size and time, and is counted again when they change.
 
     Raises:
-        UserError: a shard is behind a pipe or cannot be read.
+        UserError: a shard is behind a pipe, at an address, or cannot be read.
     """
 
     def count() -> int:
@@ -50,10 +52,10 @@ def count_pairs(shards: Sequence[str]) -> int:
 
 
 def _count(shard: str, dropped: Counter[str]) -> int:
-    if shard.startswith(PIPE):
+    if shard.startswith(PIPE) or is_address(shard):
         raise UserError(f"how many pairs {shard!r} gives cannot be known; set shard_pairs to the number in all shards")
     kept = Path(f"{shard}.count.json")
-    ending = next(ending for ending in (*SHARD_ENDINGS, "") if shard.endswith(ending))
+    ending = next(ending for ending in (*SHARD_ENDINGS, PARQUET, "") if shard.endswith(ending))
     stats = Path(shard.removesuffix(ending) + "_stats.json")
     try:
         stat = Path(shard).stat()

@@ -16,8 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from data.parquet import PARQUET, has_images, read_samples
 from data.text import is_blank
 from data.transforms import IMAGE_ENDINGS
+from files import is_address, open_store, open_to_read
 from utils import UserError, note
 
 PIPE = "pipe:"
@@ -71,6 +73,8 @@ class _Header(tarfile.TarInfo):
 def is_shard(name: str) -> bool:
     """Return True if an entry of `train_file` or `pairs` is a shard, several or a folder of them, and not a list."""
     plain = name.split("?")[0]
+    if plain.endswith(PARQUET):
+        return has_images(next(_expand(name, "pairs")))
     return name.startswith(PIPE) or plain.endswith((*SHARD_ENDINGS, *COMMANDS)) or os.path.isdir(name)
 
 
@@ -121,22 +125,38 @@ def _choices(first: str, last: str, listed: str = "") -> list[str]:
 
 
 def _files(name: str, setting: str) -> list[str]:
-    scheme, is_remote, _ = name.partition("://")
-    ending = next((ending for ending in COMMANDS if name.endswith(ending)), "")
-    if is_remote or ending:  # Python's tarfile cannot read it
-        command = REMOTE.get(scheme, "curl -sfL") if is_remote else COMMANDS[ending]
-        pipe = f"pipe:{command} {name}{' -' if scheme == 's3' else ''}"
-        what = "not a file" if is_remote else f"compressed as {ending}"
-        raise UserError(f"shard {name} is {what}; read it in {setting} with {pipe!r}")
+    if is_address(name):
+        return _objects(name, setting)
+    if ending := next((ending for ending in COMMANDS if name.endswith(ending)), ""):  # Python's tarfile cannot read it
+        raise UserError(
+            f"shard {name} is compressed as {ending}; read it in {setting} with 'pipe:{COMMANDS[ending]} {name}'"
+        )
     if os.path.isfile(name):
         return [name]
     if os.path.isdir(name):
-        children = sorted(child for child in os.listdir(name) if child.endswith(SHARD_ENDINGS))
-        found = [os.path.join(name, child) for child in children if not child.startswith(".")]
+        children = sorted(child for child in os.listdir(name) if not child.startswith("."))
+        tars = [child for child in children if child.endswith(SHARD_ENDINGS)]
+        found = [os.path.join(name, child) for child in tars or children if child.endswith((*SHARD_ENDINGS, PARQUET))]
         if not found:
             raise UserError(f"folder {name} holds no shard ({', '.join(SHARD_ENDINGS)}); correct {setting}")
         return found
     found = sorted(glob.glob(name))
+    if not found:
+        raise UserError(f"shard {name} does not exist; correct {setting}")
+    return found
+
+
+def _objects(name: str, setting: str) -> list[str]:
+    """Return the shards at an address, which may have a *."""
+    scheme = name.partition("://")[0]
+    try:
+        store, path = open_store(name)
+    except UserError as error:
+        pipe = f"pipe:{REMOTE.get(scheme, 'curl -sfL')} {name}{' -' if scheme == 's3' else ''}"
+        raise UserError(f"shard {error}, or read it in {setting} with {pipe!r}") from None
+    if "*" not in name:
+        return [name]
+    found = [store.unstrip_protocol(child) for child in sorted(store.glob(path))]
     if not found:
         raise UserError(f"shard {name} does not exist; correct {setting}")
     return found
@@ -147,9 +167,9 @@ def _open_shard(shard: str) -> Iterator[BinaryIO]:
     """Open a file, or run a command and read what it prints."""
     if not shard.startswith(PIPE):
         # tarfile's own decompression takes a truncated file for a whole one
-        opener = next((opener for ending, opener in OPENERS.items() if shard.endswith(ending)), open)
-        with opener(shard, "rb") as file:
-            yield file
+        opener = next((opener for ending, opener in OPENERS.items() if shard.endswith(ending)), None)
+        with open_to_read(shard) as file:
+            yield opener(file, "rb") if opener else file
         return
     with subprocess.Popen(shard.removeprefix(PIPE), shell=True, stdout=subprocess.PIPE) as process:
         try:
@@ -178,6 +198,10 @@ def read_shard(shard: str, dropped: Counter[str] | None = None) -> Iterator[Reco
         tarfile.TarError: it is damaged, or ends early.
     """
     dropped = Counter() if dropped is None else dropped
+    if shard.endswith(PARQUET):
+        for key, ending, image, text, facts in read_samples(shard, dropped):
+            yield Record(f"{shard}: {key}", image, text, key, ending, facts)
+        return
     key, parts = "", {}
     with _open_tar(shard) as tar:
         for member, name, ending in _named(tar):

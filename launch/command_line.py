@@ -29,6 +29,8 @@ def make_parser(
     parser.add_argument(
         "--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="change settings; may be repeated"
     )
+    if "engine" in config_class.__dataclass_fields__:
+        parser.add_argument("--engine", dest="set", action="append", type="engine={}".format, help="as --set engine=")
     for name in ("--world_size", "--dist_url", "--distributed"):
         parser.add_argument(name, default=None, help="accepted as in the released code; the launcher decides")
     return parser

@@ -274,16 +274,26 @@ class PretrainConfig(Contrast, TrainConfig):
 class CapFiltConfig(Settings):
     """Captioning and filtering of web pairs (paper section 3.3)."""
 
-    pairs: list = setting([], "lists of web pairs, JSON or JSON lines; or tar shards, as a/{000..131}.tar or pipe:...")
-    image_root: str = setting("", "folder that the pairs' image paths start from")
+    pairs: list = setting([], "lists of pairs, JSON or Parquet; or shards, as a/{000..131}.tar, s3://... or pipe:..")
+    image_root: str = setting("", "folder or address that the pairs' image paths start from")
+    output: str = setting("", "folder or address, as s3://..., of the set's shards; '': bootstrapped in output_dir")
+    parquet: bool = setting(False, "the set in Parquet: a row for each image, with its texts and their scores")
     captioner: str = setting("", "checkpoint that writes captions: a path, a URL or hf:owner/name")
     filter: str = setting("", "checkpoint that judges texts: a path, a URL or hf:owner/name")
     allow_pickle: bool = setting(False, "accept checkpoints that may run code when read; only from those you trust")
-    stage: str = setting("both", "filter alone reads web texts, and captions if written", ("both", "caption", "filter"))
+    stage: str = setting(
+        "both",
+        "filter alone reads web texts, and captions if written; dedup finds near-duplicates, which later stages omit",
+        ("both", "caption", "filter", "dedup"),
+    )
+    duplicate_cosine: float = setting(
+        0.0, "of stage dedup: least cosine of duplicates' features by filter; 0: a perceptual hash", ">= 0 and <= 1"
+    )
     sample: bool = setting(True, "nucleus sampling, as in the paper; false for beam search")
     top_p: float = setting(0.9, "share of probability that sampling draws from", "> 0 and <= 1")
     num_beams: int = setting(3, "width of the beam search", ">= 1")
     num_captions: int = setting(1, "synthetic captions of each image", ">= 1")
+    best_of: int = setting(1, "captions written of each image, if over num_captions; the filter picks them", ">= 1")
     max_length: int = setting(20, "longest caption in tokens, prompt included", ">= 1")
     min_length: int = setting(5, "shortest caption in tokens, prompt included", ">= 0")
     repetition_penalty: float = setting(1.1, "above 1 discourages repeated words; released sampling: 1.1", "> 0")
@@ -292,6 +302,11 @@ class CapFiltConfig(Settings):
     batch_size: int = setting(64, "images at once", ">= 1")
     num_workers: int = setting(0, "processes that read images, per process", ">= 0")
     amp: str = setting("", "mixed precision; auto: bf16 where it is fast; '': float32", AMP)
+    engine: str = setting("torchrun", "ray: workers of a Ray cluster, which may come and go", ("torchrun", "ray"))
+    ray_address: str = setting("", "of the cluster, as auto or ray://host:10001; '': start one on this machine")
+    workers: int = setting(0, "workers on Ray; 0: as many as the cluster has room for", ">= 0")
+    cpus_per_worker: float = setting(1.0, "cores that Ray gives a worker", "> 0")
+    gpus_per_worker: float = setting(0.0, "GPUs that Ray gives a worker; parts of one are allowed", ">= 0")
 
 
 def describe(config_class: type[Settings]) -> Iterator[str]:

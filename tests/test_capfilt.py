@@ -136,6 +136,23 @@ def test_beams_and_several_captions(web, tmp_path):
     assert len(synthetic) == 2 * 59
 
 
+def test_the_filter_picks_the_best_of_several(web, tmp_path):
+    found = {}
+    for name, more in (("all", {"num_captions": 3}), ("best", {"best_of": 3})):
+        assert run_here("capfilt.py", *arguments(web, tmp_path / name, top_p=0.99, **more))[0] == 0
+        rows = read(tmp_path / name / "bootstrapped.jsonl") + read(tmp_path / name / "dropped.jsonl")
+        found[name] = {}
+        for row in rows:
+            if row["source"] == "synthetic":
+                found[name].setdefault(row["image"], {})[row["caption"]] = row["probability"]
+    assert max(map(len, found["all"].values())) > 1 and set(map(len, found["best"].values())) == {1}
+    for image, ((caption, probability),) in ((image, own.items()) for image, own in found["best"].items()):
+        assert caption in found["all"][image]
+        assert probability == pytest.approx(max(found["all"][image].values()), abs=2e-4)
+    code, told = run_here("capfilt.py", *arguments(web, tmp_path / "best", top_p=0.99))
+    assert code == 2 and "shards of other settings (best_of, ranked_by)" in told
+
+
 def test_lists_of_urls(web, tmp_path):
     """Images downloaded to where their URL says; in JSON lines."""
     rows = []

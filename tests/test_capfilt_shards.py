@@ -10,8 +10,8 @@ from scripts import ROOT, lines, run_and_signal, run_here, settings
 
 from bootstrap.merging import merge_shards
 from bootstrap.shards import Shards, run_shards
+from bootstrap.stages import make_texts
 from bootstrap.tars import TarOutput, tar_source
-from capfilt import make_texts
 from data.shards import TarPairs, count_pairs
 from data.tars import read_shard
 from data.transforms import test_transform as make_transform

@@ -332,7 +332,8 @@ def test_a4_folders_lists_and_repetitions(shards, capsys):
         ("0.tar.zst", "pipe:zstd -dc 0.tar.zst"),
     ],
 )
-def test_a4_what_cannot_be_read_comes_with_its_pipe(name, pipe):
+def test_a4_what_cannot_be_read_comes_with_its_pipe(name, pipe, monkeypatch):
+    monkeypatch.setattr("fsspec.core.url_to_fs", lambda _: (_ for _ in ()).throw(ImportError("Install s3fs")))
     assert is_shard(name)
     with pytest.raises(UserError, match=re.escape(f"with '{pipe}'")):
         expand([name])
