@@ -19,13 +19,13 @@ from files import read_json, write_json
 from inference.zero_shot import class_features, class_probabilities
 from launch.config import ClassificationConfig
 from launch.run import Run, launch
-from metrics.classification import accuracy, refuse_nan
+from metrics.classification import accuracy
 from models.blip_classification import blip_classification
 from models.blip_itm import blip_itm
 from training.loop import Losses, Task
 from training.progress import Progress
 from training.results import eval_loaders, splits_of, train_and_report
-from utils import UserError, gather_results, on_main_process, track
+from utils import UserError, gather_results, on_main_process, refuse_nan, track
 
 EXAMPLES = (
     "python train_classification.py --config configs/miniature/classification.yaml --output_dir output/entailment",

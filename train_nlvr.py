@@ -16,12 +16,12 @@ from data import make_loaders, prefetch
 from files import read_json, write_json
 from launch.config import NLVRConfig
 from launch.run import Run, launch
-from metrics.classification import accuracy, consistency, refuse_nan
+from metrics.classification import accuracy, consistency
 from models.blip_nlvr import BLIP_NLVR, blip_nlvr
 from training.loop import Losses, Task
 from training.progress import Progress
 from training.results import eval_loaders, splits_of, train_and_report
-from utils import gather_results, on_main_process, track
+from utils import gather_results, on_main_process, refuse_nan, track
 
 EXAMPLES = (
     "python train_nlvr.py --config configs/miniature/nlvr.yaml --output_dir output/nlvr",

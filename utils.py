@@ -9,18 +9,27 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, TextIO, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import ArrayLike
 
 from released import door
 
 Item = TypeVar("Item")
 LISTED = re.compile(r"""\[(['"]).*\1\]""", re.DOTALL)
+DIVERGED = "scores are not numbers (NaN); the model has diverged: take an earlier checkpoint"
 MARK = "UserError: "  # stands before the message that a data worker re-raises
 
 
 class UserError(Exception):
     """An error the user can fix; its message says in one line what was got, what was expected, and what to do."""
+
+
+def refuse_nan(scores: ArrayLike) -> None:
+    """Raise UserError for scores of a model that has diverged, which would be ranked in any order."""
+    if np.isnan(scores).any():
+        raise UserError(DIVERGED)
 
 
 def user_message(error: BaseException) -> str | None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from utils import UserError
+from utils import refuse_nan
 
 
 def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
@@ -24,12 +24,6 @@ def consistency(sentences: Sequence[str], predictions: ArrayLike, labels: ArrayL
     for sentence, right in zip(sentences, _right(predictions, labels), strict=True):
         all_right[sentence] = all_right.get(sentence, True) and bool(right)
     return sum(all_right.values()) / len(all_right)
-
-
-def refuse_nan(scores: ArrayLike) -> None:
-    """Raise UserError for scores of a model that has diverged, which would be ranked in any order."""
-    if np.isnan(scores).any():
-        raise UserError("scores are not numbers (NaN); the model has diverged: take an earlier checkpoint")
 
 
 def _right(predictions: ArrayLike, labels: ArrayLike) -> np.ndarray:

@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from metrics.classification import refuse_nan
-from utils import UserError
+from utils import UserError, refuse_nan
 
 
 def retrieval_scores(

@@ -15,7 +15,7 @@ from models.prefix_tree import PrefixTree, Trie
 from models.pretrained import load_pretrained
 from models.tokenizer import TokenBatch, decode, tokenize
 from released import door
-from utils import UserError
+from utils import DIVERGED, UserError
 
 MAX_QUESTION_TOKENS = 35
 ANSWERS = GenerationConfig(max_length=10, min_length=1, num_beams=3)
@@ -126,6 +126,9 @@ class BLIP_VQA(ImageTextModel):
 
         Returns:
             Token-summed losses (batch, k) and their candidates, int64 (batch, k).
+
+        Raises:
+            UserError: the probabilities are not numbers.
         """
         decoder = self.text_decoder
         projection = decoder.bert.project(question_states, mask=question_atts)
@@ -133,6 +136,7 @@ class BLIP_VQA(ImageTextModel):
         logits = decoder.logits(decoder.hidden_states(start, projection=projection)[:, 0])
         first_probs = logits.float().softmax(dim=1).index_select(1, answer_ids[:, 1])
         candidates = first_probs.topk(min(k, len(answer_ids)), dim=1).indices
+        candidates = candidates.masked_fill(first_probs.isnan().any(dim=1, keepdim=True), -1)
         tree = self.select_trees(answer_ids, candidates)  # equal prefixes of candidates are computed once
         hidden = decoder.hidden_states(
             tree.input_ids, attention_mask=tree.attends, positions=tree.positions, projection=projection
@@ -143,11 +147,17 @@ class BLIP_VQA(ImageTextModel):
         return torch.stack([self.tree_losses(*row) for row in rows]), candidates
 
     def select_trees(self, answer_ids: torch.Tensor, candidates: torch.Tensor) -> PrefixTree:
-        """Return the prefix trees of candidates (batch, k); reads them from the device, once per batch."""
+        """Return the prefix trees of candidates (batch, k), -1 where probabilities are not numbers.
+
+        The candidates are read from the device, once per batch.
+        """
         if self.trie is None or self.trie[0] is not answer_ids:
             texts, pad = answer_ids[:, :-1].cpu().numpy(), self.tokenizer.pad_token_id
             self.trie = answer_ids, Trie(texts, pad, keep_padding=self.smooth_padding)
-        return self.trie[1].select(candidates.cpu().numpy()).to(answer_ids.device)
+        chosen = candidates.cpu().numpy()
+        if chosen.min() < 0:
+            raise UserError(DIVERGED)
+        return self.trie[1].select(chosen).to(answer_ids.device)
 
     def tree_losses(self, hidden: torch.Tensor, node: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """One question's losses (k,): states (nodes, width), nodes and labels (k, length - 1)."""

@@ -20,7 +20,7 @@ import torch
 from models.attention import Projection
 from models.beams import Beams, Text
 from models.med import TextDecoder
-from utils import UserError
+from utils import UserError, refuse_nan
 
 SAMPLING_PENALTY = 1.1  # repetition penalty of the released nucleus sampling
 
@@ -98,7 +98,8 @@ def generate(
             max_length) in [0, 1). None draws them from PyTorch's generator.
 
     Raises:
-        UserError: more texts are asked for than the search keeps, or the prompt fills max_length.
+        UserError: more texts are asked for than the search keeps, the prompt fills max_length, or probabilities are
+            not numbers.
     """
     if not config.sample and config.num_return > config.num_beams:
         raise UserError(
@@ -121,7 +122,9 @@ def generate(
         texts = extend_singly(stepper, prompt, uniforms if config.sample else None)
     else:
         texts = beam_search(stepper, prompt)
-    return Generated([torch.tensor(text.tokens) for text in texts], torch.tensor([text.log_prob for text in texts]))
+    log_probs = [text.log_prob for text in texts]
+    refuse_nan(log_probs)
+    return Generated([torch.tensor(text.tokens) for text in texts], torch.tensor(log_probs))
 
 
 class Stepper:

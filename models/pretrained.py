@@ -148,6 +148,7 @@ def load_state(model: nn.Module, state: State, source: str, task: str) -> LoadRe
     report, kind, optional = LoadReport(source), checkpoint_kind(state), MAY_BE_FRESH[task]
     described = "a checkpoint of unknown kind" if kind == "unknown" else f"a {kind} checkpoint"
     state, own = fit_to(model, state, report), model.state_dict()
+    refuse_not_finite({key: state[key] for key in state if key in own}, source)
     for key in [key for key in state if key in own and state[key].shape != own[key].shape]:
         if not re.search(optional, key):
             raise UserError(
@@ -170,6 +171,18 @@ def load_state(model: nn.Module, state: State, source: str, task: str) -> LoadRe
     if (task, kind) in NOTES:
         report.notes.append(NOTES[task, kind])
     return report
+
+
+def refuse_not_finite(state: State, source: str) -> None:
+    """Refuse weights of a training that diverged: their captions, answers and scores would mean nothing.
+
+    Raises:
+        UserError: an entry is NaN or infinite somewhere.
+    """
+    for key, value in state.items():
+        value = value.float()
+        if not value.sum().isfinite() and not value.isfinite().all():  # one pass where the sum is finite
+            raise UserError(f"{source} has values in {key} that are not finite; take an earlier checkpoint")
 
 
 def checkpoint_kind(state: State) -> str:

@@ -8,6 +8,7 @@ from models.beams import Beams, Text
 from models.generation import GenerationConfig, Stepper, generate
 from models.tokenizer import tokenize
 from training.state import compile_blocks
+from utils import UserError
 
 SETTINGS = {
     "beam search": {},
@@ -178,3 +179,12 @@ def test_d8_an_answer_does_not_depend_on_the_batch_where_padding_is_masked(mask_
     torch.testing.assert_close(together[:7, : alone.shape[1]], alone, rtol=1e-4, atol=1e-4)
     found, expected_log_probs = model.generate_answers(together, mask)[1][:7], model.generate_answers(alone)[1]
     assert torch.allclose(found, expected_log_probs, rtol=0, atol=5e-5) == mask_padding
+
+
+@EVERY_SETTING
+def test_probabilities_that_are_not_numbers_are_no_caption(values):
+    """Token 0 was the best of NaN, so that a model that has diverged wrote the same caption for every image."""
+    model = captioner()
+    model.visual_encoder.norm.weight.data[0] = torch.nan
+    with pytest.raises(UserError, match="not numbers"):
+        model.caption(images(2), settings(values))

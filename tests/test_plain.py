@@ -11,6 +11,7 @@ from models.med import TextTransformer
 from models.tokenizer import tokenize
 from tests import plain
 from tests.formula import arr, build, img
+from utils import UserError
 
 TEXTS = ["a red ring", "two rings left of a large green star", "a heart", "a small blue cross above a pink square"]
 
@@ -89,6 +90,8 @@ def test_answer_ranking(smooth_padding):
     found, _ = model.rank_losses(states, mask, candidates.input_ids, 6)
     torch.testing.assert_close(found, losses, rtol=1e-4, atol=1e-4)
     assert torch.equal(model.rank_answer(states, mask, *candidates, 6), best)
+    with pytest.raises(UserError, match="not numbers"):  # the first candidate was the best of NaN
+        model.rank_answer(states * torch.tensor([1.0, torch.nan])[:, None, None], mask, *candidates, 6)
 
 
 @pytest.mark.parametrize(("kind", "amp"), [("pretrain", False), ("decoder", False), ("decoder", True)])

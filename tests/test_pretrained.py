@@ -243,3 +243,21 @@ def test_18_a7_a_classification_checkpoint_is_not_nlvr2():
     state = dict.fromkeys(["text_encoder.encoder.layer.0.crossattention.self.key.weight", "cls_head.0.weight"])
     assert checkpoint_kind(state) == "classification"
     assert checkpoint_kind(build("nlvr").state_dict()) == "NLVR2"
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("kind", ["decoder", "nlvr"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, kind, value):
+    model = build(kind)
+    name, weight = list(model.named_parameters())[-1]
+    weight.data.view(-1)[-1] = value
+    create = {"decoder": blip_decoder, "nlvr": blip_nlvr}[kind]
+    with pytest.raises(UserError, match=f"values in {name} that are not finite"):
+        create(save(model, tmp_path / "diverged.pth"), **SIZES)
+
+
+def test_finite_weights_whose_sum_is_not_are_loaded(tmp_path):
+    model = build("decoder")
+    model.visual_encoder.pos_embed.data.fill_(1e38)
+    loaded = blip_decoder(save(model, tmp_path / "large.pth"), **SIZES)
+    assert same(loaded, model)
