@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from inference.options import KINDS
 from inference.predictor import Images, Predictor, Row
 from models.losses import unit_features
 from models.med import TextTransformer
@@ -15,14 +16,6 @@ from models.pretrained import load_pretrained
 from models.vit import create_vit
 from models.weights import read_source
 from utils import UserError
-
-KINDS = {  # kind of feature -> parts of a checkpoint that it needs
-    "cls": ("visual_encoder",),
-    "tokens": ("visual_encoder",),
-    "image": ("visual_encoder", "vision_proj"),
-    "text": ("text_encoder", "text_proj"),
-    "multimodal": ("visual_encoder", "text_encoder"),
-}
 
 
 class FeatureModel(nn.Module):

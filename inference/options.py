@@ -1,12 +1,9 @@
-"""Command line of predict.py: a command, its images and its options, in any order."""
+"""Command line of predict.py: a command, its images and its options, in any order. Imports nothing slow."""
 
 import argparse
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-
-from inference.features import KINDS
-from inference.sidecars import MODES
 
 EXAMPLES = {
     "caption": "python predict.py caption holiday/ --checkpoint model_base_caption_capfilt_large.pth",
@@ -25,6 +22,14 @@ PURPOSES = {
     "features": "save features of images or texts, as .safetensors or .npy",
 }
 IMAGES = "images, folders of them, URLs, lists (.txt, .json, .jsonl), or - for a list on standard input"
+KINDS = {  # kind of feature -> parts of a checkpoint that it needs
+    "cls": ("visual_encoder",),
+    "tokens": ("visual_encoder",),
+    "image": ("visual_encoder", "vision_proj"),
+    "text": ("text_encoder", "text_proj"),
+    "multimodal": ("visual_encoder", "text_encoder"),
+}
+MODES = ("skip", "overwrite", "append")  # what to do with text files that exist
 ROWS = ("caption", "vqa", "match")  # commands that write a row for each image as soon as it is known
 RESUMED = (*ROWS, "features")
 ENDINGS = {"features": "needed: ending in .safetensors or .npy", "caption": ".jsonl or .csv; default: printed"}

@@ -9,8 +9,6 @@ from files import write_whole
 from inference.predictor import Row
 from utils import UserError
 
-MODES = ("skip", "overwrite", "append")
-
 
 @dataclass(frozen=True)
 class Sidecars:

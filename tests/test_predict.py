@@ -538,3 +538,11 @@ def test_encoded_images_are_read_as_files_are(world, captioner):
     assert of_bytes["captions"] == of_file["captions"] and of_bytes["image"] == ""
     assert "cannot be read" in broken["error"]
     assert captioner.caption(path.read_bytes())[0]["captions"] == of_file["captions"]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["caption", "--help"], ["captoin", "a.jpg"], ["caption", "--beams", "3"]])
+def test_help_and_wrong_options_do_not_wait_for_pytorch(words):
+    script = "import runpy, sys\ntry: runpy.run_path('predict.py', run_name='__main__')\nexcept SystemExit: pass\n"
+    script += "print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
