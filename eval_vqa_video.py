@@ -42,20 +42,19 @@ def answer(model: BLIP_VQA, loader: DataLoader, config: VideoQAConfig, run: Run)
         candidates = tokenize(model.tokenizer, dataset.answer_list, "dec", device=run.device)
     found: list[list[dict[str, Any]]] = []  # rows of each clip
     for batch in prefetch(track(loader, "answering"), run.device):
-        clips, errors = batch["index"].tolist(), batch["error"]
         projection = model.text_encoder.project(video_tokens(model, batch["video"]))
-        asked = [(place, row) for place, clip in enumerate(clips) for row in dataset.questions[clip]]
-        rows: list[list[dict[str, Any]]] = [[] for _ in clips]
-        for start in range(0, len(asked), config.batch_size):
-            part = asked[start : start + config.batch_size]
-            owner = torch.tensor([place for place, _ in part], device=run.device)
-            questions = [row["question"] for _, row in part]
-            text = tokenize(model.tokenizer, questions, "enc", MAX_QUESTION_TOKENS, run.device)
-            states = model.text_encoder(*text, projection.select(owner))
-            answers = choose(model, states, text, candidates, dataset.answer_list, config.k_test)
-            for (place, row), said in zip(part, answers, strict=True):
-                rows[place].append({"question_id": row["question_id"], "answer": "" if errors[place] else said})
-        found += [[{"error": error}, *own] for error, own in zip(errors, rows, strict=True)]
+        for place, (clip, error) in enumerate(zip(batch["index"].tolist(), batch["error"], strict=True)):
+            asked, rows = dataset.questions[clip], [{"error": error}]
+            own = projection.select(torch.arange(place, place + 1, device=run.device))
+            for start in range(0, len(asked), config.batch_size):
+                part = asked[start : start + config.batch_size]
+                questions = [row["question"] for row in part]
+                text = tokenize(model.tokenizer, questions, "enc", MAX_QUESTION_TOKENS, run.device)
+                states = model.text_encoder(*text, own.read_by(len(part)))
+                answers = choose(model, states, text, candidates, dataset.answer_list, config.k_test)
+                for row, said in zip(part, answers, strict=True):
+                    rows.append({"question_id": row["question_id"], "answer": "" if error else said})
+            found.append(rows)
     return [row for own in gather_results(found) for row in own]
 
 

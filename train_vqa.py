@@ -61,7 +61,7 @@ def answer(model: BLIP_VQA, loader: DataLoader, config: VQAConfig, device: torch
         else:
             k_test = min(config.k_test, len(names))
             chosen = model(image, questions, candidates, train=False, inference="rank", k_test=k_test)
-            answers = [names[i] for i in chosen]
+            answers = [names[i] for i in chosen.tolist()]
         rows += [{"question_id": i, "answer": text} for i, text in zip(ids, answers, strict=True)]
     return gather_results(rows)
 

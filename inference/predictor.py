@@ -77,9 +77,11 @@ class Predictor:
                     found |= dict(zip(good, rows, strict=True))
                 yield from ({"image": given[i], **found[i]} for i in batch["index"])
 
-    def predict_in_parts(self, predict: Predict, image: torch.Tensor, names: list[str]) -> list[Row]:
+    def predict_in_parts(
+        self, predict: Callable[[torch.Tensor, Sequence[Any]], Iterable[Any]], image: torch.Tensor, names: Sequence[Any]
+    ) -> list[Any]:
         """Predict a batch; where it does not fit into memory, halve it, and this and all later batches to that size."""
-        rows: list[Row] = []
+        rows: list[Any] = []
         while len(rows) < len(names):
             size = min(len(names) - len(rows), self.largest_batch)
             part = slice(len(rows), len(rows) + size)

@@ -97,10 +97,14 @@ class Index:
         fresh = self._take_known({name_of(image): stamp(image) for image in images})
         line, saved = ProgressLine(len(fresh), "indexing images"), 0
         names = list(fresh)
+
+        def features(image: torch.Tensor, _: Sequence[str]) -> list[torch.Tensor]:
+            return list(encode(matcher, image)[1].cpu())
+
         try:
             for batch in image_batches(names, matcher.transform, batch_size, num_workers):
                 good = [names[i] for i in batch["index"] if i not in batch["errors"]]
-                feats = encode(matcher, batch["image"])[1].cpu() if good else ()
+                feats = matcher.predict_in_parts(features, batch["image"], good)
                 self.known |= {name: (*fresh[name], feat) for name, feat in zip(good, feats, strict=True)}
                 for i, text in batch["errors"].items():
                     self.known.pop(names[i], None)  # of its earlier content
@@ -199,6 +203,20 @@ def find_images_by_text(
     names, queries = collection.names, matcher.text_feat(texts)
     found: list[dict[int, tuple[float, Row]]] = [{} for _ in texts]
     errors: dict[int, Row] = {}
+    usable: list[dict[int, float]] = []
+
+    def match(image: torch.Tensor, numbers: Sequence[int]) -> Sequence[int]:
+        """Score images, by their numbers in the collection, with the texts that they are candidates of."""
+        tokens, _ = encode(matcher, image)
+        for text, cosines, scores in zip(texts, usable, found, strict=True):
+            here = [i for i, number in enumerate(numbers) if number in cosines.keys() - scores.keys()]
+            if here:
+                images = [numbers[i] for i in here]
+                logits = matcher.match_logits(tokens[here], [text])[:, 0].cpu()
+                cosine, rows = torch.tensor([cosines[i] for i in images]), [{"image": names[i]} for i in images]
+                scores |= zip(images, scored(logits, cosine, rows), strict=True)
+        return numbers
+
     while True:
         nearest = (x.tolist() for x in collection.nearest(queries, max(k_test, top) + len(errors)))
         usable = [
@@ -211,17 +229,7 @@ def find_images_by_text(
         for batch in image_batches([names[i] for i in missing], matcher.transform, batch_size):
             errors |= {missing[i]: {"image": names[missing[i]], "error": e} for i, e in batch["errors"].items()}
             good = [missing[i] for i in batch["index"] if i not in batch["errors"]]
-            if not good:
-                continue
-            tokens, _ = encode(matcher, batch["image"])
-            for text, cosines, scores in zip(texts, usable, found, strict=True):
-                here = [i for i, image in enumerate(good) if image in cosines.keys() - scores.keys()]
-                if here:
-                    images = [good[i] for i in here]
-                    with autocast(matcher.amp, matcher.device):
-                        logits = matcher.match_logits(tokens[here], [text])[:, 0].cpu()
-                    cosine, rows = torch.tensor([cosines[i] for i in images]), [{"image": names[i]} for i in images]
-                    scores |= zip(images, scored(logits, cosine, rows), strict=True)
+            matcher.predict_in_parts(match, batch["image"], good)
     rows = [{"text": text, "images": best([*scores.values()], top)} for text, scores in zip(texts, found, strict=True)]
     return [*rows, *errors.values()]
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from models.blip_itm import BLIP_ITM, MAX_TEXT_TOKENS
+from models.losses import similarity, unit_features
 from models.tokenizer import tokenize
 from utils import UserError
 
@@ -29,7 +30,7 @@ def class_features(model: BLIP_ITM, classes: Sequence[str], templates: Sequence[
     for name in classes:
         texts = [template.replace("{}", name.replace("_", " ")) for template in templates]
         hidden = model.text_encoder(*tokenize(model.tokenizer, texts, "cls", MAX_TEXT_TOKENS, device))
-        means.append(F.normalize(model.text_proj(hidden[:, 0]), dim=-1).mean(dim=0))
+        means.append(unit_features(model.text_proj, hidden[:, 0]).mean(dim=0))
     return F.normalize(torch.stack(means), dim=-1)
 
 
@@ -38,5 +39,5 @@ def class_probabilities(
     model: BLIP_ITM, images: torch.Tensor, class_feats: torch.Tensor, temperature: float
 ) -> torch.Tensor:
     """Return probabilities (images, classes): softmax of the cosines over a temperature."""
-    feats = F.normalize(model.vision_proj(model.visual_encoder(images)[:, 0]), dim=-1)
-    return (feats @ class_feats.T / temperature).softmax(dim=-1)
+    feats = unit_features(model.vision_proj, model.visual_encoder(images)[:, 0])
+    return (similarity(feats, class_feats) / temperature).softmax(dim=-1)

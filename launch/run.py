@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -38,6 +40,7 @@ from utils import (
 LAST, BEST = "checkpoint_last.pth", "checkpoint_best.pth"  # in the folder of a run
 MEMORY_SIZES = ("batch_size", "batch_size_train", "batch_size_test", "image_size", "num_workers")
 MEMORY_SAVERS = "; or set amp: bf16, vit_grad_ckpt: true, text_grad_ckpt: true, on several GPUs parallel: fsdp"
+STOPPED = 143  # exit code after SIGTERM, which stops all ranks at one step
 HANG_MINUTES = 15.0  # where the task's config does not say
 
 
@@ -127,11 +130,12 @@ def launch(
     """Parse the command line, start the run, call `main(config, run)`, and report its end.
 
     Returns:
-        The exit code: 0; 2 after an error that the user can fix; 130 after Ctrl-C; 143 after SIGTERM.
+        The exit code: 0; 1 after an error in this code; 2 after one that the user can fix; 130 after Ctrl-C; 143
+        after SIGTERM. After an error, a process of several ends here.
     """
     parser = make_parser(config_class, default_config, default_output, description, examples)
     args, unknown = parser.parse_known_args()
-    watchdog, config = Watchdog(), config_class()
+    watchdog, config, code = Watchdog(), config_class(), 1
     try:
         refuse_unknown(unknown, parser, config)
         config = load_config(config_class, args.config, args.set)
@@ -142,22 +146,38 @@ def launch(
         store = join_process_group(device, minutes)
         watchdog = Watchdog(minutes, get_rank(), get_world_size(), store).start()
         main(config, start_run(args, config, device, watchdog))
-        return 0
+        code = 0
     except KeyboardInterrupt:
-        return _end(watchdog, "\ninterrupted", 130)
+        code = _end(watchdog, "\ninterrupted", 130)
     except Interrupted as stop:
-        return _end(watchdog, str(stop), 143)
+        code = _end(watchdog, str(stop), STOPPED)
     except Exception as error:
         watchdog.wait_if_ending()
         message = user_message(error) or explain_error(error, watchdog, config, Path(args.output_dir))
         if message:
-            return _end(watchdog, f"error: {message}", 2)
-        say(f"rank {get_rank()} failed in {watchdog.state}:")
-        raise
-    finally:
-        if has_group():
-            dist.destroy_process_group()
-        watchdog.close()
+            code = _end(watchdog, f"error: {message}", 2)
+        else:
+            say(f"rank {get_rank()} failed in {watchdog.state}:\n{traceback.format_exc()}")
+    watchdog.close()
+    leave_group(code)
+    return code
+
+
+def leave_group(code: int) -> None:
+    """Leave the process group before the process ends with `code`.
+
+    After an error the process ends here: destroying a group waits, over NCCL, for what the other ranks wait for.
+    """
+    if not has_group():
+        return
+    if code in (0, STOPPED):  # all ranks leave together
+        dist.destroy_process_group()
+        return
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _end(watchdog: Watchdog, message: str, code: int) -> int:

@@ -59,7 +59,7 @@ class BLIP_Pretrain(MomentumModel):
         text = tokens.to(image.device)
         image_embeds = self.visual_encoder(image)
         feats = self.image_feat(image_embeds), self.text_feat(text)
-        candidates = candidates or self.candidates([(image, text, None)])[0]
+        candidates = candidates or self.own_candidates(image, text, None)
         own = torch.arange(candidates.first_row, candidates.first_row + len(image), device=image.device)
         columns = torch.arange(len(candidates.image) + self.queue_size, device=image.device)
         hard_targets = (own[:, None] == columns).float()

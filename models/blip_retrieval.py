@@ -56,7 +56,7 @@ class BLIP_Retrieval(MomentumModel):
         text = tokenize(self.tokenizer, caption, "cls", MAX_TEXT_TOKENS, image.device)
         image_embeds = self.visual_encoder(image)
         feats = self.image_feat(image_embeds), self.text_feat(text)
-        candidates = candidates or self.candidates([(image, text, idx)])[0]
+        candidates = candidates or self.own_candidates(image, text, idx)
         loss_ita, _, _ = self.contrast(feats, candidates, self.hard_targets(idx, candidates.idx), alpha)
         if candidates.is_last_batch:
             rows = (self.image_queue, candidates.image), (self.text_queue, candidates.text)

@@ -119,6 +119,13 @@ class MomentumModel(ImageTextModel):
         start = get_rank() * size * len(rows) if self.itc_all_ranks else 0
         return [Candidates(image, text, idx, start + i * size, i == len(rows) - 1) for i in range(len(rows))]
 
+    def own_candidates(self, image: torch.Tensor, text: TokenBatch, idx: torch.Tensor | None) -> Candidates:
+        """Return the candidates of a step of one batch, within its forward; arguments as a batch of `candidates`.
+
+        Sharding makes a forward of its own of `self.candidates`, which a forward must not contain.
+        """
+        return MomentumModel.candidates(self, [(image, text, idx)])[0]
+
     def contrast(
         self, feats: tuple[torch.Tensor, torch.Tensor], candidates: Candidates, hard_targets: torch.Tensor, alpha: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -187,7 +187,8 @@ def init_distributed_mode(args: Any) -> None:
     args.distributed, on_gpu = "RANK" in os.environ, getattr(args, "device", "cuda") != "cpu"
     args.dist_backend = "nccl" if on_gpu and args.distributed else "gloo"
     if on_gpu:
-        torch.cuda.set_device(args.gpu % torch.cuda.device_count())
+        args.gpu %= torch.cuda.device_count()  # SLURM may show each task one GPU
+        torch.cuda.set_device(args.gpu)
     else:
         nn.parallel.DistributedDataParallel = CPUDistributedDataParallel
     where = {"init_method": args.dist_url} if args.distributed else {"store": dist.HashStore()}

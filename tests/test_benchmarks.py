@@ -127,7 +127,7 @@ def test_the_page_of_a_gpu_at_tiny_size(small_probes, monkeypatch):
     """Only the card is missing."""
     monkeypatch.setattr(throughput, "STEPS", 1)
     plan = throughput.Plan({"tiny": TINY}, [2], (32, 64), (0, 1), batch_size=2, steps=1, texts=4)
-    text = throughput.report(plan, "cpu")
+    text = "\n\n".join(throughput.sections(plan, "cpu"))
     assert len([row for row in text.splitlines() if row.startswith("| tiny | ")]) == len(throughput.PRECISIONS)
     assert text.count("| captioning 8 images") == text.count("| re-ranking one image") == 2
     assert text.count("| VQA ranking") == 4 and "| 64 | 1 | " in text

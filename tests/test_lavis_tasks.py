@@ -147,6 +147,20 @@ def test_zero_shot_classification():
         class_features(model, ["dog"], ["a photo"])
 
 
+def test_17_10_classes_are_compared_in_float32_under_autocast():
+    model = MODELS["itm"](
+        med_config=MED_CONFIG, image_size=48, embed_dim=16, vit=dict(embed_dim=48, depth=1, num_heads=4, patch_size=16)
+    ).eval()
+    image = torch.randn(3, 3, 48, 48)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        classes = class_features(model, ["red_square", "dog", "cat"], ["a photo of a {}"])
+        found = class_probabilities(model, image, classes, 0.01)
+        states = model.visual_encoder(image)[:, 0]
+    feats = nn.functional.normalize(model.vision_proj(states.float()), dim=-1)
+    assert classes.dtype == found.dtype == torch.float32
+    torch.testing.assert_close(found, (feats @ classes.T / 0.01).softmax(dim=-1))
+
+
 def test_classifier():
     vit = dict(embed_dim=48, depth=1, num_heads=4, patch_size=16)
     model = BLIP_Classification(MED_CONFIG, 48, vit, num_classes=4).eval()

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save as to_safetensors
 
+import inference.search
 import predict
 from inference import load
 from inference.explain import explain, sheet
@@ -233,6 +234,25 @@ def test_search_builds_an_index_and_uses_it_again(world, tmp_path, monkeypatch, 
     assert len(json.loads(capsys.readouterr().out)["images"]) == 1
     assert command(monkeypatch, *words, "--top", 9) == 0
     assert len(json.loads(capsys.readouterr().out)["images"]) == 9
+
+
+def test_e_a_search_halves_batches_that_do_not_fit(world, tmp_path, monkeypatch, capsys):
+    def found():
+        assert command(monkeypatch, "search", world[0], "--text", "a red circle", "--checkpoint", MODEL) == 0
+        told = capsys.readouterr()
+        return json.loads(told.out), told.err
+
+    expected, _ = found()
+    whole = inference.search.encode
+
+    def encode_few(matcher, batch):
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return whole(matcher, batch)
+
+    monkeypatch.setattr(inference.search, "encode", encode_few)
+    again, told = found()
+    assert again == expected and "going on with 2" in told
 
 
 def test_an_index_is_never_taken_for_another(world, tmp_path, monkeypatch, capsys):
@@ -540,9 +560,9 @@ def test_encoded_images_are_read_as_files_are(world, captioner):
     assert captioner.caption(path.read_bytes())[0]["captions"] == of_file["captions"]
 
 
-@pytest.mark.parametrize("words", [["--help"], ["caption", "--help"], ["captoin", "a.jpg"], ["caption", "--beams", "3"]])
+@pytest.mark.parametrize("words", ["--help", "caption --help", "captoin a.jpg", "caption --beams 3"])
 def test_help_and_wrong_options_do_not_wait_for_pytorch(words):
     script = "import runpy, sys\ntry: runpy.run_path('predict.py', run_name='__main__')\nexcept SystemExit: pass\n"
     script += "print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script, *words.split()], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "False", done.stderr

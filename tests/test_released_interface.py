@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from scripts import run
 from torch.utils.data import DataLoader
 
 import data
+import utils
 from data import randaugment
 from data.vqa_dataset import vqa_collate_fn, vqa_dataset
 from formula import MED_CONFIG, MODELS, TINY, arrays, manifest
@@ -330,6 +332,22 @@ def test_released_checkpoints_load_strictly(name):
 
 
 # Scripts.
+
+
+def test_a_task_of_slurm_that_sees_one_gpu_uses_it(monkeypatch):
+    """LOCAL_RANK counts the node's tasks; released scripts give `args.gpu` to DistributedDataParallel."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("init_process_group", "barrier"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, **__: None)
+    monkeypatch.setattr("released.utils.setup_for_distributed", lambda is_main: None)
+    for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 3}.items():
+        monkeypatch.setenv(name, str(value))
+    args = SimpleNamespace(device="cuda", dist_url="env://")
+    utils.init_distributed_mode(args)
+    assert (args.rank, args.gpu, chosen) == (3, 0, [0])
 
 
 def test_a_captioning_script_on_one_and_two_processes(config, tmp_path):

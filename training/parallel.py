@@ -68,8 +68,8 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
         fully_shard(unit)
         if hasattr(unit, "project"):
             fsdp.register_fsdp_forward_method(unit, "project")
-        # gathered also when it is recomputed: torch before 2.11 then leaves it in shards
-        unit.register_forward_pre_hook(lambda unit, _: unit.unshard(), prepend=True)
+        if torch.__version__ < (2, 11):  # leaves it in shards when it is recomputed
+            unit.register_forward_pre_hook(lambda unit, _: unit.unshard(), prepend=True)
     fully_shard(model, ignored_params={p for p in model.parameters() if p.dim() == 0})
     object.__setattr__(model, SKELETON, skeleton)
     if isinstance(model, MomentumModel):
@@ -152,7 +152,7 @@ def finish_gradients(model: nn.Module, clip_grad: float) -> torch.Tensor:
     if is_sharded(model):
         for grad in whole:
             grad.copy_(all_reduce_mean(grad))
-    norm = nn.utils.get_total_norm(whole)
+    norm = nn.utils.get_total_norm(whole) if whole else grads[0].new_zeros(())  # of none it is a scalar of the CPU
     if local:
         square = all_reduce(nn.utils.get_total_norm(local).square())
         norm = (square + norm.to(square.device).square()).sqrt()

@@ -54,7 +54,7 @@ class TrainState:
         """Check losses and gradients, clip, and take the optimizer's step; nothing waits for the device.
 
         Returns:
-            The gradient norm before clipping, a scalar.
+            The gradient norm before clipping, a scalar; 0 where fp16 has overflowed and the step is left out.
         """
         self.scaler.unscale_(self.optimizer)
         grad_norm = parallel.finish_gradients(self.model, self.config.clip_grad)
@@ -63,7 +63,7 @@ class TrainState:
         self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return grad_norm
+        return grad_norm.nan_to_num(0.0, 0.0) if self.scaler.is_enabled() else grad_norm
 
 
 def create_state(run: Run, config: TrainConfig, model: nn.Module, num_batches: int) -> TrainState:
