@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ LAST, BEST = "checkpoint_last.pth", "checkpoint_best.pth"  # in the folder of a 
 MEMORY_SIZES = ("batch_size", "batch_size_train", "batch_size_test", "image_size", "num_workers")
 MEMORY_SAVERS = "; or set amp: bf16, vit_grad_ckpt: true, text_grad_ckpt: true, on several GPUs parallel: fsdp"
 STOPPED = 143  # exit code after SIGTERM, which stops all ranks at one step
+FREEING_SECONDS = 0.2  # that gloo's threads have for their last tensors
 HANG_MINUTES = 15.0  # where the task's config does not say
 
 
@@ -167,10 +169,13 @@ def leave_group(code: int) -> None:
     """Leave the process group before the process ends with `code`.
 
     After an error the process ends here: destroying a group waits, over NCCL, for what the other ranks wait for.
+    Destroying a group of gloo holds Python's lock, which gloo's threads need to free the tensors of the last
+    collective: they get the time for it, or both would wait for ever.
     """
     if not has_group():
         return
     if code in (0, STOPPED):  # all ranks leave together
+        time.sleep(FREEING_SECONDS)
         dist.destroy_process_group()
         return
     for worker in multiprocessing.active_children():

@@ -33,7 +33,8 @@ def _process(rank, function, world_size, folder, environment, args):
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     torch.save(function(rank, world_size, *args), Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # destroying a group of gloo can wait for its threads, and they for Python's lock, for ever
 
 
 def start(function, *args):

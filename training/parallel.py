@@ -152,7 +152,7 @@ def finish_gradients(model: nn.Module, clip_grad: float) -> torch.Tensor:
     if is_sharded(model):
         for grad in whole:
             grad.copy_(all_reduce_mean(grad))
-    norm = nn.utils.get_total_norm(whole) if whole else grads[0].new_zeros(())  # of none it is a scalar of the CPU
+    norm = nn.utils.get_total_norm(whole) if whole else local[0].new_zeros(())  # of none it is a scalar of the CPU
     if local:
         square = all_reduce(nn.utils.get_total_norm(local).square())
         norm = (square + norm.to(square.device).square()).sqrt()
