@@ -5,8 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from metrics.classification import refuse_nan
-from utils import id_text
+from utils import id_text, refuse_nan
 
 Key = tuple[str, int]  # text of image_id, round_id
 
