@@ -141,12 +141,10 @@ def settings_of_shards(
         "captions": captioned,
         "judged": config.stage != "caption",
     } | {key: config[key] for key in OF_OUTPUT if config[key]}  # folders made before these settings stay as they are
-    ranked = config.best_of > config.num_captions
-    free = (*FREE, *OF_OUTPUT, *(() if ranked else ("best_of",)), *of_texts, *(("shard_size",) if tars else ()))
+    unused = (("best_of", config.best_of <= config.num_captions), ("shard_size", tars))
+    free = (*FREE, *OF_OUTPUT, *of_texts, *(name for name, is_unused in unused if is_unused))
     of_captions = {key: value for key, value in asdict(config).items() if key not in free} | {"seed": run.seed}
     of_captions |= {"pairs": [fingerprint_of(path) for path in files], "captioner": fingerprint_of(config.captioner)}
-    if ranked:
-        of_captions |= {"ranked_by": fingerprint_of(config.filter)}
     return of_captions, of_texts
 
 
@@ -158,9 +156,8 @@ def check(config: CapFiltConfig) -> None:
     """
     if not config.pairs:
         raise UserError("pairs names no list; give at least one, for instance --set pairs=[web.json]")
-    ranks = ("caption",) if config.best_of > config.num_captions else ()
-    ranks += ("dedup",) if config.duplicate_cosine else ()
-    for name, stages in (("captioner", ("caption", "both")), ("filter", ("filter", "both", *ranks))):
+    also = ("dedup",) if config.duplicate_cosine else ()
+    for name, stages in (("captioner", ("caption", "both")), ("filter", ("filter", "both", *also))):
         if config.stage in stages and not config[name]:
             raise UserError(f"{name} names no checkpoint; give one, for instance --set {name}=model.pth")
         if config.stage in stages:

@@ -39,27 +39,17 @@ def make_work(
         return make_hashes(config, source)
     if stage == "captions":
         captioner = load("caption", config.captioner, device, config.amp, config.allow_pickle)
-        ranker = None
-        if config.best_of > config.num_captions:
-            size = captioner.image_size
-            ranker = load("match", config.filter, device, config.amp, config.allow_pickle, image_size=size)
-        return make_captions(config, captioner, source, seed, ranker)
+        return make_captions(config, captioner, source, seed)
     judge = keep_all
     if config.stage != "caption":
         judge = by_model(config, load("match", config.filter, device, config.amp, config.allow_pickle))
     return make_texts(source, captions, judge, output)
 
 
-def make_captions(
-    config: Any, model: Captioner, source: Source, seed: int, ranker: Matcher | None = None
-) -> Callable[[int], list[Row]]:
-    """Return the work of the captioning stage: each image of a shard once, with its distinct captions, best first.
-
-    With a ranker, `best_of` captions are written, and those kept that match the image best.
-    """
-    settings = {name: config[name] for name in CAPTION_SETTINGS} | {"rank_by": ranker}
-    if ranker:
-        settings["num_captions"] = config.best_of
+def make_captions(config: Any, model: Captioner, source: Source, seed: int) -> Callable[[int], list[Row]]:
+    """Return the work of the captioning stage: each image of a shard once, with its distinct captions, best first."""
+    settings = {name: config[name] for name in CAPTION_SETTINGS}
+    settings["num_captions"] = max(config.num_captions, config.best_of)
 
     def work(shard: int) -> list[Row]:
         """Return a row for each image of a shard."""
@@ -68,8 +58,7 @@ def make_captions(
             images, names = [sample.image for sample in samples], [sample.name for sample in samples]
             for row in model.captions(images, names=names, seed=seed, **settings):
                 if "error" not in row:
-                    texts = dict.fromkeys(found["caption"] for found in row["captions"])
-                    row["captions"] = list(texts)[: config.num_captions]
+                    row["captions"] = list(dict.fromkeys(found["caption"] for found in row["captions"]))
                 rows.append(row)
             rows += errors
         return rows
@@ -95,7 +84,10 @@ def make_texts(source: Source, captions: Shards | None, judge: Judge, output: Ou
 
 
 def by_model(config: Any, model: Matcher) -> Judge:
-    """Return a judge that keeps the texts whose probability of a match reaches the threshold."""
+    """Return a judge that keeps the texts whose probability of a match reaches the threshold.
+
+    Of `best_of` captions of an image it keeps at most the best `num_captions`.
+    """
 
     def judge(samples: Sequence[Sample], written: dict[str, Row]) -> list[Row]:
         """Return a row for each text of the samples."""
@@ -113,8 +105,11 @@ def by_model(config: Any, model: Matcher) -> Judge:
             if "error" in row:
                 rows.append(row)
                 continue
-            for (source, text), probability in zip(texts[row["image"]], row["probabilities"], strict=True):
-                kept = probability >= config.threshold
+            own = [*zip(texts[row["image"]], row["probabilities"], strict=True)]
+            ranked = sorted((found for (source, _), found in own if source == "synthetic"), reverse=True)
+            least = ranked[config.num_captions - 1] if len(ranked) > config.num_captions else 0.0
+            for (source, text), probability in own:
+                kept = probability >= max(config.threshold, least if source == "synthetic" else 0.0)
                 rows.append(_text_row(row["image"], text, source, kept, probability=round(probability, 4)))
         return rows
 

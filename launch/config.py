@@ -293,7 +293,7 @@ class CapFiltConfig(Settings):
     top_p: float = setting(0.9, "share of probability that sampling draws from", "> 0 and <= 1")
     num_beams: int = setting(3, "width of the beam search", ">= 1")
     num_captions: int = setting(1, "synthetic captions of each image", ">= 1")
-    best_of: int = setting(1, "captions written of each image, if over num_captions; the filter picks them", ">= 1")
+    best_of: int = setting(1, "captions written of each image, if over num_captions: the filter keeps the best", ">= 1")
     max_length: int = setting(20, "longest caption in tokens, prompt included", ">= 1")
     min_length: int = setting(5, "shortest caption in tokens, prompt included", ">= 0")
     repetition_penalty: float = setting(1.1, "above 1 discourages repeated words; released sampling: 1.1", "> 0")
