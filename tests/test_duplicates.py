@@ -176,6 +176,19 @@ def test_lists_lose_their_duplicates(world, tmp_path):
     assert code == 2 and "duplicates of 1 of 3 shards are not written; repeat stage=dedup first" in told
 
 
+def test_features_find_what_a_model_takes_for_the_same(world, tmp_path):
+    paths = sorted((world[0] / "images" / "train").iterdir()) + sorted((world[0] / "images" / "web").iterdir())
+    rows = [{"image": str(path.relative_to(world[0])), "caption": "a text"} for path in paths]
+    copy = Image.open(paths[1])
+    copy.save(world[0] / "copy.bmp")
+    (world[0] / "copied.json").write_text(json.dumps([*rows, {"image": "copy.bmp", "caption": "a text"}]))
+    words = arguments(tmp_path, world[0] / "copied.json", image_root=world[0], duplicate_cosine=0.995)
+    assert run_here("capfilt.py", *words, *settings(stage="dedup"))[0] == 0
+    assert read(tmp_path / "duplicates.jsonl") == [{"image": "copy.bmp", "of": rows[1]["image"]}]
+    code, told = run_here("capfilt.py", *words, *settings(duplicate_cosine=0.9))
+    assert code == 2 and "shards of other settings (duplicate_cosine)" in told
+
+
 def test_captions_made_before_are_not_mixed_with_those_without_duplicates(world, tmp_path):
     words = arguments(tmp_path, world[0] / "web.json", image_root=world[0])
     for stage in ("caption", "dedup"):
