@@ -120,14 +120,16 @@ def start_ray(config: Any) -> Any:
     if ray.is_initialized():  # by an earlier stage
         return ray
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    host, _, port = config.ray_address.rpartition(":")
+    address = config.ray_address or os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.rpartition(":")
+    how = {"address": address} if address else {"include_dashboard": False}
     try:
         if host and "/" not in host:  # Ray itself waits for minutes
             socket.create_connection((host, int(port)), timeout=10).close()
-        ray.init(config.ray_address or None, log_to_driver=False, logging_level="ERROR")
+        ray.init(**how, log_to_driver=False, logging_level="ERROR")
     except (OSError, ValueError, RuntimeError) as error:
         text = " ".join(str(error).split())
-        raise UserError(f"no Ray cluster at ray_address {config.ray_address!r} ({text:.200}); correct it") from None
+        raise UserError(f"no Ray cluster at ray_address {address!r} ({text:.200}); correct it") from None
     return ray
 
 

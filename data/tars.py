@@ -70,17 +70,17 @@ class _Header(tarfile.TarInfo):
             raise tarfile.ReadError(f"{error}, or the file before it lies about its size") from None
 
 
-def is_shard(name: str) -> bool:
-    """Return True if an entry of `train_file` or `pairs` is a shard, several or a folder of them, and not a list."""
+def is_shard(name: str, setting: str = "train_file") -> bool:
+    """Return True if an entry of a setting is a shard, several or a folder of them, and not a list."""
     plain = name.split("?")[0]
     if plain.endswith(PARQUET):
-        return has_images(next(_expand(name, "pairs")))
+        return has_images(next(_expand(name, setting)))
     return name.startswith(PIPE) or plain.endswith((*SHARD_ENDINGS, *COMMANDS)) or os.path.isdir(name)
 
 
 def only_shards(names: Sequence[str], setting: str) -> bool:
     """Return True if all entries of a setting are shards, False if all are lists; UserError for both kinds."""
-    found = [is_shard(name) for name in map(str, names)]
+    found = [is_shard(name, setting) for name in map(str, names)]
     if any(found) and not all(found):
         raise UserError(f"{setting} names both shards and lists; give one kind alone")
     return any(found)
