@@ -44,7 +44,7 @@ bootstrap: $(VENV)/installed
 	$(RUN) -m demo.bootstrap --output output/bootstrap
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -q -n 2 --dist loadfile
+	$(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 $(OLDEST)/installed: requirements.txt
 	$(OLDEST_PYTHON) -m venv $(OLDEST)

@@ -6,3 +6,11 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; small tensors gain nothing from threads
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+LONGEST = ("parallel", "training", "start", "benchmarks", "metrics", "bootstrap", "released_interface", "faults")
+
+
+def pytest_collection_modifyitems(items):
+    """Start with the files that take longest, so that two workers end together."""
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
