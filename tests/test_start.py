@@ -118,7 +118,7 @@ def test_18_e_ctrl_c_during_imports_and_start(world, tmp_path, moment):
 
 def test_18_e_every_script_handles_ctrl_c_before_its_imports():
     scripts = [path for path in ROOT.glob("*.py") if "sys.exit(launch(" in path.read_text(encoding="utf-8")]
-    assert len(scripts) == 10
+    assert len(scripts) == 11
     for path in scripts:
         code = path.read_text(encoding="utf-8").split('"""', 2)[2]
         assert code.startswith("\n\nfrom launch.interrupts import end_on_interrupt\n\nif __name__ =="), path
