@@ -93,7 +93,7 @@ def make_features(config: Any, model: Extractor, source: Source) -> Callable[[in
 
 
 def near_pairs(hashes: np.ndarray) -> np.ndarray:
-    """Return the pairs of images of which a hash or crop of one is near the hash of the other: (2, pairs), ordered.
+    """Return the pairs of images where a hash or crop of one is near the hash of the other: (2, pairs), ordered.
 
     Hashes are compared that agree in two of six blocks of bits. With so few blocks, all pairs that differ in up to
     4 bits are found, and of those that differ in 5, 6 and 7 random bits, 91%, 75% and 59%.

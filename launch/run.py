@@ -160,8 +160,9 @@ def launch(
             code = _end(watchdog, f"error: {message}", 2)
         else:
             say(f"rank {get_rank()} failed in {watchdog.state}:\n{traceback.format_exc()}")
-    watchdog.close()
-    leave_group(code)
+    finally:
+        watchdog.close()
+        leave_group(code)
     return code
 
 
