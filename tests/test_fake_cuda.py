@@ -12,6 +12,7 @@ import torch
 from timm.models import vision_transformer
 from torch._subclasses import FakeTensorMode
 
+import eval_vqa_video
 import pretrain
 import train_caption
 import train_classification
@@ -21,6 +22,7 @@ import train_retrieval
 import train_vqa
 from formula import MED_CONFIG, MODELS, build, golden
 from inference import ranking
+from inference.zero_shot import class_features, class_probabilities
 from models import blip_vqa, med
 from models.generation import GenerationConfig, Stepper, read_choices
 from models.prefix_tree import PrefixTree
@@ -187,6 +189,30 @@ def test_answers_are_ranked(fake, amp):
         answers = SimpleNamespace(input_ids=candidates, attention_mask=None)
         found = model(image(CUDA), QUESTIONS, answers, train=False, k_test=7)
     assert found.device.type == "cuda" and found.shape == (2,)
+
+
+@AMP
+def test_classes_of_images_without_training(fake, amp):
+    model = model_of("itm").eval()
+    with amp_context(amp):
+        found = class_probabilities(model, image(CUDA), class_features(model, ["dog", "cat"], ["a {}", "one {}"]), 0.01)
+    assert found.device.type == "cuda" and found.dtype == torch.float32 and found.shape == (2, 2)
+
+
+@AMP
+def test_questions_about_a_clip_share_its_projection(fake, amp):
+    model = model_of("vqa").eval()
+    batch = {"index": torch.tensor([0]), "error": [""], "video": torch.stack((image(CUDA),))}  # two frames
+    rows = [{"question_id": number, "question": text} for number, text in enumerate(QUESTIONS)]
+    dataset = SimpleNamespace(questions=[rows], answer_list=["red", "two"])
+    loader, config = SimpleNamespace(dataset=dataset), SimpleNamespace(inference="rank", batch_size=2, k_test=2)
+    with amp_context(amp), torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eval_vqa_video, "prefetch", lambda *_: [batch])
+        patch.setattr(eval_vqa_video, "track", lambda *_: [])
+        chosen = []
+        patch.setattr(eval_vqa_video, "choose", lambda _, states, *__: chosen.append(states) or ["red", "two"])
+        found = eval_vqa_video.answer(model, loader, config, SimpleNamespace(device=CUDA))
+    assert [row.get("answer") for row in found] == [None, "red", "two"] and chosen[0].device.type == "cuda"
 
 
 @AMP
