@@ -53,7 +53,7 @@ class ModelConfig(Settings):
     tf32: bool = setting(True, "float32 products on a GPU use TF32, as the released code did")
     compile: bool = setting(False, "compile the transformer blocks")
     deterministic: bool = setting(False, "PyTorch's deterministic algorithms, to repeat a run on a GPU; slower")
-    cpu_products: str = setting("auto", "float32 products on a CPU; auto: onednn with AVX-512", PRODUCTS)
+    cpu_products: str = setting("auto", "float32 products on a CPU; auto: onednn, with AVX2 for few rows", PRODUCTS)
 
     def model_settings(self, *more: str) -> dict[str, Any]:
         """Return the arguments that every model's factory takes, and those of one task."""

@@ -8,12 +8,20 @@ from torch import nn
 
 from formula import build, img
 from models import cpu_products
-from models.cpu_products import MIN_MULTIPLICATIONS, has_onednn, is_supported, pytorch_products, use_cpu_products
+from models.cpu_products import (
+    MANY_COLUMNS,
+    MIN_MULTIPLICATIONS,
+    MOST_ROWS,
+    has_onednn,
+    is_supported,
+    pytorch_products,
+    use_cpu_products,
+)  # fmt: skip
 from models.vit import create_vit
 from utils import UserError, note_once
 
 needs_onednn = pytest.mark.skipif(not has_onednn(), reason="this PyTorch is built without oneDNN")
-ROWS, IN, OUT = 150, 160, 140  # above the least number of multiplications
+ROWS, IN, OUT = 120, 160, 140  # above the least number of multiplications
 
 
 def layer(*sizes):
@@ -98,6 +106,29 @@ def test_a_copy_of_a_model_uses_its_own_weights(monkeypatch):
             parameter.zero_()
     assert other(img("itm"), ["a red ring", "a star"]).abs().max() == 0
     assert torch.equal(model(img("itm"), ["a red ring", "a star"]), expected)
+
+
+@needs_onednn
+@pytest.mark.parametrize("capability, with_gradients, without", [
+    ("AVX512", True, True), ("AVX2", False, True), ("DEFAULT", False, False),
+])  # fmt: skip
+def test_auto_by_the_processor(capability, with_gradients, without, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(cpu_products, "multiply", lambda *args: calls.append(args) or torch.nn.functional.linear(*args))
+    linear, x = use_cpu_products(nn.Linear(IN, OUT)), torch.randn(ROWS, IN)
+    linear(x)
+    assert bool(calls) == with_gradients
+    calls.clear()
+    with torch.no_grad():
+        linear(x)
+        assert bool(calls) == without
+        calls.clear()
+        linear(torch.randn(MOST_ROWS + 1, IN))
+        assert bool(calls) == (capability == "AVX512")
+        calls.clear()
+        use_cpu_products(nn.Linear(IN, MANY_COLUMNS))(torch.randn(MOST_ROWS + 1, IN))
+        assert bool(calls) == without
 
 
 def test_choices(monkeypatch, capsys):
