@@ -27,12 +27,7 @@ equalize_func, solarize_func = on_arrays(ImageOps.equalize), on_arrays(ImageOps.
 brightness_func, sharpness_func = on_arrays(randaugment.brightness), on_arrays(randaugment.sharpness)
 shear_x_func, shear_y_func = on_arrays(randaugment.shear_x), on_arrays(randaugment.shear_y)
 translate_x_func, translate_y_func = on_arrays(randaugment.translate_x), on_arrays(randaugment.translate_y)
-rotate_func = on_arrays(randaugment.rotate)
-
-
-def posterize_func(img: np.ndarray, bits: int) -> np.ndarray:
-    """Clear the lowest `bits` bits of every value."""
-    return img & np.uint8(255 << bits & 255)
+rotate_func, posterize_func = on_arrays(randaugment.rotate), on_arrays(ImageOps.posterize)
 
 
 def blend(img: np.ndarray, other: np.ndarray, factor: float) -> np.ndarray:

@@ -1,10 +1,12 @@
 """Datasets and loaders with the released constructors, whose items and batches unpack as the released tuples."""
 
 from collections.abc import Callable, Iterator, Sequence
+from inspect import Parameter, Signature
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import Normalize
 
 from data import DATASETS, build_datasets, set_one_thread
 from data.annotations import read_list
@@ -23,18 +25,18 @@ load_jsonl = read_list
 class Row(tuple):
     """An item of a dataset: unpacks as the released tuple; its fields are read by name too."""
 
-    names: list[str]
+    fields: dict[str, Any]
 
-    def __new__(cls, item: dict[str, Any]) -> "Row":
-        row = super().__new__(cls, item.values())
-        row.names = list(item)
+    def __new__(cls, fields: dict[str, Any]) -> "Row":
+        row = super().__new__(cls, fields.values())
+        row.fields = fields
         return row
 
     def __getnewargs__(self) -> tuple[dict[str, Any]]:
-        return (dict(zip(self.names, self, strict=True)),)
+        return (self.fields,)
 
     def __getitem__(self, key: Any) -> Any:
-        return super().__getitem__(self.names.index(key) if isinstance(key, str) else key)
+        return self.fields[key] if isinstance(key, str) else super().__getitem__(key)
 
 
 class EpochIndex(int):
@@ -89,6 +91,9 @@ class ClipRows(TupleDataset):
         return Row({"video": self.dataset[clip]["video"], "name": self.dataset.names[clip]})
 
 
+# Constructors.
+
+
 def build(task: str, split: str, transform: Callable, **config: Any) -> Any:
     """Build a split of a task in `data.DATASETS`; the transform is any callable that takes an RGB image."""
     if not isinstance(transform, Transform):
@@ -96,79 +101,36 @@ def build(task: str, split: str, transform: Callable, **config: Any) -> Any:
     return DATASETS[task][0](config, split, transform)
 
 
-class coco_karpathy_train(TupleDataset):
-    """Pairs: (image, caption, number of the image)."""
+def constructor(name: str, task: str, required: str, **defaults: Any) -> type[TupleDataset]:
+    """Return a class of datasets that is called with a transform and settings of a task, some of them by default."""
+    kind = Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [Parameter(key, kind) for key in required.split()]
+    signature = Signature(parameters + [Parameter(key, kind, default=value) for key, value in defaults.items()])
 
-    task = "retrieval_coco"
+    def __init__(self: TupleDataset, *args: Any, **kwargs: Any) -> None:
+        config = {"split": "train", **defaults, **signature.bind(*args, **kwargs).arguments}
+        TupleDataset.__init__(self, build(task, **config))
+        if "prompt" in config:
+            self.dataset.prompt = config["prompt"]
 
-    def __init__(
-        self, transform: Callable, image_root: str, ann_root: str, max_words: int = MAX_WORDS, prompt: str = ""
-    ):
-        roots = {"image_root": image_root, "ann_root": ann_root}
-        super().__init__(build(self.task, "train", transform, **roots, max_words=max_words))
-        self.dataset.prompt = prompt
-
-
-class flickr30k_train(coco_karpathy_train):
-    """The same for Flickr30k."""
-
-    task = "retrieval_flickr"
+    return type(name, (TupleDataset,), {"__init__": __init__, "__signature__": signature})
 
 
-class coco_karpathy_caption_eval(TupleDataset):
-    """Images to caption: (image, image id)."""
-
-    task = "caption_coco"
-
-    def __init__(self, transform: Callable, image_root: str, ann_root: str, split: str):
-        super().__init__(build(self.task, split, transform, image_root=image_root, ann_root=ann_root))
-
-
-class nocaps_eval(coco_karpathy_caption_eval):
-    """Images of NoCaps: (image, image id)."""
-
-    task = "nocaps"
-
-
-class nlvr_dataset(coco_karpathy_caption_eval):
-    """Statements about two images: (left image, right image, sentence, label).
-
-    Differs from the released code: images are swapped in training only, and both words left and right exchanged.
-    """
-
-    task = "nlvr"
-
-
-class coco_karpathy_retrieval_eval(TupleDataset):
-    """Images to search: (image, index); text, image, txt2img and img2txt describe the collection."""
-
-    task = "retrieval_coco"
-
-    def __init__(self, transform: Callable, image_root: str, ann_root: str, split: str, max_words: int = MAX_WORDS):
-        roots = {"image_root": image_root, "ann_root": ann_root}
-        super().__init__(build(self.task, split, transform, **roots, max_words=max_words))
-
-
-class flickr30k_retrieval_eval(coco_karpathy_retrieval_eval):
-    """The same for Flickr30k."""
-
-    task = "retrieval_flickr"
-
-
-class vqa_dataset(TupleDataset):
-    """Questions: (image, question, answers, weights) in training, else (image, question, question id)."""
-
-    def __init__(
-        self,
-        transform: Callable,
-        ann_root: str,
-        vqa_root: str,
-        vg_root: str,
-        train_files: Sequence[str] = (),
-        split: str = "train",
-    ):
-        roots = {"ann_root": ann_root, "vqa_root": vqa_root, "vg_root": vg_root}
-        super().__init__(build("vqa", split, transform, **roots, train_files=train_files))
+TRAIN, TEST = "transform image_root ann_root", "transform image_root ann_root split"
+# (image, caption, number of the image)
+coco_karpathy_train = constructor("coco_karpathy_train", "retrieval_coco", TRAIN, max_words=MAX_WORDS, prompt="")
+flickr30k_train = constructor("flickr30k_train", "retrieval_flickr", TRAIN, max_words=MAX_WORDS, prompt="")
+# (image, index); text, image, txt2img and img2txt describe the collection
+coco_karpathy_retrieval_eval = constructor("coco_karpathy_retrieval_eval", "retrieval_coco", TEST, max_words=MAX_WORDS)
+flickr30k_retrieval_eval = constructor("flickr30k_retrieval_eval", "retrieval_flickr", TEST, max_words=MAX_WORDS)
+# (image, image id)
+coco_karpathy_caption_eval = constructor("coco_karpathy_caption_eval", "caption_coco", TEST)
+nocaps_eval = constructor("nocaps_eval", "nocaps", TEST)
+# (left image, right image, sentence, label)
+# Differs from the released code: images are swapped in training only, and both words left and right exchanged.
+nlvr_dataset = constructor("nlvr_dataset", "nlvr", TEST)
+# (image, question, answers, weights) in training, else (image, question, question id)
+vqa_dataset = constructor("vqa_dataset", "vqa", "transform ann_root vqa_root vg_root", train_files=(), split="train")
 
 
 class pretrain_dataset(TupleDataset):
@@ -179,11 +141,7 @@ class pretrain_dataset(TupleDataset):
 
 
 class VideoDataset(ClipRows):
-    """Clips of msrvtt_test.jsonl.
-
-    Raises:
-        UserError: a sampling strategy other than "uniform", or clips that are not .mp4.
-    """
+    """Clips of msrvtt_test.jsonl; UserError for frames that are not sampled uniformly, or clips that are not .mp4."""
 
     def __init__(
         self,
@@ -201,16 +159,14 @@ class VideoDataset(ClipRows):
         super().__init__(build("retrieval_msrvtt", "test", Transform([]), **config))
 
 
-class ImageNorm:
+class ImageNorm(Normalize):
     """Normalise frames (frames, 3, H, W), in place; of 0 to 255 they are divided by 255 first."""
 
     def __init__(self, mean: Sequence[float] = MEAN, std: Sequence[float] = STD):
-        self.mean, self.std = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
+        super().__init__(mean, std, inplace=True)
 
-    def __call__(self, img: torch.Tensor) -> torch.Tensor:
-        if img.max() > 1 and self.mean.max() <= 1:
-            img.div_(255.0)
-        return img.sub_(self.mean).div_(self.std)
+    def forward(self, img: torch.Tensor) -> torch.Tensor:
+        return super().forward(img.div_(255.0) if img.max() > 1 >= max(self.mean) else img)
 
 
 # Loaders.
@@ -235,9 +191,9 @@ class TrainSampler(EpochSampler):
     set_epoch = EpochSampler.set_position
 
     def __iter__(self) -> Iterator[EpochIndex]:
-        epoch, indices = self.epoch, [index for _, index in super().__iter__()]
-        self.set_epoch(epoch + 1)
-        return (EpochIndex(index, epoch) for index in indices)
+        keys = list(super().__iter__())
+        self.set_epoch(self.epoch + 1)
+        return (EpochIndex(index, epoch) for epoch, index in keys)
 
 
 def create_sampler(

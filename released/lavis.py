@@ -133,11 +133,8 @@ class BlipFeatureExtractor(Lavis, BLIP_Base):
 
     @torch.no_grad()
     def extract_features(self, samples: Samples, mode: str = "multimodal") -> Output:
-        """Return `image_embeds` and `image_embeds_proj`, `text_embeds` and `text_embeds_proj`, or multimodal features.
-
-        Args:
-            samples: "image" (batch, 3, H, W) and "text_input", as far as the mode needs them.
-            mode: "image", "text" or "multimodal", which gives `image_embeds` and `multimodal_embeds`.
+        """Return `image_embeds` and `image_embeds_proj`, `text_embeds` and `text_embeds_proj`, or for "multimodal"
+        `image_embeds` and `multimodal_embeds`; samples need what the mode reads.
         """
         image, text = samples.get("image"), samples.get("text_input")
         if mode == "text":
@@ -239,14 +236,10 @@ def load_model(
     checkpoint: str | None = None,
     **settings: Any,
 ) -> nn.Module:
-    """Load a model by its name and type in LAVIS, in eval mode with `is_eval`.
+    """Load a model by its name and type in LAVIS, in eval mode with `is_eval`; UserError for unknown ones.
 
-    Args:
-        checkpoint: weights instead of those of the zoo: a path, URL or `hf:owner/name`; the file decides the sizes.
-        settings: further arguments of the model, such as `num_classes`.
-
-    Raises:
-        UserError: no such name and type, or weights that do not fit.
+    The sizes are those of `checkpoint`, a path, URL or `hf:owner/name` instead of the zoo's weights. `settings` are
+    further arguments of the model, such as `num_classes`.
     """
     if (name, model_type) not in ZOO:
         known = ", ".join(f"{name} {kind}" for name, kind in ZOO)
@@ -294,12 +287,7 @@ def load_processor(name: str, **settings: Any) -> Callable:
 def compute_gradcam(
     model: BlipITM, visual_input: torch.Tensor, text_input: Sequence[str], tokenized_text: Any, block_num: int = 6
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Explain matches by attention times its positive gradient, averaged over heads.
-
-    Args:
-        visual_input, text_input: images (batch, 3, H, W), and a text for each.
-        tokenized_text: the texts' tokens, whose `attention_mask` (batch, length) is read.
-        block_num: layer of the text transformer.
+    """Explain matches by attention, of layer `block_num`, times its positive gradient, averaged over heads.
 
     Returns:
         For each image maps (2 + length - 1, grid, grid): of [ENC], the mean over the words, and one for each token

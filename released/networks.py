@@ -14,8 +14,8 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithCrossAttentions,
 )
 
+from data.images import is_url
 from models import attention, med
-from models.attention import Projection
 from models.generation import GenerationConfig, generate
 from models.losses import lm_loss, lm_sequence_losses
 from models.med import TextDecoder, TextTransformer, share_all_but_self_attention
@@ -56,11 +56,6 @@ class GatherLayer:
         return all_gather_with_grad(tensor).chunk(get_world_size())
 
 
-def is_url(url_or_filename: str) -> bool:
-    """Return True if the text is an address of the web."""
-    return url_or_filename.startswith(("http://", "https://"))
-
-
 def tile(x: torch.Tensor, dim: int, n_tile: int) -> torch.Tensor:
     """Repeat every entry along a dimension `n_tile` times."""
     return x.repeat_interleave(n_tile, dim)
@@ -78,21 +73,6 @@ def tie_encoder_decoder_weights(
 # Calls of the text transformer.
 
 
-def refuse(settings: dict[str, Any]) -> None:
-    """Raise for arguments that the released call had and this one cannot honour; None and False ask for nothing."""
-    if given := [name for name, value in settings.items() if value is not None and value is not False]:
-        raise UserError(f"argument {', '.join(given)} is not supported here; leave it out")
-
-
-def project(text: TextTransformer, states: Any, mask: Any, mode: str) -> Projection | None:
-    """Project encoder states, or the two images' of NLVR2, whose masks hide nothing; None in mode "text"."""
-    if states is None or mode == "text":
-        return None
-    if isinstance(states, Sequence):
-        return text.project(*states)
-    return text.project(states, mask=mask)
-
-
 def call_encoder(
     text: TextTransformer,
     input_ids: torch.Tensor,
@@ -105,9 +85,18 @@ def call_encoder(
     return_dict: bool | None = True,
     **settings: Any,
 ) -> Any:
-    """Call a text transformer as the released BertModel; returns an output with `last_hidden_state`."""
-    refuse(settings)
-    projection = project(text, encoder_hidden_states, encoder_attention_mask, mode)
+    """Call a text transformer as the released BertModel; returns an output with `last_hidden_state`.
+
+    The states are a list for NLVR2's two images, whose masks hide nothing. UserError for further arguments, unless they
+    are None or False and so ask for nothing.
+    """
+    if given := [name for name, value in settings.items() if value is not None and value is not False]:
+        raise UserError(f"argument {', '.join(given)} is not supported here; leave it out")
+    projection = None
+    if encoder_hidden_states is not None and mode != "text":
+        two = isinstance(encoder_hidden_states, Sequence)
+        states = encoder_hidden_states if two else [encoder_hidden_states]
+        projection = text.project(*states, mask=None if two else encoder_attention_mask)
     hidden = TextTransformer.forward(text, input_ids, attention_mask, projection, is_decoder, position_ids)
     pooler = getattr(text, "pooler", None)
     pooled = None if pooler is None else pooler(hidden)
@@ -129,12 +118,8 @@ def call_decoder(
 ) -> Any:
     """Call a decoder as the released BertLMHeadModel; returns an output with `loss` and `logits`.
 
-    Args:
-        labels: int64 (rows, length), -100 where the likelihood does not count; without them there is no loss.
-        return_logits: return logits (rows, length - 1, vocabulary) alone.
-        reduction: "mean", or "none" for the token-summed loss of each row.
-        is_decoder: False lets positions attend to later ones.
-        settings: as `call_encoder`.
+    The loss is that of labels, int64 (rows, length), -100 where the likelihood does not count; with reduction "none" it
+    is summed over the tokens of each row. `return_logits` returns logits (rows, length - 1, vocabulary) alone.
     """
     logits = decoder.logits(call_encoder(decoder.bert, input_ids, attention_mask, is_decoder=is_decoder, **settings)[0])
     if return_logits:
@@ -158,16 +143,10 @@ def generate_ids(
     pad_token_id: int = 0,
     **settings: Any,
 ) -> torch.Tensor:
-    """Continue prompts as `generate` of the released BertLMHeadModel under transformers 4.15.
+    """Continue prompts (rows, length) as `generate` of the released BertLMHeadModel under transformers 4.15.
 
-    Args:
-        input_ids: int64 (rows, prompt length).
-        encoder_hidden_states, encoder_attention_mask: one entry per row, or as the released code gives them, one
-            per row and beam.
-        settings: fields of `models.generation.GenerationConfig`.
-
-    Returns:
-        int64 (rows * num_return_sequences, longest), prompt and end token included.
+    States and their mask have an entry per row, or per row and beam; `settings` are those of `GenerationConfig`.
+    Returns int64 (rows * num_return_sequences, longest), prompt and end token included.
     """
     settings = {"max_length": 20, "min_length": 0, "num_beams": 1, "top_p": 1.0, "repetition_penalty": 1.0} | settings
     config = GenerationConfig(sample=do_sample, num_return=num_return_sequences, **settings)
@@ -204,7 +183,7 @@ class BertModel(TextTransformer):
         self.pooler = BertPooler(config) if add_pooling_layer else None
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **settings: Any) -> Any:
-        """Return an output with `last_hidden_state`; arguments as `call_encoder`."""
+        """Call `call_encoder`."""
         return call_encoder(self, input_ids, attention_mask, **settings)
 
 

@@ -4,7 +4,7 @@ import builtins
 import os
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import fmean, median_low
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from files import read_json, write_json
 from launch.run import slurm_to_torchrun
 from metrics.caption import caption_scores
 from training.optimizer import cosine_lr, set_lr, step_lr, warmup_lr
-from utils import all_gather_object, duration, has_group, is_main_process, memory_used, on_main_process
+from utils import all_gather_object, duration, gather_results, has_group, is_main_process, memory_used, on_main_process
 
 __all__ = [
     "AttrDict", "MetricLogger", "SmoothedValue", "compute_acc", "compute_n_params", "cosine_lr_schedule",
@@ -29,28 +29,16 @@ __all__ = [
 is_dist_avail_and_initialized = has_group
 
 
-def cosine_lr_schedule(optimizer: Any, epoch: float, max_epoch: float, init_lr: float, min_lr: float) -> None:
-    """Set an epoch's learning rate: half a cosine from `init_lr` to `min_lr`."""
-    set_lr(optimizer, cosine_lr(epoch, max_epoch, init_lr, min_lr))
+def schedule(lr: Callable[..., float]) -> Callable[..., None]:
+    """Return a function of an optimizer and the arguments of `lr`, which sets its learning rate."""
+    return lambda optimizer, *args, **kwargs: set_lr(optimizer, lr(*args, **kwargs))
 
 
-def warmup_lr_schedule(optimizer: Any, step: int, max_step: int, init_lr: float, max_lr: float) -> None:
-    """Set a step's learning rate: linear from `init_lr` to `max_lr`."""
-    set_lr(optimizer, warmup_lr(step, max_step, init_lr, max_lr))
-
-
-def step_lr_schedule(optimizer: Any, epoch: int, init_lr: float, min_lr: float, decay_rate: float) -> None:
-    """Set an epoch's learning rate: `init_lr` times `decay_rate` per epoch, at least `min_lr`."""
-    set_lr(optimizer, step_lr(epoch, init_lr, min_lr, decay_rate))
+cosine_lr_schedule, warmup_lr_schedule, step_lr_schedule = map(schedule, (cosine_lr, warmup_lr, step_lr))
 
 
 class SmoothedValue:
-    """Statistics of a series: of the last `window_size` values, and the mean of all.
-
-    Args:
-        window_size: number of values kept.
-        fmt: format of `str()`, with the fields median, avg, global_avg, max and value.
-    """
+    """Statistics of the last `window_size` values of a series, and the mean of all; `fmt` is the format of `str()`."""
 
     def __init__(self, window_size: int = 20, fmt: str | None = None):
         self.deque: deque[float] = deque(maxlen=window_size)
@@ -175,9 +163,6 @@ def init_distributed_mode(args: Any) -> None:
 
     Differs from the released code: without a GPU, args.device becomes "cpu" and DistributedDataParallel takes models
     on the CPU; a process alone gets a group of one, so that `dist.barrier()` works.
-
-    Args:
-        args: its rank, world_size, gpu, dist_backend, distributed and, without a GPU, device are set.
     """
     if not torch.cuda.is_available():
         args.device = "cpu"
@@ -201,12 +186,12 @@ def init_distributed_mode(args: Any) -> None:
 
 
 def save_result(result: list[dict[str, Any]], result_dir: str, filename: str, remove_duplicate: str = "") -> str:
-    """Write the results of all processes to one file and return its path, on every process.
+    """Write the results of all processes to `result_dir`/`filename`.json and return its path, on every process.
 
-    The file is `result_dir`/`filename`.json; of rows with one value under the key `remove_duplicate` the first is kept.
+    Of rows with one value under the key `remove_duplicate` the first is kept.
     """
     path = Path(result_dir) / f"{filename}.json"
-    rows = [row for part in all_gather_object(result) for row in part]
+    rows = gather_results(result)
     if remove_duplicate:
         first: dict[Any, dict[str, Any]] = {}
         for row in rows:

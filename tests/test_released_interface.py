@@ -1,5 +1,6 @@
 """Code written against the released package: its names, items, calls, checkpoints and scripts."""
 
+import inspect
 import json
 import pickle
 import random
@@ -17,6 +18,11 @@ from torch.utils.data import DataLoader
 import data
 import utils
 from data import randaugment
+from data.coco_karpathy_dataset import coco_karpathy_train
+from data.nocaps_dataset import nocaps_eval
+from data.transforms import MEAN, STD
+from data.transforms import test_transform as make_transform
+from data.video_dataset import ImageNorm
 from data.vqa_dataset import vqa_collate_fn, vqa_dataset
 from formula import MED_CONFIG, MODELS, TINY, arrays, manifest
 from inference.ranking import two_stage_scores
@@ -142,6 +148,25 @@ def test_questions_are_joined_as_a_tuple(world):
     assert image.shape == (2, 3, 4, 4) and len(question) == 2 and len(answers) == len(weights) == sum(n)
 
 
+def test_dataset_classes_take_the_released_arguments(world):
+    roots = str(world), str(world / "annotations")
+    train = coco_karpathy_train(make_transform(16), *roots, max_words=2, prompt="a picture of ")
+    image, caption, number = pickle.loads(pickle.dumps(train))[0]
+    assert image.shape == (3, 16, 16) and caption.startswith("a picture of ") and len(caption.split()) == 5
+    assert str(inspect.signature(nocaps_eval)) == "(transform, image_root, ann_root, split)"
+    assert len(nocaps_eval(make_transform(16), *roots, split="test")) == 9
+    with pytest.raises(TypeError, match="missing a required argument: 'split'"):
+        nocaps_eval(make_transform(16), *roots)
+
+
+def test_frames_are_normalised_in_place():
+    frames, unit = torch.full((2, 3, 4, 4), 255.0), torch.ones(2, 3, 4, 4)
+    expected = (1 - torch.tensor(MEAN)) / torch.tensor(STD)
+    assert ImageNorm()(frames) is frames
+    for found in (frames, ImageNorm(list(MEAN), list(STD))(unit)):
+        torch.testing.assert_close(found[1, :, 2, 3], expected)
+
+
 def order(loader):
     return [label for _, _, labels in loader for label in labels.tolist()]
 
@@ -202,6 +227,7 @@ def test_augmentations_of_arrays():
         assert np.array_equal(getattr(released_randaugment, f"{name}_func")(image, args), ours)
     pixel = np.array([[[100, 200, 50]]], np.uint8)
     assert released_randaugment.posterize_func(pixel, 4).tolist() == [[[96, 192, 48]]]
+    assert released_randaugment.posterize_func(pixel, 2).tolist() == [[[64, 192, 0]]]  # the two highest bits stay
     assert released_randaugment.solarize_func(pixel, 128).tolist() == [[[100, 55, 50]]]
     assert released_randaugment.brightness_func(pixel, 1.5).tolist() == [[[150, 255, 75]]]
     # brightness 0.114 * 100 + 0.587 * 200 + 0.299 * 50 = 143.75
