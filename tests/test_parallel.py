@@ -21,6 +21,7 @@ from training import adapters, parallel, state
 from training.checkpoint import restore, save
 from training.contrast import compute_candidates
 from training.loop import Task, take_step
+from training.optimizer import set_lr
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -52,9 +53,11 @@ CASES = {
     "accumulated": ("retrieval", {}, {"grad_accum": 2}),
     "cached contrast": ("pretrain", {"itc_all_ranks": True}, {"grad_accum": 2}),
     "frozen": ("decoder", RECOMPUTED, {"freeze": ["visual_encoder"]}),
+    "groups": ("decoder", {}, {"decay_norms": False, "lr_layer_decay": 0.5, "weight_decay": 1.0}),
     "adapters": ("decoder", {}, {"adapter_rank": 2, "adapter_targets": ["attn.qkv", "query", "value"]}),
 }
-CONTINUED = ["pretraining"]
+CONTINUED = ["pretraining", "groups"]
+WAYS = [("ddp", "ddp"), ("ddp", "fsdp"), ("fsdp", "ddp"), ("fsdp", "fsdp")]
 CAPTIONS = ["a red ring", "two blue stars left of a large green heart", "a small circle", "no objects"]
 
 
@@ -115,6 +118,7 @@ def prepared(case, how, folder, seen):
 
 def step_once(made, task, rank):
     accum, number = made.config.grad_accum, made.progress.step
+    set_lr(made.optimizer, LR)
     take_step(made, task, [batch_of(number * accum + i, rank) for i in range(accum)])
     made.progress.finish_step()
 
@@ -175,7 +179,7 @@ def evaluated(case, made):
 
 
 def continued(case, how, rank, folder):
-    """The second step of a run whose first one was taken the other way; `same` as the saved optimizer."""
+    """The second step of a run whose first one was taken in its own way or the other; `same` as the saved optimizer."""
     seen = {"losses": [None], "grads": []}
     run, made, task = prepared(case, how, folder, seen)
     restore(made, run, folder / LAST)
@@ -183,7 +187,8 @@ def continued(case, how, rank, folder):
     saved = torch.load(folder / LAST, weights_only=True)["optimizer"]["state"]
     same = all(torch.equal(kept[i][key], value) for i, row in saved.items() for key, value in row.items())
     step_once(made, task, rank)
-    return {"losses": seen["losses"][1:], "grads": seen["grads"], "same": same and len(kept) == len(saved) > 10}
+    same = same and len(kept) == len(saved) > 10
+    return {"losses": seen["losses"][1:], "grads": seen["grads"], "same": same, "state": state_of(made.model)}
 
 
 def by_command_line(rank, store, arguments):
@@ -211,8 +216,8 @@ def everything(rank, commands, folder):
         except Exception as error:
             raise RuntimeError(f"in {case}") from error
     for case in CONTINUED:
-        for how, other in (("ddp", "fsdp"), ("fsdp", "ddp")):
-            found[case][f"{other} to {how}"] = continued(case, how, rank, folder / f"{case}-{other}")
+        for first, then in WAYS:
+            found[case][f"{first} to {then}"] = continued(case, then, rank, folder / f"{case}-{first}")
     found["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -308,16 +313,20 @@ def test_settings_take_effect(found):
     start, frozen = small("decoder").state_dict(), found[0]["frozen"]["fsdp"]["state"]
     moved = {name.split(".")[0] for name, value in frozen.items() if not torch.equal(value, start[name])}
     assert moved == {"text_decoder"}
+    name, (slow, fast) = "visual_encoder.cls_token", (found[0][c]["fsdp"]["state"] for c in ("groups", "captioning"))
+    assert (slow[name] - start[name]).abs().max() < LR / 2 < (fast[name] - start[name]).abs().max()
 
 
 @pytest.mark.parametrize("case", CONTINUED)
-@pytest.mark.parametrize(("first", "then"), [("ddp", "fsdp"), ("fsdp", "ddp")])
-def test_each_way_continues_the_other(found, case, first, then):
+@pytest.mark.parametrize(("first", "then"), WAYS)
+def test_each_way_continues_itself_and_the_other(found, case, first, then):
     for rank in found:
         whole, again = rank[case][first], rank[case][f"{first} to {then}"]
         assert again["same"]
         assert_near(again["losses"], whole["losses"][1:], 1e-5)
         assert_same_gradients(again["grads"][0], whole["grads"][1], 1e-4, ROUNDING)
+        if first == then:  # bit for bit
+            assert all(torch.equal(again["state"][name], value) for name, value in whole["state"].items())
 
 
 def test_a_run_by_command_line_and_its_evaluation(found, folder):

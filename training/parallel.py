@@ -206,12 +206,15 @@ def load_full_state(model: nn.Module, state: Content) -> None:
 
 
 def full_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Content:
-    """Return an optimizer's state as one group over the model's trainable parameters, in whole tensors."""
-    if not is_sharded(model):
-        return optimizer.state_dict()
+    """Return an optimizer's state as one group over the model's trainable parameters, in whole tensors.
+
+    So it does not depend on the groups, which sharding divides. Settings are those of the first group.
+    """
     params = [p for p in model.parameters() if p.requires_grad]
     state = {
-        number: {name: _whole(value, None) for name, value in optimizer.state[p].items()}
+        number: {
+            name: _whole(value, None) if is_sharded(model) else value for name, value in optimizer.state[p].items()
+        }
         for number, p in enumerate(params)
         if p in optimizer.state
     }
@@ -220,16 +223,23 @@ def full_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> 
 
 
 def load_full_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, content: Content) -> None:
-    """Load what `full_optimizer_state` returned for a sharded model or a whole one."""
-    if is_sharded(model):
-        trainable = {p: number for number, p in enumerate(p for p in model.parameters() if p.requires_grad)}
-        order = [p for group in optimizer.param_groups for p in group["params"]]
-        state = {
-            place: {name: _like(value, p) for name, value in content["state"][trainable[p]].items()}
-            for place, p in enumerate(order)
-            if trainable[p] in content["state"]
-        }
-        (saved,) = content["param_groups"]
-        groups = [{**saved, "params": own["params"]} for own in optimizer.state_dict()["param_groups"]]
-        content = {"state": state, "param_groups": groups}
-    optimizer.load_state_dict(content)
+    """Load what `full_optimizer_state` returned, into any groups; or an optimizer's own state of the same groups.
+
+    Raises:
+        ValueError: it is of another number of parameters, or of other groups.
+    """
+    saved, *others = content["param_groups"]
+    if others:  # as checkpoints of whole copies held several groups once
+        optimizer.load_state_dict(content)
+        return
+    trainable = {p: number for number, p in enumerate(p for p in model.parameters() if p.requires_grad)}
+    if len(saved["params"]) != len(trainable):
+        raise ValueError(f"{len(saved['params'])} parameters; expected {len(trainable)}")
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        place: {name: _like(value, p) for name, value in content["state"][trainable[p]].items()}
+        for place, p in enumerate(order)
+        if trainable[p] in content["state"]
+    }
+    groups = [{**saved, "params": own["params"]} for own in optimizer.state_dict()["param_groups"]]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
