@@ -17,6 +17,9 @@ from data.publishers import convert
 from files import write_json
 from utils import UserError, run_command
 
+PREFIX = """folder of the images under image_root (default: the publisher's); of VQA v2 also their names, with a place
+for the number: images/{:07d}.jpg"""
+
 
 def read_published(path: Path) -> Any:
     """Return a parsed JSON file, the rows of a JSON lines file, or the text of another file."""
@@ -48,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, help="file to convert; for VQA v2 questions and annotations")
     parser.add_argument("--output", type=Path, default=Path("annotation"), help="folder to write (default: annotation)")
-    parser.add_argument("--image_prefix", help="folder of the images under image_root (default: the publisher's)")
+    parser.add_argument("--image_prefix", help=PREFIX)
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     args = parser.parse_args()
     for path in write_tables(args.files, args.output, args.image_prefix, args.overwrite):

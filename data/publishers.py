@@ -40,14 +40,16 @@ def recognize(content: Any) -> str:
 def convert(contents: list[Any], prefix: str | None = None) -> tuple[str, Tables]:
     """Convert a publisher's file, or VQA v2's questions with their annotations, to rows that the datasets read.
 
-    `prefix` is put before every image's name, instead of the publisher's own folder.
+    `prefix` is put before every image's name, instead of the publisher's own folder; of VQA v2, which has numbers of
+    images alone, it may be their names, with a place for the number: "images/{:07d}.jpg".
 
     Returns:
         The name of the format, and the tables; a table named "" takes the name of the input.
 
     Raises:
-        UserError: another format, files that do not belong together, or a row that lacks something.
+        UserError: another format, files that do not belong together, a row that lacks something, or a wrong `prefix`.
     """
+    _check_names(prefix or "")
     found = {recognize(content): content for content in contents}
     names = sorted(found)
     try:
@@ -60,6 +62,15 @@ def convert(contents: list[Any], prefix: str | None = None) -> tuple[str, Tables
     known = ", ".join([*CONVERTERS, VQA_QUESTIONS + " with " + VQA_ANNOTATIONS])
     got = " and ".join(sorted(recognize(content) or "an unknown format" for content in contents))
     raise UserError(f"cannot convert {got}; expected one of: {known}")
+
+
+def _check_names(prefix: str) -> None:
+    """Raise UserError if a prefix with a place for a number does not take one."""
+    try:
+        prefix.format(0)
+    except (ValueError, LookupError):
+        problem = f"the images' prefix is {prefix!r}; expected a folder, or of VQA v2 names such as images/{{:07d}}.jpg"
+        raise UserError(problem) from None
 
 
 def _join(folder: str, prefix: str | None, name: str) -> str:
@@ -114,8 +125,9 @@ def vqa_rows(questions: Any, annotations: Any, prefix: str | None) -> list[Row]:
     answers = {row["question_id"]: row for row in annotations["annotations"]} if annotations else {}
     rows = []
     for question in questions["questions"]:
-        name = f"COCO_{folder}_{question['image_id']:012d}.jpg"
-        row = {"dataset": "vqa", "image": _join(folder, prefix, name)}
+        number = question["image_id"]
+        names = prefix if prefix and "{" in prefix else _join(folder, prefix, f"COCO_{folder}_{{:012d}}.jpg")
+        row = {"dataset": "vqa", "image": names.format(number)}
         row |= {key: question[key] for key in ("question", "question_id")}
         if annotations:
             found = answers[question["question_id"]]

@@ -144,9 +144,12 @@ def write_questions(folder: Path, split: str, scenes: Sequence[Scene], seed: int
 
 
 def write_choices(folder: Path, split: str, scenes: Sequence[Scene], seed: int) -> None:
-    """Write questions in A-OKVQA's format, with ten direct answers and four choices, and in GQA's, with one answer."""
+    """Write questions in A-OKVQA's format, with ten answers and four choices, OK-VQA's, with ten, and GQA's, with one.
+
+    OK-VQA's files are as published: questions, annotations, and numbers of images instead of names.
+    """
     rng, names = generator(seed, "choices", split), [" ".join(pair) for pair in seen_pairs()]
-    direct, exact = [], []
+    direct, exact, asked_about, people_said = [], [], [], []
     for i, scene in enumerate(scenes):
         for number, question in enumerate(text.questions(scene, rng, 4)):
             asked = {"image": image(split, i), "question": question.text}
@@ -157,8 +160,17 @@ def write_choices(folder: Path, split: str, scenes: Sequence[Scene], seed: int) 
             people = {"direct_answers": text.ten_answers(question, rng), "difficult_direct_answer": False}
             direct.append(asked | people | {"choices": choices, "correct_choice_idx": right})
             exact.append(asked | {"answer": question.answer, "fullAnswer": question.answer})
+            numbers = {"image_id": image_id(split, i), "question_id": image_id(split, i) * 10 + number}
+            asked_about.append(numbers | {"question": question.text})
+            answers = [
+                {"answer_id": n, "raw_answer": text, "answer": text, "answer_confidence": "yes"}
+                for n, text in enumerate(people["direct_answers"], 1)
+            ]
+            people_said.append(numbers | {"question_type": "other", "answer_type": question.kind, "answers": answers})
     write_json(folder / f"aokvqa_v1p0_{split}.json", direct)
     write_json(folder / f"gqa_{split}.json", exact)
+    write_json(folder / f"okvqa_{split}_questions.json", {"data_subtype": split, "questions": asked_about})
+    write_json(folder / f"okvqa_{split}_annotations.json", {"data_subtype": split, "annotations": people_said})
 
 
 def write_statements(folder: Path, split: str, scenes: Sequence[Scene], seed: int) -> None:

@@ -9,6 +9,7 @@ from scripts import TINY, run, settings
 from torch import nn
 
 from data.classification import class_names, read_folder, read_pairs
+from data.convert import write_tables
 from data.transforms import test_transform as make_transform
 from data.vqa import VQATest, VQATrain, with_answer
 from formula import MED_CONFIG, MODELS
@@ -72,7 +73,7 @@ def test_rows_of_aokvqa_as_published_name_images_of_coco_by_number(tmp_path):
         VQATest(str(tmp_path / "rows.json"), *args)
 
 
-def test_choices_of_the_world(world):
+def test_choices_of_the_world(world, tmp_path):
     files = (world / f"annotations/{name}_test.json" for name in ("aokvqa_v1p0", "gqa"))
     direct, exact = (json.loads(file.read_text()) for file in files)
     assert len(direct) == len(exact) > 12
@@ -80,6 +81,12 @@ def test_choices_of_the_world(world):
         right = row["choices"][row["correct_choice_idx"]]
         assert len(set(row["choices"])) == 4 and row["direct_answers"].count(right) >= 7 and other["answer"] == right
         assert {key: row[key] for key in ("image", "question", "question_id")}.items() <= other.items()
+    paths = [world / f"annotations/okvqa_test_{name}.json" for name in ("questions", "annotations")]
+    write_tables(paths, tmp_path, "images/test/{:07d}.jpg")
+    answered = json.loads((tmp_path / "okvqa_test_questions.json").read_text())
+    for row, other in zip(answered, direct, strict=True):
+        assert {key: row[key] for key in ("image", "question")}.items() <= other.items()
+        assert row["answer"] == other["direct_answers"] and row["answer_type"] in ("yes/no", "number", "other")
 
 
 def test_decay_spares_biases_and_norms():

@@ -154,7 +154,7 @@ def test_dataset_classes_take_the_released_arguments(world):
     image, caption, number = pickle.loads(pickle.dumps(train))[0]
     assert image.shape == (3, 16, 16) and caption.startswith("a picture of ") and len(caption.split()) == 5
     assert str(inspect.signature(nocaps_eval)) == "(transform, image_root, ann_root, split)"
-    assert len(nocaps_eval(make_transform(16), *roots, split="test")) == 9
+    assert nocaps_eval(make_transform(16), *roots, split="test")[0][0].shape == (3, 16, 16)
     with pytest.raises(TypeError, match="missing a required argument: 'split'"):
         nocaps_eval(make_transform(16), *roots)
 

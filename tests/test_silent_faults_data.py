@@ -215,6 +215,9 @@ def test_e_publishers_files_are_converted():
     for contents in ([ASKED, ANSWERED], [ANSWERED, ASKED]):
         (row,) = convert(contents)[1][""]
         assert row["image"] == "val2014/COCO_val2014_000000000007.jpg" and row["answer"] == ["dog"] * 10
+    assert convert([ASKED], prefix="images/{:05d}.png")[1][""][0]["image"] == "images/00007.png"
+    with pytest.raises(UserError, match="the images' prefix is '{x}'; expected a folder, or of VQA v2 names such as"):
+        convert([ASKED], prefix="{x}")
     assert "answer" not in convert([ASKED])[1][""][0]
     (row,) = convert([[STATEMENT]])[1][""]
     assert row["images"] == [f"images/train/26/train-1-0-img{side}.png" for side in (0, 1)]
