@@ -78,7 +78,7 @@ def write_to_store(address: str) -> Iterator[IO[bytes]]:
 def write_whole(path: Path | str, mode: str = "w", shared: bool = False) -> Iterator[IO[Any]]:
     """Open a file ("w", in UTF-8, or "wb") under a temporary name; it replaces `path` when it is whole on the disk.
 
-    `path` may be an address, as for `write_to_store`, with "wb".
+    `path` may be an address, as for `write_to_store`, with "wb"; its folder is made if it does not exist.
 
     If other processes may write the same file (`shared`), the temporary name has the process id, and the caller deletes
     what killed processes left. Otherwise the next write replaces it.
@@ -92,6 +92,7 @@ def write_whole(path: Path | str, mode: str = "w", shared: bool = False) -> Iter
         return
     temporary = path.with_name(f"{path.name}.part{os.getpid() if shared else ''}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
@@ -120,10 +121,6 @@ def append(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> Path:
     """Write a result file."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(why_not_written(path, error)) from None
     with write_whole(path) as file:
         file.write(to_json(content))
     return path

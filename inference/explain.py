@@ -39,7 +39,7 @@ def explain(
 
     Args:
         model: a `Captioner`, `Matcher` or `Answerer`.
-        image: a path, or an open image.
+        image: in any form that `data.images.as_rgb` takes.
         text: the caption, the text matched, or the question.
         answer: what was answered, for an `Answerer`; the caption's own prompt, if any, for a `Captioner`.
         method: "gradcam", or "attention", the mean over heads.
@@ -49,17 +49,21 @@ def explain(
         (word, float32 (grid, grid)) pairs; non-negative, of each image patch.
 
     Raises:
-        UserError: another method, no such layer, or a model that reads no text.
+        UserError: another method, no such layer, a text without words, or a model that reads no text.
     """
     if method not in ("gradcam", "attention"):
         raise UserError(f"method is {method!r}; expected 'gradcam' or 'attention'")
     pixels = model.transform(as_rgb(image))[None].to(model.device)
     with torch.enable_grad():
         if isinstance(model, Captioner):
-            return with_whole(_explain_caption(model, pixels, text, answer or model.model.prompt, method, layer))
-        if isinstance(model, Matcher | Answerer):
-            return with_whole(_explain_text(model, pixels, text, answer, method, layer))
-    raise UserError(f"a {type(model).__name__} reads no text; explain captions, matches or answers")
+            maps = _explain_caption(model, pixels, text, answer or model.model.prompt, method, layer)
+        elif isinstance(model, Matcher | Answerer):
+            maps = _explain_text(model, pixels, text, answer, method, layer)
+        else:
+            raise UserError(f"a {type(model).__name__} reads no text; explain captions, matches or answers")
+    if not maps:
+        raise UserError("the text has no word to explain; give one")
+    return [(WHOLE, np.mean([grid for _, grid in maps], axis=0)), *maps]
 
 
 def _explain_caption(
@@ -138,17 +142,6 @@ def to_grid(relevance: torch.Tensor) -> np.ndarray:
     return relevance.mean(dim=0).view(side, side).numpy()
 
 
-def with_whole(maps: Maps) -> Maps:
-    """Return the maps with their mean in front.
-
-    Raises:
-        UserError: there is no word.
-    """
-    if not maps:
-        raise UserError("the text has no word to explain; give one")
-    return [(WHOLE, np.mean([grid for _, grid in maps], axis=0)), *maps]
-
-
 def words_of(tokenizer: Any, text: TokenBatch, start: int = 1) -> list[tuple[str, list[int]]]:
     """Return the words of one tokenized text from a position on, and the positions of their tokens."""
     words: list[tuple[str, list[int]]] = []
@@ -204,16 +197,7 @@ def cut_to_width(text: str, width: int, font: Any) -> str:
 
 
 def explain_rows(model: Predictor, rows: Iterable[Row], folder: Path, method: str, layer: int | None) -> Iterator[Row]:
-    """Add to each row of a predictor "maps": paths of a sheet for its best caption, or each text or question.
-
-    Raises:
-        UserError: the folder cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = f"folder of maps {folder} cannot be made ({error.strerror}); choose another --explain"
-        raise UserError(reason) from None
+    """Add to each row of a predictor "maps": paths of a sheet for its best caption, or each text or question."""
     for row in rows:
         if "error" in row:
             yield row
@@ -231,11 +215,7 @@ def explain_rows(model: Predictor, rows: Iterable[Row], folder: Path, method: st
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write a PNG.
-
-    Raises:
-        UserError: it could not be written.
-    """
+    """Write a PNG, as `files.write_whole`."""
     with write_whole(path, "wb") as file:
         image.save(file, "PNG")
 

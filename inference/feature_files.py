@@ -20,15 +20,9 @@ MOST_NAMES = 50 << 20  # bytes of names in the header of a .safetensors file, wh
 class FeatureFile:
     """Features of named items, float32, in a .safetensors or .npy file.
 
-    Until it is complete, `<output>.rows` holds the features, and `<output>.rows.jsonl` the record of what makes them
-    and the items that are done. A .safetensors file has "features" and "names" in its metadata; the names of a .npy
-    file are in .names.json beside it.
-
-    Args:
-        output: the file.
-        record: what the features depend on, as for `inference.results.begin`.
-        items: names of all items.
-        resume, retry_failed, overwrite: as on the command line.
+    Until it is complete, `<output>.rows` holds the features, and `<output>.rows.jsonl` the items that are done, after
+    the record of what makes them, as for `inference.results.begin`. A .safetensors file has "features" and "names" in
+    its metadata; the names of a .npy file are in .names.json beside it.
 
     Raises:
         UserError: the output has another ending or exists, or an interrupted run had another record.
@@ -47,29 +41,21 @@ class FeatureFile:
         refuse_existing(str(output), False, overwrite)
         refuse_existing(str(self.log), resume, overwrite)
         self.done = begin(self.log, record, resume, retry_failed)
-        self.names, self.shape = self._finished()
+        self.names: list[str] = []  # of the features that are there, each of this shape
+        self.shape: list[int] = []
+        with open(self.log, encoding="utf-8") as file:
+            for row in map(json.loads, file):
+                if "shape" in row:
+                    self.names.append(row["image"])
+                    self.shape = row["shape"]
         size = len(self.names) * 4 * int(np.prod(self.shape))
         with open(self.rows, "ab") as file:
             if file.tell() < size:
                 raise UserError(f"{self.rows} is shorter than {self.log} says; begin again with --overwrite")
             file.truncate(size)
 
-    def _finished(self) -> tuple[list[str], list[int]]:
-        """Return the names of the features that are there, and the shape of each."""
-        names, shape = [], []
-        with open(self.log, encoding="utf-8") as file:
-            for row in map(json.loads, file):
-                if "shape" in row:
-                    names.append(row["image"])
-                    shape = row["shape"]
-        return names, shape
-
     def write(self, rows: Iterable[Row]) -> None:
-        """Append rows of {"image" or "text", "features"}, or with an "error".
-
-        Raises:
-            UserError: the disk is full, for instance.
-        """
+        """Append rows of {"image" or "text", "features"}, or with an "error"; raises UserError where it cannot."""
         try:
             with open(self.rows, "ab") as features, open(self.log, "a", encoding="utf-8") as log:
                 for row in rows:
@@ -89,11 +75,7 @@ class FeatureFile:
         print(to_json(line), file=log, flush=True)
 
     def finish(self) -> None:
-        """Make the output of all rows.
-
-        Raises:
-            UserError: it could not be written; the rows are kept for --resume.
-        """
+        """Make the output of all rows; if it cannot be written, the rows are kept for --resume."""
         shape = (len(self.names), *self.shape)
         if self.output.suffix == ".npy":
             with write_whole(self.output.with_suffix(".names.json")) as file:

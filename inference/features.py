@@ -21,19 +21,13 @@ from utils import UserError
 class FeatureModel(nn.Module):
     """The encoders and contrastive projections that a checkpoint has, under the released names.
 
-    Args:
-        parts: which of text_encoder, vision_proj and text_proj there are.
-        vit, image_size, med_config, embed_dim: as `models.blip_itm.BLIP_ITM`.
+    `parts` says which of text_encoder, vision_proj and text_proj there are; the others as `models.blip_itm.BLIP_ITM`.
     """
 
     def __init__(
-        self,
-        parts: Collection[str],
-        vit: str | Mapping,
-        image_size: int,
-        med_config: str | Path | Mapping,
+        self, parts: Collection[str], vit: str | Mapping, image_size: int, med_config: str | Path | Mapping,
         embed_dim: int = 256,
-    ):
+    ):  # fmt: skip
         super().__init__()
         self.visual_encoder, vision_width = create_vit(vit, image_size)
         self.tokenizer, config = create_text_config(med_config, vision_width)
@@ -62,17 +56,12 @@ class Extractor(Predictor):
         return list(self.each_features(images, **settings))
 
     def each_features(
-        self,
-        images: Images,
-        kind: str = "cls",
-        texts: Sequence[str] | str = (),
-        batch_size: int = 16,
-        num_workers: int = 0,
+        self, images: Images, kind: str = "cls", texts: Sequence[str] | str = (), **reading: Any
     ) -> Iterator[Row]:
         """Yield {"image", "features"}, float32.
 
         Args:
-            images, batch_size, num_workers: as for `Predictor.rows`.
+            images, reading: as for `Predictor.rows`.
             kind: "cls": the [CLS] token (width,); "tokens": all tokens (1 + patches, width); "image": the unit-length
                 contrastive feature (embed_dim,); "multimodal": the [ENC] token of the texts after cross-attention to
                 the image (texts, text width), or (text width,) for one text.
@@ -94,7 +83,7 @@ class Extractor(Predictor):
                 found = tokens if kind == "tokens" else tokens[:, 0]
             return [{"features": row} for row in found.float().cpu().numpy()]
 
-        yield from self.rows(images, predict, batch_size, num_workers)
+        yield from self.rows(images, predict, **reading)
 
     @torch.no_grad()
     def each_text(self, texts: Sequence[str] | str, batch_size: int = 16) -> Iterator[Row]:

@@ -69,11 +69,7 @@ def find_images(names: Iterable[str | Path], recursive: bool = True) -> list[Pat
 
 
 def read_prompts(names: Iterable[str | Path]) -> dict[str, str]:
-    """Return the "prompt" of each image that JSON lists among these names give one, by the image's name.
-
-    Raises:
-        UserError: one is no text.
-    """
+    """Return the "prompt" of each image that JSON lists among these names give one, by the image's name."""
     found = {}
     for path in [Path(name) for name in names if str(name).lower().endswith((".json", ".jsonl"))]:
         rows = read_list(path) if path.is_file() else []

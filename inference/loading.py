@@ -32,7 +32,7 @@ def load(
     """Load a checkpoint for a task.
 
     Args:
-        task: "caption", "vqa", "match" or "features".
+        task: "caption", "vqa", "match" or "features", for a `Captioner`, `Answerer`, `Matcher` or `Extractor`.
         checkpoint: a path, a URL or `hf:owner/name`.
         device: "cuda", "xpu", "mps" or "cpu"; "" for a GPU where there is one.
         amp: "bf16", "fp16" or "auto" for mixed precision.
@@ -40,9 +40,6 @@ def load(
         cpu_products: float32 products on a CPU, as for `models.cpu_products.use_cpu_products`.
         tf32: float32 products on a GPU use TF32, as the released code did.
         settings: replace the checkpoint's own: image_size, vit, med_config, prompt, ...; None keeps them.
-
-    Returns:
-        A `Captioner`, `Answerer`, `Matcher` or `Extractor`.
 
     Raises:
         UserError: another task, no such device, or a checkpoint that does not fit the task.

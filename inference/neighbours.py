@@ -39,14 +39,9 @@ class Collection:
 
 
 def approximate(feats: torch.Tensor, beside: Path) -> Any:
-    """Return an index of features, read from the file beside an index of images, or made and written there.
+    """Return an index of unit-length features (images, embed_dim), or None if faiss is not installed.
 
-    Args:
-        feats: unit-length (images, embed_dim).
-        beside: the index of images; the file's name has a hash of the features.
-
-    Returns:
-        The index, or None if faiss is not installed.
+    It is read from the file beside an index of images whose name has a hash of the features, or made and written there.
     """
     try:
         import faiss

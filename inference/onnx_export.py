@@ -64,15 +64,12 @@ class DecoderStep(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, cache: torch.Tensor, keys: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decode.
+        """Return logits (sources, readers, vocabulary), and the cache with the new positions.
 
         Args:
             input_ids: int64 (sources, readers, new): the new tokens of each text of each source.
             cache: (layers, 2, sources, readers, heads, past, head width).
             keys: (layers, 2, sources, heads, length, head width).
-
-        Returns:
-            Logits (sources, readers, vocabulary), and the cache with the new positions.
         """
         sources, readers, new = input_ids.shape
         past, bert, held = cache.shape[5], self.decoder.bert, []
@@ -124,14 +121,9 @@ def graphs(model: Predictor) -> dict[str, Graph]:
 
 @torch.no_grad()
 def export_whole(source: str, task: str, folder: Path, allow_pickle: bool = False, int8: bool = False) -> None:
-    """Write the graphs of a checkpoint, its settings and its tokenizer.
+    """Write the graphs of a checkpoint for "caption" or "vqa", its settings and its tokenizer.
 
-    Args:
-        source: a checkpoint.
-        task: "caption" or "vqa".
-        folder: made if it does not exist.
-        allow_pickle: accept a checkpoint that may run code when it is read.
-        int8: store weights in 8 bits, a scale for each output, and compute products in 8 bits.
+    `int8` stores weights in 8 bits, a scale for each output, and computes products in 8 bits.
 
     Raises:
         UserError: the checkpoint does not fit the task, or a package of the ONNX export is missing.
@@ -159,11 +151,7 @@ def export_whole(source: str, task: str, folder: Path, allow_pickle: bool = Fals
 
 
 def quantize(path: Path) -> None:
-    """Quantize the weights of a graph to 8 bits in place; activations are quantized as they come.
-
-    Raises:
-        UserError: onnxruntime is not installed.
-    """
+    """Quantize the weights of a graph to 8 bits in place; activations are quantized as they come."""
     try:
         from onnxruntime.quantization import QuantType, quantize_dynamic
     except ImportError as error:

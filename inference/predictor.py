@@ -29,13 +29,9 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # o
 
 
 class Predictor:
-    """A model, its device, and how it reads images.
+    """A model in eval mode, on its device, and how it reads images: as squares of `image_size` pixels.
 
-    Args:
-        model: in eval mode, on its device.
-        image_size: side in pixels of the square that the model takes.
-        amp: "bf16", "fp16" or "auto" for mixed precision.
-        config: settings that the checkpoint was trained with, as far as it has them.
+    `amp` is "bf16", "fp16" or "auto" for mixed precision; `config` the settings that the checkpoint was trained with.
     """
 
     def __init__(self, model: nn.Module, image_size: int, amp: str = "", config: Mapping[str, Any] | None = None):
@@ -45,7 +41,6 @@ class Predictor:
         self.transform = test_transform(image_size, **self.pixels)
         self.largest_batch = sys.maxsize  # found as batches turn out too large
 
-    @torch.no_grad()
     def rows(
         self,
         images: Images,
@@ -58,7 +53,7 @@ class Predictor:
 
         Args:
             images: one or several, in any form that `data.images.as_rgb` takes; a generator is read as needed.
-            predict: images (batch, 3, H, W) on the device and their names -> a row for each.
+            predict: images (batch, 3, H, W) on the device and their names -> a row for each; without gradients.
             batch_size: images at once; less where they do not fit into memory.
             num_workers: processes that read images.
             names: of the images, for "image" in the rows; None takes their paths.
@@ -77,10 +72,15 @@ class Predictor:
                     found |= dict(zip(good, rows, strict=True))
                 yield from ({"image": given[i], **found[i]} for i in batch["index"])
 
+    @torch.no_grad()
     def predict_in_parts(
         self, predict: Callable[[torch.Tensor, Sequence[Any]], Iterable[Any]], image: torch.Tensor, names: Sequence[Any]
     ) -> list[Any]:
-        """Predict a batch; where it does not fit into memory, halve it, and this and all later batches to that size."""
+        """Predict a batch; where it does not fit into memory, halve it and all later batches.
+
+        Raises:
+            UserError: a single image does not fit.
+        """
         rows: list[Any] = []
         while len(rows) < len(names):
             size = min(len(names) - len(rows), self.largest_batch)
@@ -93,15 +93,10 @@ class Predictor:
                 full = isinstance(error, MemoryError | torch.OutOfMemoryError)
                 if not full and not any(text in str(error) for text in NO_MEMORY):
                     raise
-            self._halve(size)
+            self._halve(size)  # out here, where the error no longer keeps tensors
         return rows
 
     def _halve(self, size: int) -> None:
-        """Allow half of a batch size that did not fit into memory.
-
-        Raises:
-            UserError: it was 1.
-        """
         if size == 1:
             raise UserError(
                 f"one image of {self.image_size} pixels does not fit into the memory of {self.device}; "

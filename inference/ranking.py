@@ -90,11 +90,9 @@ def encode_texts(model: nn.Module, texts: Sequence[str], batch_size: int, device
 
 
 def store_tokens(image_embeds: torch.Tensor, keep_images: str) -> torch.Tensor:
-    """Return image tokens as they wait for matching: in the precision of autocast, on the device or the host.
+    """Return image tokens (batch, length, width) as they wait for matching: in the precision of autocast.
 
-    Args:
-        image_embeds: (batch, length, width).
-        keep_images: "device", "host", or "auto": on the host once the device is half full.
+    `keep_images` is "device", "host", or "auto": on the host once the device is half full.
     """
     if keep_images not in ("auto", "device", "host"):
         raise UserError(f"keep_images is {keep_images!r}; expected 'auto', 'device' or 'host'")
@@ -131,13 +129,9 @@ def gather_features(own: torch.Tensor | None) -> tuple[int, torch.Tensor]:
 
 
 def candidates(
-    image_feat: torch.Tensor,
-    text_feat: torch.Tensor,
-    own: torch.Tensor,
-    k_test: int,
-    without_images: Sequence[int] = (),
-    without_texts: Sequence[int] = (),
-) -> tuple[torch.Tensor, torch.Tensor]:
+    image_feat: torch.Tensor, text_feat: torch.Tensor, own: torch.Tensor, k_test: int,
+    without_images: Sequence[int], without_texts: Sequence[int],
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return the k most similar texts of each own image, and the k most similar images of every text."""
 
     def nearest(similarities: torch.Tensor, without: Sequence[int]) -> torch.Tensor:
@@ -190,12 +184,9 @@ def pad(rows: Sequence[Sequence[int]], tokenizer: Any, device: torch.device) -> 
 
 
 def fill_matrices(
-    pairs: list[tuple[int, np.ndarray, np.ndarray]],
-    to_texts: torch.Tensor,
-    to_images: torch.Tensor,
-    own: torch.Tensor,
+    pairs: list[tuple[int, np.ndarray, np.ndarray]], to_texts: torch.Tensor, to_images: torch.Tensor, own: torch.Tensor,
     shape: tuple[int, int],
-) -> Scores:
+) -> Scores:  # fmt: skip
     """Gather all pairs on the main process and lay them out; each direction shows its own candidates only."""
     shards = all_gather_object((own.numpy(), to_texts.numpy(), pairs))
     if not is_main_process():

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from files import why_not_written, write_whole
+from files import write_whole
 from inference.predictor import Row
 from utils import ProgressLine, UserError, note
 
@@ -24,11 +24,7 @@ RESULT_OF = {"caption": "captions", "vqa": "answers", "match": "matches"}  # the
 
 
 def refuse_existing(output: str, continued: bool, overwrite: bool) -> None:
-    """Refuse to write over an earlier result.
-
-    Raises:
-        UserError: the output has content, and is neither continued nor to be replaced.
-    """
+    """Raise UserError for an output that has content, and is neither continued nor to be replaced."""
     if output and not continued and not overwrite and Path(output).is_file() and Path(output).stat().st_size:
         raise UserError(f"{output} exists; continue it with --resume, replace it with --overwrite, or {CHOOSE}")
 
@@ -37,7 +33,7 @@ def begin(output: Path, record: Row, resume: bool = False, retry_failed: bool = 
     """Begin a file of JSON lines, or continue one that the same command with the same settings made.
 
     Args:
-        output: of JSON lines.
+        output: the file.
         record: what makes it: "command", and all that the rows depend on.
         resume: continue; a last line cut off by a kill is removed.
         retry_failed: remove the rows of images that failed, so that they are tried again.
@@ -50,10 +46,6 @@ def begin(output: Path, record: Row, resume: bool = False, retry_failed: bool = 
     """
     record = json.loads(json.dumps(record))
     if not resume or not output.is_file() or not output.stat().st_size:
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(why_not_written(output, error)) from None
         with write_whole(output) as file:
             file.write(json.dumps({"made_by": record}) + "\n")
         return set()
@@ -117,11 +109,7 @@ class Rows:
         self.total = 0
 
     def write(self, rows: Iterable[Row]) -> None:
-        """Write rows.
-
-        Raises:
-            UserError: a full disk, for instance.
-        """
+        """Write rows; raises UserError where it cannot, as on a full disk."""
         try:
             if self.output.endswith(".csv"):
                 with write_whole(Path(self.output)) as file:
@@ -158,11 +146,7 @@ class Rows:
             yield row
 
     def report(self) -> None:
-        """Print the first errors and their number.
-
-        Raises:
-            UserError: every row has one.
-        """
+        """Print the first errors and their number; raises UserError if every row has one."""
         for row in self.failed[:SHOWN_ERRORS]:
             print(row["error"], file=sys.stderr)
         if self.failed:

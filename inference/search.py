@@ -6,18 +6,18 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
-from data.images import ImageSource, image_batches, is_url
+from data.images import image_batches, is_url
 from files import write_whole
 from inference.neighbours import LARGE, Collection, approximate
-from inference.predictor import Row
+from inference.predictor import Images, Row
 from inference.tasks import Matcher
 from models.losses import similarity
-from models.precision import autocast
 from utils import ProgressLine, UserError, note
 
 SAVE_EVERY = 1000  # new images between two savings of an index
@@ -46,14 +46,15 @@ class Index:
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                lists = metadata  # of earlier versions; readers limit it to 100 MB
                 if "lists" in file.keys():  # noqa: SIM118
                     lists = json.loads(file.get_tensor("lists").numpy().tobytes())
-                names, stamps, hashes = (self._list(lists.get(key, [])) for key in ("names", "stamps", "hashes"))
+                else:  # an earlier version kept them in the metadata, which readers limit to 100 MB
+                    lists = {key: json.loads(metadata[key]) for key in ("names", "stamps", "hashes")}
+                names, stamps, hashes = lists["names"], lists["stamps"], lists["hashes"]
                 feats, model = file.get_tensor("image_feat"), metadata["model"]
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             raise UserError(f"{path} is no index of images ({error}); choose another --index") from None
-        if model != self.model or len(hashes) != len(names):
+        if model != self.model:
             raise UserError(f"index {path} was made with another checkpoint; delete it, or choose another --index")
         entries = zip(names, stamps, hashes, feats, strict=True)
         self.known = {name: entry for name, *entry in entries if is_url(name) or os.path.exists(name)}  # type: ignore
@@ -61,45 +62,30 @@ class Index:
         if gone := len(names) - len(self.known):
             note(f"{gone} images of index {path} no longer exist and are left out")
 
-    @staticmethod
-    def _list(values: list[str] | str) -> list[str]:
-        return json.loads(values) if isinstance(values, str) else values
-
     def save(self) -> None:
-        """Write the index, whole or not at all.
-
-        Raises:
-            UserError: it could not be written.
-        """
+        """Write the index, whole or not at all, as `files.write_whole`."""
         if self.path is None or not self.known:
             return
         stamps, hashes, feats = zip(*self.known.values(), strict=True)
         lists = json.dumps({"names": list(self.known), "stamps": stamps, "hashes": hashes}).encode()
         tensors = {"image_feat": torch.stack(feats), "lists": torch.frombuffer(bytearray(lists), dtype=torch.uint8)}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with write_whole(self.path, "wb") as file:
             file.write(to_safetensors(tensors, {"model": self.model}))
 
     def add(
         self, matcher: Matcher, images: Sequence[Path | str], batch_size: int = 16, num_workers: int = 0
     ) -> list[Row]:
-        """Add images; only content that is new is encoded, and what is encoded is saved whatever happens.
+        """Add images, paths or URLs, and return {"image", "error"} of those that cannot be read.
 
-        Args:
-            matcher: of the index's model.
-            images: paths or URLs.
-            batch_size, num_workers: as for `Predictor.rows`.
-
-        Returns:
-            {"image", "error"} of the images that cannot be read.
+        Only content that is new is encoded, and what is encoded is saved whatever happens.
         """
         errors: list[Row] = []
         fresh = self._take_known({name_of(image): stamp(image) for image in images})
         line, saved = ProgressLine(len(fresh), "indexing images"), 0
         names = list(fresh)
 
-        def features(image: torch.Tensor, _: Sequence[str]) -> list[torch.Tensor]:
-            return list(encode(matcher, image)[1].cpu())
+        def features(image: torch.Tensor, _: Sequence[str]) -> Iterable[torch.Tensor]:
+            return encode(matcher, image)[1].cpu()
 
         try:
             for batch in image_batches(names, matcher.transform, batch_size, num_workers):
@@ -168,32 +154,18 @@ def hash_of(image: str) -> str:
     return digest.hexdigest()
 
 
-@torch.no_grad()
 def encode(matcher: Matcher, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return tokens (images, length, width) and unit features (images, embed_dim) of images."""
-    with autocast(matcher.amp, matcher.device):
-        tokens = matcher.model.visual_encoder(image.to(matcher.device))
-        return tokens, matcher.image_feat(tokens).float()
+    tokens = matcher.model.visual_encoder(image)
+    return tokens, matcher.image_feat(tokens)
 
 
-@torch.no_grad()
 def find_images_by_text(
-    matcher: Matcher,
-    collection: Collection,
-    texts: Sequence[str],
-    k_test: int = 16,
-    top: int = 5,
-    batch_size: int = 16,
+    matcher: Matcher, collection: Collection, texts: Sequence[str], k_test: int = 16, top: int = 5, batch_size: int = 16
 ) -> list[Row]:
-    """Find the images that texts describe best.
+    """Find the `top` images that texts describe best.
 
-    Args:
-        matcher: from `inference.load("match", ...)`.
-        collection: the images, from `Index.part`.
-        texts: what to look for.
-        k_test: most similar images that the matching head re-ranks; at least `top`.
-        top: images to return.
-        batch_size: images at once.
+    The matching head re-ranks the `k_test` most similar images of the collection, at least `top`, `batch_size` at once.
 
     Returns:
         For each text {"text", "images": [{"image", "probability", "cosine"}, ...]}, best first, ordered by the
@@ -235,26 +207,16 @@ def find_images_by_text(
 
 
 def find_texts_by_image(
-    matcher: Matcher,
-    images: Iterable[ImageSource],
-    texts: Sequence[str],
-    k_test: int = 32,
-    top: int = 5,
-    batch_size: int = 16,
-    num_workers: int = 0,
+    matcher: Matcher, images: Images, texts: Sequence[str], k_test: int = 32, top: int = 5, **reading: Any
 ) -> Iterator[Row]:
-    """Find the texts that describe images best.
+    """Find the `top` of the texts that describe images best; the matching head re-ranks the `k_test` most similar.
 
-    Args:
-        images, batch_size, num_workers: as for `Predictor.rows`.
-        texts: all that may be found.
-        k_test, top: as for `find_images_by_text`, with texts re-ranked.
+    `reading` is batch_size, num_workers and names, as for `Predictor.rows`.
 
     Yields:
         For each image {"image", "texts": [{"text", "probability", "cosine"}, ...]}, best first, or an "error".
     """
-    with torch.no_grad():
-        text_feat = matcher.text_feat(texts)
+    text_feat = matcher.text_feat(texts)
 
     def predict(image: torch.Tensor, names: list[str]) -> list[Row]:
         tokens, feats = encode(matcher, image)
@@ -265,23 +227,13 @@ def find_texts_by_image(
             rows.append({"texts": best(scored(logits, cosine[i, near], [{"text": texts[t]} for t in near]), top)})
         return rows
 
-    yield from matcher.rows(images, predict, batch_size, num_workers)
+    yield from matcher.rows(images, predict, **reading)
 
 
 def find_images_by_image(
-    matcher: Matcher,
-    collection: Collection,
-    images: Iterable[ImageSource],
-    top: int = 5,
-    batch_size: int = 16,
-    num_workers: int = 0,
+    matcher: Matcher, collection: Collection, images: Images, top: int = 5, **reading: Any
 ) -> Iterator[Row]:
-    """Yield for each image {"image", "images": [{"image", "cosine"}, ...]}, the most similar others, or an "error".
-
-    Args:
-        images, batch_size, num_workers: as for `Predictor.rows`.
-        collection, top: as for `find_images_by_text`.
-    """
+    """Yield for each image {"image", "images": [{"image", "cosine"}, ...]}, the most similar others, or an "error"."""
 
     def predict(image: torch.Tensor, names: list[str]) -> list[Row]:
         nearest = (x.tolist() for x in collection.nearest(encode(matcher, image)[1], top + 1))
@@ -292,7 +244,7 @@ def find_images_by_image(
             rows.append({"images": others[:top]})
         return rows
 
-    yield from matcher.rows(images, predict, batch_size, num_workers)
+    yield from matcher.rows(images, predict, **reading)
 
 
 def scored(logits: torch.Tensor, cosine: torch.Tensor, rows: list[Row]) -> list[tuple[float, Row]]:

@@ -35,11 +35,7 @@ class Sidecars:
         return Path(image).with_suffix("." + self.ending.lstrip("."))
 
     def left(self, images: Sequence[Path | str]) -> list[Path | str]:
-        """Return the images that need a text file.
-
-        Raises:
-            UserError: two images have the same one, or an image is no file.
-        """
+        """Return the images that need a text file; raises UserError if two have the same one, or one is no file."""
         owners: dict[Path, str | Path] = {}
         for image in images:
             if is_url(str(image)):
@@ -63,11 +59,7 @@ class Sidecars:
         return [(row["image"], text) for text in self.texts(row)]
 
     def write(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """Write the text file of each row, whole or not at all, and pass the row on.
-
-        Raises:
-            UserError: one cannot be written.
-        """
+        """Write the text file of each row, as `files.write_whole`, and pass the row on."""
         for row in rows:
             if "error" not in row:
                 path, lines = self.path(row["image"]), self.texts(row)

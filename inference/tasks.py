@@ -29,56 +29,34 @@ class Captioner(Predictor):
         self,
         images: Images,
         num_captions: int = 1,
-        sample: bool = False,
-        num_beams: int | None = None,
-        max_length: int | None = None,
-        min_length: int | None = None,
-        top_p: float = 0.9,
-        top_k: int = 50,
-        temperature: float = 1.0,
-        repetition_penalty: float | None = None,
-        length_penalty: float = 1.0,
-        no_repeat_ngram_size: int = 0,
         banned: Sequence[str] = (),
         seed: int = 42,
         rank_by: "Matcher | None" = None,
+        prompts: Mapping[str, str] | None = None,
         batch_size: int = 16,
         num_workers: int = 0,
         names: Sequence[str] | None = None,
-        prompts: Mapping[str, str] | None = None,
+        **decoding: Any,
     ) -> Iterator[Row]:
         """Yield {"image", "captions": [{"caption", "log_prob"}, ...]}, the best caption first.
 
         Args:
             images, batch_size, num_workers, names: as for `Predictor.rows`.
             num_captions: captions of each image; of a search at most `num_beams`.
-            sample: nucleus sampling instead of beam search.
-            num_beams: width of the search; 1 is greedy. None: as the checkpoint was evaluated, or 3.
-            max_length, min_length: in tokens, prompt and [DEC] included. None: as the checkpoint was evaluated,
-                or 20 and 5.
-            top_p, top_k: sampling draws from the likeliest tokens up to this share of probability, and from at most
-                so many; 0 for any number.
-            temperature: of sampling; above 1 makes rare tokens likelier.
-            repetition_penalty: above 1 makes tokens that the text has already less likely; None: 1.1 in sampling,
-                1.0 in search.
-            length_penalty: of beam search; above 1 prefers longer captions.
-            no_repeat_ngram_size: no caption has so many tokens in a row twice; 0 allows any.
             banned: words and phrases that no caption has.
             seed: of sampling; an image's captions depend on it and on the image's name only.
             rank_by: a matching model that takes images of the same size; the captions come in the order of the
                 "probability" that they match the image, which their rows then have.
             prompts: by name of an image, what its captions continue in place of the model's prompt; its row has it.
+            decoding: `sample`, `num_beams`, `temperature`, `length_penalty` and the other settings of
+                `models.generation.GenerationConfig`. Without `max_length`, `min_length` or `num_beams`, or with None:
+                as the checkpoint was evaluated, or 20, 5 and 3.
 
         Raises:
             UserError: settings that do not go together, such as more captions than beams.
         """
-        asked = {"max_length": max_length, "min_length": min_length, "num_beams": num_beams}
-        config = GenerationConfig(
-            **{name: self.setting(name, value) for name, value in asked.items()},
-            sample=sample, top_p=top_p, top_k=top_k, temperature=temperature, repetition_penalty=repetition_penalty,
-            length_penalty=length_penalty, num_return=num_captions, no_repeat_ngram_size=no_repeat_ngram_size,
-            banned=self.token_ids(banned),
-        )  # fmt: skip
+        decoding |= {name: self.setting(name, decoding.get(name)) for name in CAPTION_DEFAULTS}
+        config = GenerationConfig(**decoding, num_return=num_captions, banned=self.token_ids(banned))
         if rank_by and rank_by.pixels != self.pixels:
             raise UserError(f"the ranking model reads images with {rank_by.pixels}, the captioner with {self.pixels}")
         predict = partial(self._write, config=config, seed=seed, rank_by=rank_by, prompts=prompts or {})
@@ -102,12 +80,8 @@ class Captioner(Predictor):
         said = [{"prompt": prompts[name]} if name in prompts else {} for name in names]
         return [{**prompt, "captions": group} for prompt, group in zip(said, groups, strict=True)]
 
-    def token_ids(self, phrases: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """Return the token ids of words and phrases.
-
-        Raises:
-            UserError: one is empty.
-        """
+    def token_ids(self, phrases: Sequence[str] | str) -> tuple[tuple[int, ...], ...]:
+        """Return the token ids of words and phrases; raises UserError for an empty one."""
         phrases = [phrases] if isinstance(phrases, str) else list(phrases)
         ids = [tokenize(self.model.tokenizer, phrase).input_ids[0, 1:-1].tolist() for phrase in phrases]
         if not all(ids):
@@ -132,13 +106,12 @@ class Answerer(Predictor):
         questions: Sequence[str] | str,
         answers: Sequence[str] = (),
         k_test: int = 128,
-        batch_size: int = 16,
-        num_workers: int = 0,
+        **reading: Any,
     ) -> Iterator[Row]:
         """Yield {"image", "answers": [{"question", "answer", ...}, ...]}, every question asked of every image.
 
         Args:
-            images, batch_size, num_workers: as for `Predictor.rows`.
+            images, reading: as for `Predictor.rows`.
             questions: one or several.
             answers: to choose among; without them the model writes freely.
             k_test: answers, by their first token, that are scored whole.
@@ -171,7 +144,7 @@ class Answerer(Predictor):
                 for i in range(len(image))
             ]
 
-        yield from self.rows(images, predict, batch_size, num_workers)
+        yield from self.rows(images, predict, **reading)
 
     def _write(self, states: torch.Tensor) -> list[Row]:
         texts, log_probs = self.model.generate_answers(states)
@@ -197,16 +170,13 @@ class Matcher(Predictor):
         """Match images and texts; arguments as for `matches`, which yields them as they come."""
         return list(self.matches(images, texts, **settings))
 
-    def matches(
-        self, images: Images, texts: Sequence[str] | str, batch_size: int = 16, num_workers: int = 0
-    ) -> Iterator[Row]:
+    def matches(self, images: Images, texts: Sequence[str] | str, **reading: Any) -> Iterator[Row]:
         """Yield {"image", "matches": [{"text", "probability", "cosine"}, ...]}, every text with every image.
 
         Arguments beside the texts are those of `Predictor.rows`.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
-        with torch.no_grad():
-            text_feat = self.text_feat(texts)
+        text_feat = self.text_feat(texts)
 
         def predict(image: torch.Tensor, names: list[str]) -> list[Row]:
             tokens = self.model.visual_encoder(image)
@@ -219,7 +189,7 @@ class Matcher(Predictor):
                 rows.append({"matches": found})
             return rows
 
-        yield from self.rows(images, predict, batch_size, num_workers)
+        yield from self.rows(images, predict, **reading)
 
     def match_logits(self, tokens: torch.Tensor, texts: Sequence[str]) -> torch.Tensor:
         """Logits of "no match" and "match" of images' tokens (images, length, width) and texts: (images, texts, 2)."""
@@ -259,12 +229,9 @@ class Matcher(Predictor):
             own.sort(key=lambda row: -row["probability"])
         return captions
 
+    @torch.no_grad()
     def text_feat(self, texts: Sequence[str]) -> torch.Tensor:
-        """Unit features (texts, embed_dim).
-
-        Raises:
-            UserError: no text, or an empty one.
-        """
+        """Unit features (texts, embed_dim); raises UserError for no text, or an empty one."""
         text = self.tokens_of(self.checked_texts(texts), "cls")
         return unit_features(self.model.text_proj, self.model.text_encoder(*text)[:, 0])
 
