@@ -3,10 +3,10 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from data.images import ImageSource, as_rgb
@@ -15,10 +15,11 @@ from metrics.units import format_score, put_test_first
 from report.figures import Scores, draw_curves, draw_histograms, draw_scores
 from utils import UserError
 
-TONES = ("", "good", "bad")
 MAX_SIDE = 480  # pixels of an embedded image's longer side
 SMALL = 128  # images below this side are embedded without loss and shown with sharp pixels
-STYLE = Path(__file__).parent / "page.css"
+TEMPLATES = Environment(  # every text is escaped
+    loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
+)
 
 
 def write_report(
@@ -51,32 +52,21 @@ def write_report(
     Raises:
         UserError: an image cannot be read, or the folder cannot be written.
     """
-    folder = Path(folder)
-    cards = _cards_section(images)
-    groups = _to_groups(scores)
+    folder, cards, groups = Path(folder), [_card(entry) for entry in images], _to_groups(scores)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write the report to {folder}: {error.strerror}; choose another folder") from None
     figures = {
-        "scores.png": draw_scores(groups, folder / "scores.png"),
-        "curve.png": draw_curves(log, curves, folder / "curve.png"),
-        "histograms.png": draw_histograms(histograms or {}, folder / "histograms.png"),
+        "scores": draw_scores(groups, folder / "scores.png"),
+        "curve": draw_curves(log, curves, folder / "curve.png"),
+        "histograms": draw_histograms(histograms or {}, folder / "histograms.png"),
     }
-    embedded = {name: _data_url((folder / name).read_bytes(), "png") for name, drawn in figures.items() if drawn}
-    sections = [
-        _scores_section(groups, embedded.get("scores.png")),
-        _section("Notes", f"<ul>{''.join(f'<li>{escape(str(note))}</li>' for note in notes)}</ul>") if notes else "",
-        _training_section(log, embedded.get("curve.png")),
-        _histograms_section(embedded.get("histograms.png")),
-        cards,
-    ]
-    page = (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>\n{STYLE.read_text(encoding='utf-8')}</style></head>\n"
-        f"<body><main><h1>{escape(title)}</h1>\n{''.join(sections)}</main></body></html>\n"
-    )
+    page = TEMPLATES.get_template("page.html").render(
+        title=title, scores=_scores_table(groups), notes=notes, log=_log_table(log), cards=cards,
+        figures={name: _data_url((folder / f"{name}.png").read_bytes(), "png") for name in figures if figures[name]},
+        broad=any(len(card["images"]) > 1 for card in cards),
+    )  # fmt: skip
     with write_whole(folder / "report.html", "wb") as file:
         file.write(page.encode(errors="replace"))  # texts may hold lone surrogates
     return folder / "report.html"
@@ -89,56 +79,24 @@ def _to_groups(scores: dict[str, Any]) -> Scores:
     return ({"": put_test_first(single)} if single else {}) | groups
 
 
-# The sections. Every text passes through escape.
-
-
-def _section(heading: str, body: str) -> str:
-    return f"<section><h2>{escape(heading)}</h2>{body}</section>\n"
-
-
-def _scores_section(scores: Scores, figure: str | None) -> str:
-    if not scores:
-        return ""
-    names = list(dict.fromkeys(name for group in scores.values() for name in group))
+def _scores_table(scores: Scores) -> dict[str, Any]:
+    names = dict.fromkeys(name for group in scores.values() for name in group)
     rows = [[name, *(format_score(name, group.get(name, "")) for group in scores.values())] for name in names]
-    head = ["", *scores] if len(scores) > 1 or "" not in scores else []
-    image = f'<img src="{figure}" alt="Scores as bars">' if figure else ""
-    return _section("Scores", f'<div class="side">{_table(head, rows)}{image}</div>')
+    return {"head": ["", *scores] if len(scores) > 1 or "" not in scores else [], "rows": rows}
 
 
-def _training_section(log: Sequence[dict[str, Any]], figure: str | None) -> str:
-    if not log:
-        return ""
+def _log_table(log: Sequence[dict[str, Any]]) -> dict[str, Any]:
     names = list(dict.fromkeys(name for row in log for name in row))
     names.sort(key=lambda name: {"epoch": 0, "step": 1}.get(name, 2))  # the others stay in their order
-    table = _table(names, [[format_score(name, row.get(name, "")) for name in names] for row in log])
-    image = f'<img class="wide" src="{figure}" alt="Training curves">' if figure else ""
-    return _section("Training", f"{image}<details><summary>All {len(log)} rows of the log</summary>{table}</details>")
+    return {"head": names, "rows": [[format_score(name, row.get(name, "")) for name in names] for row in log]}
 
 
-def _histograms_section(figure: str | None) -> str:
-    image = f'<img class="wide" src="{figure}" alt="Histograms of probabilities">'
-    return _section("Matching probabilities", image) if figure else ""
-
-
-def _cards_section(entries: Sequence[dict[str, Any]]) -> str:
-    if not entries:
-        return ""
-    broad = " broad" if any(len(entry.get("images", ())) > 1 for entry in entries) else ""
-    return _section("Test images", f'<div class="cards{broad}">{"".join(map(_card, entries))}</div>')
-
-
-def _card(entry: dict[str, Any]) -> str:
+def _card(entry: dict[str, Any]) -> dict[str, Any]:
     """Return a test example: images side by side, and lines of texts below."""
     sources = entry.get("images") or [entry["image"]]
     tones = entry.get("tones") or [""] * len(sources)
-    images = "".join(_image(_thumbnail(source), tone) for source, tone in zip(sources, tones, strict=True))
-    lines = "".join(
-        f'<p class="{tone if tone in TONES else ""}">{f"<small>{escape(str(label))}</small>" if label else ""}'
-        f"<b>{escape(str(text))}</b></p>"
-        for label, text, tone in entry.get("lines", ())
-    )
-    return f'<div class="card"><div class="images">{images}</div>{lines}</div>'
+    images = [_image(_thumbnail(source)) | {"tone": tone} for source, tone in zip(sources, tones, strict=True)]
+    return {"images": images, "lines": entry.get("lines", ())}
 
 
 def _thumbnail(source: ImageSource) -> Image.Image:
@@ -147,21 +105,11 @@ def _thumbnail(source: ImageSource) -> Image.Image:
     return image
 
 
-def _image(image: Image.Image, tone: str) -> str:
+def _image(image: Image.Image) -> dict[str, Any]:
     small = max(image.size) < SMALL
     kind, buffer = "png" if small else "jpeg", io.BytesIO()
     image.save(buffer, kind, quality=85)
-    classes = f"{'small' if small else ''} {tone}"
-    return f'<img class="{classes}" alt="" src="{_data_url(buffer.getvalue(), kind)}">'
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = f"<thead><tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr></thead>" if head else ""
-    body = "".join(
-        f"<tr><th>{escape(first)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in rest)}</tr>"
-        for first, *rest in rows
-    )
-    return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>'
+    return {"small": small, "url": _data_url(buffer.getvalue(), kind)}
 
 
 def _data_url(content: bytes, kind: str) -> str:
