@@ -16,16 +16,10 @@ Work = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Size:
-    """Size of a benchmarked model.
-
-    Attributes:
-        vit: ViT's name or mapping.
-        text: settings of the text transformer that differ from base.
-        image_size: pixels.
-    """
+    """Size of a benchmarked model."""
 
     vit: str | Mapping = "base"
-    text: Mapping[str, Any] = field(default_factory=dict)
+    text: Mapping[str, Any] = field(default_factory=dict)  # settings of the text transformer that differ from base
     image_size: int = 384
 
     @property
@@ -55,40 +49,24 @@ BASE, LARGE, SMALL = Size(), Size("large"), Size("small", SMALL_TEXT)
 
 @dataclass
 class Case:
-    """One row, ready to run.
-
-    Attributes:
-        ours: the work in this project.
-        peers: other ways to the same result, by name; the fastest is compared.
-        difference: returns the largest difference of scores; raises where strings or ranks differ.
-        floor: the least work, by stages.
-    """
+    """One row, ready to run."""
 
     ours: Work
-    peers: dict[str, Work]
-    difference: Callable[[], float]
-    floor: list[floor.Part]
+    peers: dict[str, Work]  # other ways to the same result, by name; the fastest is compared
+    difference: Callable[[], float]  # the largest difference of scores; raises where strings or ranks differ
+    floor: list[floor.Part]  # the least work, by stages
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table.
-
-    Attributes:
-        title: what is timed.
-        make: (device) -> the case.
-        goals: ratio to reach and to aim at, without and with AVX-512.
-        floor_aim: times the floor to aim at.
-        repeats: number of runs.
-        amp: ours runs in bfloat16.
-    """
+    """A row of the table."""
 
     title: str
-    make: Callable[..., Case]
-    goals: tuple[tuple[float, float], tuple[float, float]] = ((0.0, 0.0), (0.0, 0.0))
-    floor_aim: float = 0.0
+    make: Callable[..., Case]  # (device) -> the case
+    goals: tuple[tuple[float, float], tuple[float, float]] = ((0.0, 0.0), (0.0, 0.0))  # see `goal`; for AVX2, AVX-512
+    floor_aim: float = 0.0  # times the floor to aim at
     repeats: int = 3
-    amp: bool = False
+    amp: bool = False  # ours runs in bfloat16
 
     @property
     def tolerance(self) -> float:

@@ -20,7 +20,7 @@ from torchvision.io import decode_image
 from torchvision.transforms import v2
 
 from benchmarks.measure import cpu_name
-from benchmarks.results import write_section
+from benchmarks.results import table, write_section
 from data.transforms import MEAN, STD, train_transform
 from demo.photographs import CAPTIONS, bundled
 
@@ -89,21 +89,10 @@ def rates(paths: list[Path]) -> dict[str, list[float]]:
     return found
 
 
-def load() -> str:
-    """Return the number of processes that wanted a core; what others do lowers the rates more than the ratios."""
-    return f", load {os.getloadavg()[0]:.0f}" if hasattr(os, "getloadavg") else ""
-
-
-def table(columns: dict[str, dict[str, list[float]]]) -> list[str]:
-    """Return a row per reader: images a second, and the median of ours over it, round by round."""
-    lines = ["| images a second and core | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name in READERS:
-        cells = []
-        for found in columns.values():
-            ratio = statistics.median(a / b for a, b in zip(found["ours"], found[name], strict=True))
-            cells.append(f"{statistics.median(found[name]):.0f}" + (f" (ours x {ratio:.2f})" if name != "ours" else ""))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
+def cell(found: dict[str, list[float]], name: str) -> str:
+    """Return images a second of a reader, and the median of ours over it, round by round."""
+    ratio = statistics.median(a / b for a, b in zip(found["ours"], found[name], strict=True))
+    return f"{statistics.median(found[name]):.0f}" + (f" (ours x {ratio:.2f})" if name != "ours" else "")
 
 
 def main() -> int:
@@ -112,14 +101,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: write_images(Path(folder), side) for name, side in SIZES.items()}
         columns = {name: rates(found) for name, found in paths.items()}
-    machine = f"{cpu_name()}, {os.cpu_count()} cores{load()}"
-    lines = [f"{machine}; {IMAGE_SIZE} pixels after augmentation.", "", *table(columns)]
-    rate = statistics.median(columns["640 pixels"]["ours, pretraining (224 pixels)"])
-    need = GPUS * PAIRS_OF_A_GPU
-    cores = f"at {rate:.0f} images of 640 pixels a second and core, {need / rate:.0f} cores"
-    lines += ["", f"{GPUS} A100 that pretrain base at 35% utilisation take {need:,} pairs a second: {cores}."]
-    print("\n".join(lines))
-    write_section("Reading images: `python -m benchmarks.loading`", "\n".join(lines))
+    load = f", load {os.getloadavg()[0]:.0f}" if hasattr(os, "getloadavg") else ""  # lowers rates more than ratios
+    rows = [[name, *(cell(found, name) for found in columns.values())] for name in READERS]
+    rate, need = statistics.median(columns["640 pixels"]["ours, pretraining (224 pixels)"]), GPUS * PAIRS_OF_A_GPU
+    text = (
+        f"{cpu_name()}, {os.cpu_count()} cores{load}; {IMAGE_SIZE} pixels after augmentation.\n\n"
+        f"{table(('images a second and core', *columns), rows)}\n\n"
+        f"{GPUS} A100 that pretrain base at 35% utilisation take {need:,} pairs a second: at {rate:.0f} images of 640 "
+        f"pixels a second and core, {need / rate:.0f} cores."
+    )
+    print(text)
+    write_section("Reading images: `python -m benchmarks.loading`", text)
     return 0
 
 

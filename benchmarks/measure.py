@@ -22,19 +22,13 @@ FEW_ROWS = (6, 768, 30524)  # a decoding step reads this weight for 6 rows: a ra
 
 @dataclass
 class Timing:
-    """Seconds of alternating runs, and the best rates measured between them.
-
-    Attributes:
-        ours, theirs: seconds of every run.
-        torch_products: the same of ours with PyTorch's own products.
-        rate, bandwidth: highest GFLOP/s and GB/s.
-    """
+    """Seconds of alternating runs, and the best rates measured between them."""
 
     ours: list[float] = field(default_factory=list)
     theirs: list[float] = field(default_factory=list)
-    torch_products: list[float] = field(default_factory=list)
-    rate: float = 0.0
-    bandwidth: float = 0.0
+    torch_products: list[float] = field(default_factory=list)  # ours with PyTorch's own products
+    rate: float = 0.0  # GFLOP/s
+    bandwidth: float = 0.0  # GB/s
 
     def summary(self, floor: Sequence[Part], width: int = 4) -> dict[str, Any]:
         """Return the figures of a row, given the stages of the least work and the bytes of a parameter."""

@@ -11,17 +11,17 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from benchmarks.__main__ import COLUMNS, cells, run_row
 from benchmarks.case import BASE, LARGE, Row, Size, bfloat16, word_texts
@@ -29,7 +29,7 @@ from benchmarks.inference_rows import answer_ranking, captioning, reranking
 from benchmarks.measure import machine, matrix_rate, seconds
 from benchmarks.results import shown, table
 from benchmarks.training_rows import build_pretraining, pretraining_floor, training_step
-from data.transforms import train_transform
+from data.transforms import Transform, train_transform
 from models.blip import BLIP_Decoder
 from training.loop import to_device
 from training.state import compile_blocks
@@ -45,24 +45,15 @@ STEPS, WARM_UP = 5, 5
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
+    """What is measured."""
 
-    Attributes:
-        sizes: models by name; the first one is also used for inference and data.
-        batches: pairs per pretraining step.
-        image_sizes: pixels of the images that are read; the first also of pretraining.
-        workers: numbers of loading processes.
-        batch_size, steps: of the steps that read images.
-        texts: number of texts that are ranked.
-    """
-
-    sizes: dict[str, Size]
-    batches: list[int]
-    image_sizes: tuple[int, ...] = (224, 384)
-    workers: tuple[int, ...] = (8, 12, 16)
-    batch_size: int = 64
+    sizes: dict[str, Size]  # models by name; the first one is also used for inference and data
+    batches: list[int]  # pairs per pretraining step
+    image_sizes: tuple[int, ...] = (224, 384)  # pixels of the images that are read; the first also of pretraining
+    workers: tuple[int, ...] = (8, 12, 16)  # numbers of loading processes
+    batch_size: int = 64  # of the steps that read images
     steps: int = 50
-    texts: int = 128
+    texts: int = 128  # that are ranked
 
 
 def peak_rate(device: str) -> tuple[float, str]:
@@ -129,27 +120,18 @@ def inference_rows(size: Size, device: str, texts: int) -> Iterator[list[str]]:
             yield [row.title, str(error), *[""] * (len(COLUMNS) - 2)]
 
 
-class Photographs(Dataset):
-    """JPEGs of 640 x 480 pixels, read and augmented as in training.
+def write_images(folder: Path) -> list[Path]:
+    """Write JPEGs of 640 x 480 pixels."""
+    rng, paths = np.random.default_rng(0), [folder / f"{number}.jpg" for number in range(16)]
+    for path in paths:
+        coarse = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8))
+        coarse.resize((640, 480), Image.Resampling.BICUBIC).save(path, quality=92)
+    return paths
 
-    Args:
-        folder: gets the files.
-        length: number of items; the files repeat.
-        image_size: pixels after augmentation.
-    """
 
-    def __init__(self, folder: Path, length: int, image_size: int):
-        self.length, self.transform, rng = length, train_transform(image_size), np.random.default_rng(0)
-        self.paths = [folder / f"{number}.jpg" for number in range(16)]
-        for path in self.paths:
-            coarse = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8))
-            coarse.resize((640, 480), Image.Resampling.BICUBIC).save(path, quality=92)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"image": self.transform.read(self.paths[index % len(self.paths)])}
+def read_batch(transform: Transform, paths: Sequence[Path]) -> dict[str, torch.Tensor]:
+    """Read and augment images as in training; runs in the loading processes."""
+    return {"image": torch.stack([transform.read(path) for path in paths])}
 
 
 def waiting(size: Size, workers: int, plan: Plan, device: str) -> list[str]:
@@ -160,15 +142,17 @@ def waiting(size: Size, workers: int, plan: Plan, device: str) -> list[str]:
     losses = bfloat16(device, True)(lambda model: [model(batch["image"], texts)])
     step, waited, began = training_step(model, losses), 0.0, 0.0
     with tempfile.TemporaryDirectory() as folder:
-        data = Photographs(Path(folder), plan.batch_size * (WARM_UP + plan.steps), size.image_size)
-        loader = iter(DataLoader(data, plan.batch_size, num_workers=workers, pin_memory=device == "cuda"))
+        paths, read = write_images(Path(folder)), partial(read_batch, train_transform(size.image_size))
+        items = list(islice(cycle(paths), plan.batch_size * (WARM_UP + plan.steps)))
+        pin = device == "cuda"
+        loader = iter(DataLoader(items, plan.batch_size, num_workers=workers, collate_fn=read, pin_memory=pin))
         for number in range(WARM_UP + plan.steps):
             if number == WARM_UP:
                 waited, began = 0.0, time.perf_counter()
             before = time.perf_counter()
-            read = next(loader)
+            images = next(loader)
             waited += time.perf_counter() - before
-            batch.update(to_device(read, torch.device(device)))
+            batch.update(to_device(images, torch.device(device)))
             step()
         total = time.perf_counter() - began
     rate = plan.batch_size * plan.steps / total

@@ -7,11 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import floor, measure, results, throughput
-from benchmarks.__main__ import cells, run_row
+from benchmarks.__main__ import ROWS, cells, run_row
 from benchmarks.case import Size, word_texts
 from benchmarks.inference_rows import needed_tokens
 from benchmarks.measure import Timing
-from benchmarks.rows import ROWS
 from benchmarks.training_rows import pretraining_floor
 from models.blip_pretrain import BLIP_Pretrain
 from models.cpu_products import pytorch_products
