@@ -40,12 +40,9 @@ STYLE = "td, th {padding: 2px 14px; text-align: left; border: none} th {font-wei
 
 
 class Page:
-    """The models of the page; they answer one request at a time.
+    """The models of the page, by task, the small one without a checkpoint; they answer one request at a time.
 
-    Args:
-        checkpoints: task -> checkpoint; '' for the small model.
-        device: "cuda", "cpu", or '' for a GPU where there is one.
-        folder: images to search when none are uploaded; '' for none.
+    Without uploads a search reads the images of `folder`; '' for none.
     """
 
     def __init__(self, checkpoints: dict[str, str], device: str = "", folder: str = ""):
@@ -56,11 +53,7 @@ class Page:
         self.lock = threading.Lock()
 
     def start(self) -> None:
-        """Load the models and check the folder, before the page is served.
-
-        Raises:
-            UserError: a checkpoint does not fit its task, or the folder has no image.
-        """
+        """Load the models; raises UserError for a checkpoint that does not fit its task, or a folder without image."""
         if self.folder:
             find_images([self.folder])
         self.models = {task: load(task, source, self.device) for task, source in self.sources.items()}
@@ -136,10 +129,7 @@ class Page:
 
 
 def unique(image: Image.Image) -> Image.Image:
-    """Make the file of a resulting image unique.
-
-    Gradio stores equal images in one file, and rewrites it while another request may be reading it.
-    """
+    """Make the file of a resulting image unique, since Gradio rewrites a shared file while others may read it."""
     image.info["request"] = uuid.uuid4().hex
     return image
 
@@ -174,11 +164,7 @@ def example_images(folder: Path) -> list[str]:
 
 
 def build(page: Page, examples: Sequence[str]) -> Any:
-    """Build the page.
-
-    Raises:
-        UserError: Gradio is not installed.
-    """
+    """Build the page; raises UserError if Gradio is not installed."""
     try:
         import gradio
     except ImportError:

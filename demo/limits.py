@@ -28,11 +28,7 @@ class TooLarge(UserError):
 
 
 def read_image(path: str | None) -> Image.Image:
-    """Read an uploaded image and reduce it to the size that is shown.
-
-    Raises:
-        UserError: there is none, it cannot be read, or it is too large.
-    """
+    """Read an uploaded image at the size that is shown; raises UserError if it is absent, unreadable or too large."""
     if not path:
         raise UserError("there is no image yet; upload one, or click an example")
     megapixels(path)
@@ -40,11 +36,7 @@ def read_image(path: str | None) -> Image.Image:
 
 
 def megapixels(path: str | IO[bytes]) -> float:
-    """Return the megapixels of an image, a path or an open file, without decoding it.
-
-    Raises:
-        UserError: it is no image, or it is too large.
-    """
+    """Return the megapixels of an image, without decoding it; raises UserError if it is no image or too large."""
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -78,11 +70,7 @@ def read_shown(path: Path) -> Image.Image:
 
 
 def read_text(text: str | None, name: str) -> str:
-    """Return a typed text without outer blanks.
-
-    Raises:
-        UserError: it is empty or too long.
-    """
+    """Return a typed text without outer blanks; raises UserError if it is empty or too long."""
     text = (text or "").strip()
     if not text:
         raise UserError(f"the {name} is empty; type one")

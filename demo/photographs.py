@@ -48,11 +48,7 @@ num_workers: 2
 
 
 def write_photographs(folder: Path) -> Path:
-    """Write images, annotations, ground truth and config; return the config's path.
-
-    Raises:
-        UserError: one of the two packages is missing.
-    """
+    """Write images, annotations, ground truth and config; return the config's path."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     train, val, truth = [], [], {"images": [], "annotations": []}
     for name, captions in CAPTIONS.items():
@@ -72,7 +68,7 @@ def write_photographs(folder: Path) -> Path:
 
 
 def bundled(name: str) -> Path:
-    """Return the path of a photograph inside its package."""
+    """Return the path of a photograph inside its package; raises UserError if one of the two packages is absent."""
     try:
         import skimage.data
         import sklearn.datasets

@@ -69,7 +69,7 @@ def find_images(names: Iterable[str | Path], recursive: bool = True) -> list[Pat
 
 
 def read_prompts(names: Iterable[str | Path]) -> dict[str, str]:
-    """Return the "prompt" of each image that JSON lists among these names give one, by the image's name."""
+    """Return the "prompt" that JSON lists among these names give images, by name; raises UserError for no text."""
     found = {}
     for path in [Path(name) for name in names if str(name).lower().endswith((".json", ".jsonl"))]:
         rows = read_list(path) if path.is_file() else []

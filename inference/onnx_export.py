@@ -151,7 +151,7 @@ def export_whole(source: str, task: str, folder: Path, allow_pickle: bool = Fals
 
 
 def quantize(path: Path) -> None:
-    """Quantize the weights of a graph to 8 bits in place; activations are quantized as they come."""
+    """Quantize a graph's weights to 8 bits in place, and activations as they come; needs onnxruntime."""
     try:
         from onnxruntime.quantization import QuantType, quantize_dynamic
     except ImportError as error:

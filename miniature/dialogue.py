@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from miniature.scene import COLORS, SHAPES, SIZES, Scene
-from miniature.text import ANSWERS, GROUPS, ORDERED, absent_pair, options, with_article
+from miniature.text import ANSWERS, GROUPS, ORDERED, absent_pair, options, third, with_article
 
 NUM_OPTIONS = 10
 Round = tuple[str, str, tuple[str, ...]]  # question, right answer, answers to such a question
@@ -22,7 +22,7 @@ def dialogue(scene: Scene, rng: random.Random) -> tuple[str, list[Round]]:
     it = rng.choice(alone or scene.items)  # without a shape of its own, all objects have one shape and other colours
     caption = with_article(it.shape if alone else f"{it.color} object")
     asked = ("what color is it?", it.color, tuple(COLORS)) if alone else ("what shape is it?", it.shape, SHAPES)
-    height = ("is it top, center or bottom?", place(it.y, ORDERED[1]), ORDERED[1])
+    height = ("is it top, center or bottom?", third(it.y, ORDERED[1]), ORDERED[1])
     rounds = [("how many objects are there?", str(len(scene.items)), ORDERED[0]), asked, height]
     others = [item for item in scene.items if item != it]
     present = bool(others) and rng.random() < 0.7
@@ -31,13 +31,8 @@ def dialogue(scene: Scene, rng: random.Random) -> tuple[str, list[Round]]:
     rounds.append((f"is there {with_article(' '.join(pair))}?", "yes" if other else "no", GROUPS[0]))
     it = other or it
     rounds.append(("is it large or small?", it.size, tuple(SIZES)))
-    rounds.append(("is it left, center or right?", place(it.x, ORDERED[2]), ORDERED[2]))
+    rounds.append(("is it left, center or right?", third(it.x, ORDERED[2]), ORDERED[2]))
     return f"{caption} on a {scene.background} background", rounds
-
-
-def place(share: float, names: Sequence[str]) -> str:
-    """Return the third of the image that a centre is in, with the bounds of `miniature.text.position`."""
-    return names[0] if share < 0.4 else names[2] if share > 0.6 else names[1]
 
 
 def dialogues(

@@ -47,10 +47,14 @@ def relation(first: Item, second: Item) -> str:
     return "above" if down < 0 else "below"
 
 
+def third(share: float, names: Sequence[str]) -> str:
+    """Return the one of three names for a place in the image, from 0 to 1."""
+    return names[0] if share < 0.4 else names[2] if share > 0.6 else names[1]
+
+
 def position(item: Item) -> str:
     """Return the part of the image that an object is in: "top left", "center", ..."""
-    down = "top" if item.y < 0.4 else "bottom" if item.y > 0.6 else ""
-    across = "left" if item.x < 0.4 else "right" if item.x > 0.6 else ""
+    down, across = third(item.y, ("top", "", "bottom")), third(item.x, ("left", "", "right"))
     return f"{down} {across}".strip() or "center"
 
 

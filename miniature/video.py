@@ -19,11 +19,7 @@ MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
 def write_videos(folder: Path, annotations: Path, count: int, seed: int, image_size: int) -> None:
-    """Write `count` clips with distinct captions in MSRVTT's format, and questions in MSRVTT-QA's.
-
-    Raises:
-        UserError: PyAV is not installed.
-    """
+    """Write `count` clips with distinct captions in MSRVTT's format, and questions in MSRVTT-QA's; needs PyAV."""
     rng, lines = random.Random(f"{seed}/video"), []
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     scenes: dict[frozenset, Scene] = {}  # by their objects

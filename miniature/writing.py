@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,9 @@ def write_miniature(
             render(scene, image_size).save(folder / image(split, i), quality=95)
     write_json(folder / "scenes.json", {image(s, i): asdict(x) for s, xs in splits.items() for i, x in enumerate(xs)})
     annotations = folder / "annotations"
-    for split in ("train", "val", "test"):
-        write_captions(annotations, split, splits[split], seed)
-        write_questions(annotations, split, splits[split], seed)
-        write_choices(annotations, split, splits[split], seed)
-        write_statements(annotations, split, splits[split], seed)
-        write_entailment(annotations, split, splits[split], seed)
-        write_dialogues(annotations, split, splits[split], seed)
+    kinds = write_captions, write_questions, write_choices, write_statements, write_entailment, write_dialogues
+    for split, write in product(("train", "val", "test"), kinds):
+        write(annotations, split, splits[split], seed)
     write_json(annotations / "answer_list.json", text.answer_list())
     write_nocaps(annotations, splits["test"], seed)
     write_web(annotations, splits["web"], seed)
