@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -14,7 +15,7 @@ from inference.feature_files import FeatureFile
 from inference.inputs import find_images, read_prompts, read_texts
 from inference.options import ROWS
 from inference.predictor import Predictor, Row
-from inference.results import Flat, Rows, begin, digest_of, refuse_existing, track_rows
+from inference.results import Flat, Rows, begin, digest_of, refuse_existing, report, write_results
 from inference.search import Index, find_images_by_image, find_images_by_text, find_texts_by_image
 from inference.sidecars import Sidecars
 from inference.tasks import CAPTION_DEFAULTS
@@ -31,6 +32,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.command != "features":
             refuse_existing(args.output, getattr(args, "resume", False), args.overwrite)
+            if args.output.endswith(".csv") and args.command != "caption":
+                raise UserError(f"--output is {args.output}; only captions are written as .csv, choose .jsonl")
         args.prompts = read_prompts(args.images) if args.command == "caption" else {}
         args.images = find_images(args.images, args.recursive) if args.images else []
         COMMANDS[args.command](args)
@@ -102,24 +105,24 @@ def search(args: argparse.Namespace) -> None:
     if args.texts and not args.images:
         raise UserError("give the images that texts are to be found for")
     model = load_model(args, "match", first_token=args.first_token)
-    results = Rows(args.output)
     if args.texts:
         texts = read_texts(Path(args.texts), "caption")
-        rows = find_texts_by_image(model, args.images, texts, args.k_test, args.top, **reading(args))
-        results.write(track_rows(rows, len(args.images), "search"))
+        found = find_texts_by_image(model, args.images, texts, args.k_test, args.top, **reading(args))
+        rows = Rows(found, len(args.images), "search")
     else:
         index = Index(Path(args.index) if args.index else None, model.fingerprint())
-        indexing = Rows()
-        indexing.failed, indexing.total = index.add(model, args.images, **reading(args)), len(args.images)
-        indexing.report()
+        report(index.add(model, args.images, **reading(args)), len(args.images))
         collection = index.part(args.images, args.exact)
         if not collection.names:
             raise UserError("there is nothing to search; give images, or an --index that has some")
         if args.like:
-            results.write(find_images_by_image(model, collection, find_images(args.like), args.top, **reading(args)))
+            images = find_images(args.like)
+            rows = Rows(find_images_by_image(model, collection, images, args.top, **reading(args)), len(images))
         else:
-            results.write(find_images_by_text(model, collection, args.text, args.k_test, args.top, args.batch_size))
-    results.report()
+            found = find_images_by_text(model, collection, args.text, args.k_test, args.top, args.batch_size)
+            rows = Rows(found, len(found))
+    write_results(rows, args.output)
+    report(rows.failed, rows.total)
 
 
 def features(args: argparse.Namespace) -> None:
@@ -138,9 +141,9 @@ def features(args: argparse.Namespace) -> None:
         rows = model.each_text(left, args.batch_size) if left else iter(())
     else:
         rows = model.each_features(left, args.kind, texts, **reading(args))
-    results = Rows()
-    file.write(results.count(track_rows(rows, len(left), "features")))
-    results.report()
+    rows = Rows(rows, len(left), "features")
+    file.write(rows)
+    report(rows.failed, rows.total)
     file.finish()
     print(f"wrote {len(file.names)} rows to {file.output}", file=sys.stderr)
 
@@ -164,9 +167,7 @@ def write_rows(
 
     The rows depend on the model and `settings`; `flat` makes of a row its lines in a .csv file.
     """
-    as_lines, done = args.output and not args.output.endswith(".csv"), set()
-    if args.output.endswith(".csv") and not flat:
-        raise UserError(f"--output is {args.output}; only captions are written as .csv, choose .jsonl")
+    as_lines, done = bool(args.output) and not args.output.endswith(".csv"), set()
     if args.resume and not as_lines or args.retry_failed and not args.resume:
         raise UserError("--resume needs an --output of JSON lines, and --retry_failed needs --resume")
     if as_lines:
@@ -176,13 +177,11 @@ def write_rows(
     rows = predict(left) if left else iter(())
     if args.explain:
         rows = explain_rows(model, rows, Path(args.explain), args.method, args.layer)
-    start, results = time.monotonic(), Rows(args.output, bool(as_lines), flat)
-    rows = track_rows(rows, len(left), args.command)
+    start, rows = time.monotonic(), Rows(rows, len(left), args.command)
     if args.output or not getattr(args, "sidecar", False):
-        results.write(rows)
-    else:  # the text files are the output
-        for _ in results.count(rows):
-            pass
+        write_results(rows, args.output, as_lines, flat)
+    else:
+        deque(rows, maxlen=0)  # the text files are the output
     seconds = time.monotonic() - start
     print(f"{len(left)} images in {seconds:.1f} s, {len(left) / max(seconds, 1e-9):.2f} images/s", file=sys.stderr)
-    results.report()
+    report(rows.failed, rows.total)

@@ -10,8 +10,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import IO
 
 from files import write_whole
 from inference.predictor import Row
@@ -95,70 +95,53 @@ def _check_record(output: Path, first: Row, record: Row) -> None:
 
 
 class Rows:
-    """Writes rows, each as it comes, and keeps those with an error.
+    """Rows that are passed on; those with an error are kept. With a title a progress line counts them."""
 
-    Args:
-        output: .jsonl or .csv file, or "" for standard output.
-        append: add to the file.
-        flat: row -> the lines of a .csv.
-    """
-
-    def __init__(self, output: str = "", append: bool = False, flat: Flat | None = None):
-        self.output, self.mode, self.flat = output, "a" if append else "w", flat
+    def __init__(self, rows: Iterable[Row], total: int, title: str = ""):
+        self.rows, self.total, self.title = rows, total, title
         self.failed: list[Row] = []
-        self.total = 0
 
-    def write(self, rows: Iterable[Row]) -> None:
-        """Write rows; raises UserError where it cannot, as on a full disk."""
-        try:
-            if self.output.endswith(".csv"):
-                with write_whole(Path(self.output)) as file:
-                    self._write_csv(file, rows)
-            elif self.output:
-                Path(self.output).parent.mkdir(parents=True, exist_ok=True)
-                with open(self.output, self.mode, encoding="utf-8") as file:
-                    self._write_lines(file, rows)
-            else:
-                self._write_lines(sys.stdout, rows)
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            where = self.output or "standard output"
-            raise UserError(f"{where} could not be written ({error.strerror}); free space or {CHOOSE}") from None
-
-    def _write_lines(self, file: IO[str], rows: Iterable[Row]) -> None:
-        for row in self.count(rows):
-            print(json.dumps(row), file=file, flush=True)
-
-    def _write_csv(self, file: IO[str], rows: Iterable[Row]) -> None:
-        assert self.flat is not None
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("image", "caption"))
-        for row in self.count(rows):
-            writer.writerows([] if "error" in row else self.flat(row))
-
-    def count(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """Pass rows on, counting them and keeping those with an error."""
-        for row in rows:
-            self.total += 1
+    def __iter__(self) -> Iterator[Row]:
+        line, start = ProgressLine(self.total, self.title), time.monotonic()
+        for done, row in enumerate(self.rows, 1):
             if "error" in row:
                 self.failed.append(row)
             yield row
-
-    def report(self) -> None:
-        """Print the first errors and their number; raises UserError if every row has one."""
-        for row in self.failed[:SHOWN_ERRORS]:
-            print(row["error"], file=sys.stderr)
-        if self.failed:
-            print(f"{len(self.failed)} of {self.total} images could not be used", file=sys.stderr)
-        if self.failed and len(self.failed) >= self.total:
-            raise UserError("no image could be used; the reasons are above")
+            if self.title:
+                line.update(done, f"{done / (time.monotonic() - start):.2f} images/s")
+        line.close()
 
 
-def track_rows(rows: Iterable[Row], total: int, title: str) -> Iterator[Row]:
-    """Pass rows on, with a progress line."""
-    line, start = ProgressLine(total, title), time.monotonic()
-    for done, row in enumerate(rows, 1):
-        yield row
-        line.update(done, f"{done / (time.monotonic() - start):.2f} images/s")
-    line.close()
+def report(failed: Sequence[Row], total: int) -> None:
+    """Print the first errors and their number; raises UserError if all of the rows have one."""
+    for row in failed[:SHOWN_ERRORS]:
+        print(row["error"], file=sys.stderr)
+    if failed:
+        print(f"{len(failed)} of {total} images could not be used", file=sys.stderr)
+    if failed and len(failed) >= total:
+        raise UserError("no image could be used; the reasons are above")
+
+
+def write_results(rows: Iterable[Row], output: str, append: bool = False, flat: Flat | None = None) -> None:
+    """Write rows, each as it comes, to a file of JSON lines or .csv, or to standard output ("").
+
+    `flat` makes of a row its lines in a .csv. Raises UserError for an output that cannot be written.
+    """
+    try:
+        if output.endswith(".csv") and flat:
+            with write_whole(Path(output)) as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(("image", "caption"))
+                for row in rows:
+                    writer.writerows([] if "error" in row else flat(row))
+            return
+        if output:
+            Path(output).parent.mkdir(parents=True, exist_ok=True)
+        with open(output, "a" if append else "w", encoding="utf-8") if output else nullcontext(sys.stdout) as file:
+            for row in rows:
+                print(json.dumps(row), file=file, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        where = output or "standard output"
+        raise UserError(f"{where} could not be written ({error.strerror}); free space or {CHOOSE}") from None

@@ -91,8 +91,9 @@ def test_a_table(folder, tmp_path, monkeypatch, capsys):
         rows = list(csv.DictReader(file))
     assert [row["image"] for row in rows] == [str(folder / f"{number}.png") for number in range(4)]
     assert all(row["caption"].startswith('a "quoted", prefix ') for row in rows)
-    assert command(monkeypatch, "match", folder, "--text", "a", "--output", tmp_path / "match.csv") == 2
-    assert "only captions are written as .csv" in capsys.readouterr().err
+    for other in ("match", "search"):
+        assert command(monkeypatch, other, folder, "--text", "a", "--output", tmp_path / "other.csv") == 2
+        assert "only captions are written as .csv" in capsys.readouterr().err
     assert command(monkeypatch, "caption", folder, "--output", output, "--resume") == 2
     assert "needs an --output of JSON lines" in capsys.readouterr().err
 
