@@ -1,5 +1,6 @@
 """Rows of inference: captioning, the image encoder, re-ranking, retrieval evaluation, VQA ranking."""
 
+import copy
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -38,8 +39,7 @@ def huggingface_config(size: Size) -> Any:
     from transformers import BlipConfig
 
     width, depth, patch_size = size.shape
-    text = {"num_attention_heads": 12} | dict(size.text)
-    text |= {"initializer_range": 0.06, "encoder_hidden_size": width}
+    text = {"num_attention_heads": 12, **size.text, "initializer_range": 0.06, "encoder_hidden_size": width}
     vision = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": depth, "layer_norm_eps": 1e-6}
     vision |= {"patch_size": patch_size, "image_size": size.image_size, "num_attention_heads": width // 64}
     return BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=256)
@@ -48,12 +48,6 @@ def huggingface_config(size: Size) -> Any:
 def captioning(device: str, amp: bool = False, size: Size = BASE, images: int = 2) -> Case:
     """Captions by beam search, against transformers in the same precision."""
     from transformers import BlipForConditionalGeneration
-
-    def copy_of_theirs(dtype: torch.dtype) -> Any:
-        """Return a copy of their model in a precision."""
-        model = BlipForConditionalGeneration(theirs.config).eval().to(device, dtype)
-        model.load_state_dict(theirs.state_dict())
-        return model
 
     ours = build(BLIP_Decoder, size, device)
     theirs = BlipForConditionalGeneration(huggingface_config(size)).eval().to(device)
@@ -82,11 +76,11 @@ def captioning(device: str, amp: bool = False, size: Size = BASE, images: int = 
         return 0.0
 
     dtype = torch.bfloat16 if amp else torch.float32
-    compiled = copy_of_theirs(dtype)
+    compiled = copy.deepcopy(theirs).to(dtype)
     compiled.vision_model.forward = torch.compile(compiled.vision_model.forward)
     models = {"transformers": theirs, "transformers, image encoder compiled": compiled}
     if amp:
-        models["transformers in bfloat16"] = copy_of_theirs(dtype)
+        models["transformers in bfloat16"] = copy.deepcopy(theirs).to(dtype)
     peers = {name: lambda model=model: generate(model) for name, model in models.items()}
     return Case(caption, peers, difference, captioning_floor(ours, size, images))
 

@@ -77,17 +77,12 @@ def fastest(ways: dict[str, Callable[[], Any]]) -> str:
 
 def seconds(work: Callable[[], Any]) -> float:
     """Return the seconds of a call, including the device's work."""
-    synchronize()
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
     began = time.perf_counter()
     work()
-    synchronize()
+    wait()
     return time.perf_counter() - began
-
-
-def synchronize() -> None:
-    """Wait for the GPU if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def products(
