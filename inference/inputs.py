@@ -87,13 +87,9 @@ def _to_images(lines: Iterable[str], folder: Path | None = None) -> Iterator[Pat
 
 
 def _expand(path: Path, recursive: bool, among_others: bool, skipped: Counter[str]) -> list[Path | str]:
-    try:
-        is_folder, exists = path.is_dir(), path.exists()
-    except (OSError, ValueError):  # a name too long for the file system
-        is_folder = exists = False
-    if not exists:
+    if not os.path.exists(path):  # unlike Path's, also False for a name too long for the file system
         raise UserError(f"{str(path)[:200]} does not exist; {EXPECTED}")
-    if is_folder:
+    if path.is_dir():
         return sorted(_walk(path, recursive, skipped))
     if among_others and _is_system_file(path.name):
         return []
@@ -131,21 +127,18 @@ def _is_system_file(name: str) -> bool:
 
 def _is_list_of_images(path: Path) -> bool:
     """Return True if the first entry of a list is a file or a URL."""
-    try:
+    with suppress(UserError):
         first = read_texts(path, "image")[:1]
-        return bool(first) and (is_url(first[0]) or (path.parent / first[0]).is_file())
-    except (UserError, OSError, ValueError):
-        return False
+        return bool(first) and (is_url(first[0]) or os.path.isfile(path.parent / first[0]))
+    return False
 
 
 def _is_text(path: Path) -> bool:
     """Return True if the beginning of a file is text and not an image."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(512)
-    except OSError:
-        return False
-    return b"\0" not in start and start.isascii()
+    with suppress(OSError), open(path, "rb") as file:
+        start = file.read(512)
+        return b"\0" not in start and start.isascii()
+    return False
 
 
 def read_texts(path: Path, key: str) -> list[str]:
