@@ -24,15 +24,13 @@ Encode = Callable[[dict[str, Any]], tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass
 class Scores:
-    """Score matrices of both directions: ITM logit plus cosine similarity of candidates, -100 elsewhere.
+    """Score matrices of both directions, empty except on the main process.
 
-    Attributes:
-        i2t: float32 (images, texts). On other processes than the main one both are empty.
-        t2i: float32 (texts, images).
+    A score is the ITM logit plus cosine similarity of a candidate, and -100 elsewhere.
     """
 
-    i2t: np.ndarray
-    t2i: np.ndarray
+    i2t: np.ndarray  # float32 (images, texts)
+    t2i: np.ndarray  # float32 (texts, images)
 
 
 @torch.no_grad()
@@ -63,11 +61,10 @@ def two_stage_scores(
     tokens = [model.tokenizer(encodable(text), **settings).input_ids for text in texts]
     text_feat = encode_texts(model, texts, batch_size, device)
     embeds, feats = encode_images(encode, loader, keep_images)
-    num_images, image_feat = gather_features(feats)
-    own = torch.arange(get_rank(), num_images, get_world_size())
-    image_feat = image_feat.to(device)
+    image_feat = gather_rows(feats).to(device)
+    images = range(get_rank(), len(image_feat), get_world_size())
+    own = torch.tensor(images, dtype=torch.long)
     to_texts, to_images = candidates(image_feat, text_feat, own, k_test, *left_out())
-    images = range(get_rank(), num_images, get_world_size())
     asked, found = wanted_pairs(to_texts, to_images, own), []
     for image, wanted, image_embeds in zip(images, asked, track(embeds, "matching"), strict=True):
         itm = match_image(model, image_embeds.to(device, non_blocking=True), [tokens[t] for t in wanted], batch_size)
@@ -75,7 +72,7 @@ def two_stage_scores(
         found.append(itm + similarity(image_feat[image : image + 1], wanted_feat)[0])
     scores = [row.numpy() for row in torch.cat(found).cpu().split([len(wanted) for wanted in asked])] if found else []
     pairs = [(image, np.array(wanted, np.int64), row) for image, wanted, row in zip(images, asked, scores, strict=True)]
-    return fill_matrices(pairs, to_texts, to_images, own, (num_images, len(texts)))
+    return fill_matrices(pairs, to_texts, to_images, own, (len(image_feat), len(texts)))
 
 
 def encode_texts(model: nn.Module, texts: Sequence[str], batch_size: int, device: torch.device) -> torch.Tensor:
@@ -86,7 +83,7 @@ def encode_texts(model: nn.Module, texts: Sequence[str], batch_size: int, device
         text = tokenize(model.tokenizer, share[start : start + batch_size], "cls", MAX_TEXT_TOKENS, device)
         hidden = model.text_encoder(*text)
         feats.append(unit_features(model.text_proj, hidden[:, 0]))
-    return gather_features(torch.cat(feats) if feats else None)[1].to(device)
+    return gather_rows(torch.cat(feats) if feats else None).to(device)
 
 
 def store_tokens(image_embeds: torch.Tensor, keep_images: str) -> torch.Tensor:
@@ -118,14 +115,13 @@ def encode_images(
     return embeds, torch.cat(feats) if feats else None
 
 
-def gather_features(own: torch.Tensor | None) -> tuple[int, torch.Tensor]:
-    """Join the processes' features in the order of the collection: row i comes from process i % world size."""
-    shards = [shard for shard in all_gather_object(None if own is None else own.float().cpu()) if shard is not None]
-    total = sum(len(shard) for shard in shards)
-    joined = shards[0].new_empty(total, shards[0].shape[1])
+def gather_rows(own: torch.Tensor | None) -> torch.Tensor:
+    """Join the processes' rows (rows, width) on the CPU: row i comes from process i % world size."""
+    shards = [shard for shard in all_gather_object(None if own is None else own.cpu()) if shard is not None]
+    joined = shards[0].new_empty(sum(map(len, shards)), shards[0].shape[1])
     for rank, shard in enumerate(shards):
         joined[rank :: get_world_size()] = shard
-    return total, joined
+    return joined
 
 
 def candidates(
@@ -137,16 +133,12 @@ def candidates(
     def nearest(similarities: torch.Tensor, without: Sequence[int]) -> torch.Tensor:
         for column in without:
             similarities[:, column] = -torch.inf
-        return similarities.topk(min(k_test, similarities.shape[1] - len(without)), dim=1).indices.int().cpu()
+        return similarities.topk(min(k_test, similarities.shape[1] - len(without)), dim=1).indices.int()
 
     own = own.to(image_feat.device, non_blocking=True)
-    to_texts = nearest(similarity(image_feat[own], text_feat), without_texts)
+    to_texts = nearest(similarity(image_feat[own], text_feat), without_texts).cpu()
     mine = text_feat[get_rank() :: get_world_size()]
-    shards = all_gather_object(nearest(similarity(mine, image_feat), without_images))
-    to_images = torch.empty(len(text_feat), shards[0].shape[1], dtype=torch.int32)
-    for rank, shard in enumerate(shards):
-        to_images[rank :: get_world_size()] = shard
-    return to_texts, to_images
+    return to_texts, gather_rows(nearest(similarity(mine, image_feat), without_images))
 
 
 def wanted_pairs(to_texts: torch.Tensor, to_images: torch.Tensor, own: torch.Tensor) -> list[list[int]]:
