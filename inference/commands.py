@@ -15,7 +15,7 @@ from inference.feature_files import FeatureFile
 from inference.inputs import find_images, read_prompts, read_texts
 from inference.options import ROWS
 from inference.predictor import Predictor, Row
-from inference.results import Flat, Rows, begin, digest_of, refuse_existing, report, write_results
+from inference.results import Rows, begin, digest_of, refuse_existing, report, write_results
 from inference.search import Index, find_images_by_image, find_images_by_text, find_texts_by_image
 from inference.sidecars import Sidecars
 from inference.tasks import CAPTION_DEFAULTS
@@ -79,7 +79,7 @@ def caption(args: argparse.Namespace) -> None:
         rows = model.captions(images, **settings, rank_by=ranker, prompts=args.prompts, **reading(args))
         return sidecars.write(rows) if args.sidecar else rows
 
-    write_rows(args, model, predict, record, sidecars.lines)
+    write_rows(args, model, predict, record, sidecars.texts)
 
 
 def vqa(args: argparse.Namespace) -> None:
@@ -157,15 +157,12 @@ def reading(args: argparse.Namespace) -> dict[str, int]:
 
 
 def write_rows(
-    args: argparse.Namespace,
-    model: Predictor,
-    predict: Callable[[list[Path | str]], Iterator[Row]],
-    settings: Row,
-    flat: Flat | None = None,
-) -> None:
+    args: argparse.Namespace, model: Predictor, predict: Callable[[list[Path | str]], Iterator[Row]], settings: Row,
+    texts_of: Callable[[Row], list[str]] | None = None,
+) -> None:  # fmt: skip
     """Predict the images of a command line and write a row for each as soon as it is known.
 
-    The rows depend on the model and `settings`; `flat` makes of a row its lines in a .csv file.
+    The rows depend on the model and `settings`; `texts_of` gives a row's captions for a .csv file.
     """
     as_lines, done = bool(args.output) and not args.output.endswith(".csv"), set()
     if args.resume and not as_lines or args.retry_failed and not args.resume:
@@ -179,7 +176,7 @@ def write_rows(
         rows = explain_rows(model, rows, Path(args.explain), args.method, args.layer)
     start, rows = time.monotonic(), Rows(rows, len(left), args.command)
     if args.output or not getattr(args, "sidecar", False):
-        write_results(rows, args.output, as_lines, flat)
+        write_results(rows, args.output, as_lines, texts_of)
     else:
         deque(rows, maxlen=0)  # the text files are the output
     seconds = time.monotonic() - start

@@ -17,7 +17,6 @@ from files import write_whole
 from inference.predictor import Row
 from utils import ProgressLine, UserError, note
 
-Flat = Callable[[Row], list[tuple[str, str]]]
 SHOWN_ERRORS = 5
 CHOOSE = "choose another --output"
 RESULT_OF = {"caption": "captions", "vqa": "answers", "match": "matches"}  # the key of a command's rows
@@ -35,11 +34,8 @@ def begin(output: Path, record: Row, resume: bool = False, retry_failed: bool = 
     Args:
         output: the file.
         record: what makes it: "command", and all that the rows depend on.
-        resume: continue; a last line cut off by a kill is removed.
+        resume: continue; a last line cut off by a kill is removed. Returns the names of the images that it has.
         retry_failed: remove the rows of images that failed, so that they are tried again.
-
-    Returns:
-        Names of the images that it has.
 
     Raises:
         UserError: it was made by something else, or it cannot be written.
@@ -122,18 +118,20 @@ def report(failed: Sequence[Row], total: int) -> None:
         raise UserError("no image could be used; the reasons are above")
 
 
-def write_results(rows: Iterable[Row], output: str, append: bool = False, flat: Flat | None = None) -> None:
+def write_results(
+    rows: Iterable[Row], output: str, append: bool = False, texts_of: Callable[[Row], list[str]] | None = None
+) -> None:
     """Write rows, each as it comes, to a file of JSON lines or .csv, or to standard output ("").
 
-    `flat` makes of a row its lines in a .csv. Raises UserError for an output that cannot be written.
+    `texts_of` gives a row's captions for a .csv. Raises UserError for an output that cannot be written.
     """
     try:
-        if output.endswith(".csv") and flat:
+        if output.endswith(".csv") and texts_of:
             with write_whole(Path(output)) as file:
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerow(("image", "caption"))
                 for row in rows:
-                    writer.writerows([] if "error" in row else flat(row))
+                    writer.writerows((row["image"], text) for text in ([] if "error" in row else texts_of(row)))
             return
         if output:
             Path(output).parent.mkdir(parents=True, exist_ok=True)

@@ -12,23 +12,15 @@ from utils import UserError
 
 @dataclass(frozen=True)
 class Sidecars:
-    """Which text files are written, and how.
+    """Which text files are written, and how."""
 
-    Args:
-        ending: of the text files, in place of the image's.
-        mode: of those that exist: "skip" leaves their images out, "overwrite", or "append" a line.
-        prefix, suffix: put before and after each caption.
-        best_only: write an image's first caption only, instead of one a line.
-        prompt, keep_prompt: put the prompt before each caption, the image's own if its row has one.
-    """
-
-    ending: str = ".txt"
-    mode: str = "skip"
-    prefix: str = ""
+    ending: str = ".txt"  # in place of the image's
+    mode: str = "skip"  # leaves out images whose text file exists; or "overwrite", or "append"
+    prefix: str = ""  # before each caption
     suffix: str = ""
-    best_only: bool = False
+    best_only: bool = False  # an image's first caption only, instead of one a line
     prompt: str = ""
-    keep_prompt: bool = False
+    keep_prompt: bool = False  # before each caption, the image's own prompt if its row has one
 
     def path(self, image: str | Path) -> Path:
         """Return the text file of an image."""
@@ -53,10 +45,6 @@ class Sidecars:
         captions = row["captions"][:1] if self.best_only else row["captions"]
         prefix = self.prefix + (row.get("prompt", self.prompt) if self.keep_prompt else "")
         return [f"{prefix}{found['caption']}{self.suffix}" for found in captions]
-
-    def lines(self, row: Row) -> list[tuple[str, str]]:
-        """Return the lines of a row in a .csv file: image, caption."""
-        return [(row["image"], text) for text in self.texts(row)]
 
     def write(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Write the text file of each row, as `files.write_whole`, and pass the row on."""
