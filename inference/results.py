@@ -29,12 +29,12 @@ def refuse_existing(output: str, continued: bool, overwrite: bool) -> None:
 
 
 def begin(output: Path, record: Row, resume: bool = False, retry_failed: bool = False) -> set[str]:
-    """Begin a file of JSON lines, or continue one that the same command with the same settings made.
+    """Begin a file of JSON lines, or continue one; return the names of the images that it has.
 
     Args:
         output: the file.
         record: what makes it: "command", and all that the rows depend on.
-        resume: continue; a last line cut off by a kill is removed. Returns the names of the images that it has.
+        resume: continue a file with the same record; a last line cut off by a kill is removed.
         retry_failed: remove the rows of images that failed, so that they are tried again.
 
     Raises:
