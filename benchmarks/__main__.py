@@ -50,11 +50,7 @@ ROWS = {
 
 
 def run_row(row: Row, device: str, **settings: Any) -> dict[str, Any]:
-    """Check that all ways agree, and time ours against the fastest peer.
-
-    Raises:
-        UserError: they do not agree.
-    """
+    """Time ours against the fastest peer; raises UserError if not all ways agree."""
     case = row.make(device, **settings)
     difference = case.difference()
     if difference > row.tolerance:

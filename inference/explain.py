@@ -111,11 +111,7 @@ def token_log_probs(decoder: TextDecoder, ids: torch.Tensor, projection: Project
 
 @contextmanager
 def recorded(text: TextTransformer, layer: int | None) -> Iterator[list[torch.Tensor]]:
-    """Record one layer's attention to the image, (1, heads, length, 1 + patches) for every forward.
-
-    Raises:
-        UserError: no such layer.
-    """
+    """Record a layer's attention to the image, (1, heads, length, 1 + patches) per forward; UserError for no layer."""
     layers = text.encoder.layer
     layer = max(2 * len(layers) // 3 - 1, 0) if layer is None else layer
     if not 0 <= layer < len(layers):

@@ -24,8 +24,7 @@ class FeatureFile:
     the record of what makes them, as for `inference.results.begin`. A .safetensors file has "features" and "names" in
     its metadata; the names of a .npy file are in .names.json beside it.
 
-    Raises:
-        UserError: the output has another ending or exists, or an interrupted run had another record.
+    Raises UserError for another ending, an output that exists, or an interrupted run that had another record.
     """
 
     def __init__(

@@ -89,8 +89,7 @@ class Extractor(Predictor):
     def each_text(self, texts: Sequence[str] | str, batch_size: int = 16) -> Iterator[Row]:
         """Yield {"text", "features"}, the unit-length contrastive feature of each text, float32 (embed_dim,).
 
-        Raises:
-            UserError: an empty text, or the checkpoint lacks a part that is needed.
+        Raises UserError for an empty text, or a checkpoint that lacks a part.
         """
         self.check("text", KINDS)
         texts = self.checked_texts(texts)

@@ -144,8 +144,7 @@ def _is_text(path: Path) -> bool:
 def read_texts(path: Path, key: str) -> list[str]:
     """Return the texts of a list: .txt with one a line, or .json or .jsonl with texts or objects {key: text}.
 
-    Raises:
-        UserError: it cannot be read, or holds something else.
+    Raises UserError if it cannot be read, or holds something else.
     """
     expected = f"expected a text a line (.txt), or JSON texts or objects with {key!r} (.json, .jsonl)"
     if path.suffix.lower() in (".json", ".jsonl"):

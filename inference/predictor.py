@@ -76,11 +76,7 @@ class Predictor:
     def predict_in_parts(
         self, predict: Callable[[torch.Tensor, Sequence[Any]], Iterable[Any]], image: torch.Tensor, names: Sequence[Any]
     ) -> list[Any]:
-        """Predict a batch; where it does not fit into memory, halve it and all later batches.
-
-        Raises:
-            UserError: a single image does not fit.
-        """
+        """Predict a batch; where it does not fit into memory, halve it and all later ones, down to one image."""
         rows: list[Any] = []
         while len(rows) < len(names):
             size = min(len(names) - len(rows), self.largest_batch)
@@ -112,11 +108,7 @@ class Predictor:
         return tokenize(self.model.tokenizer, clean(texts), first, MAX_TEXT_TOKENS, self.device)
 
     def checked_texts(self, texts: Sequence[str] | str) -> list[str]:
-        """Return one or several texts as a list, and print how many are longer than the model reads.
-
-        Raises:
-            UserError: there is none, or one is empty.
-        """
+        """Return texts as a list, and print how many are longer than the model reads; raises UserError for no text."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts or not all(clean(texts)):
             raise UserError("a text is empty; give at least one, such as 'a dog on a beach'")

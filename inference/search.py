@@ -25,14 +25,9 @@ CHUNK = 1 << 20
 
 
 class Index:
-    """Features of images, kept in a file. Images that no longer exist are left out.
+    """Features of images, kept in a file, or without `path` in memory. Images that no longer exist are left out.
 
-    Args:
-        path: of the file; None keeps the index in memory only.
-        model: fingerprint of the model whose features they are.
-
-    Raises:
-        UserError: the file is no index, or of another model.
+    `model` is the fingerprint of the model. Raises UserError for a file that is not an index, or is of another model.
     """
 
     def __init__(self, path: Path | None, model: str):

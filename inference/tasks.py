@@ -211,10 +211,9 @@ class Matcher(Predictor):
         return [[next(found) for _ in own] for own in texts]
 
     def rank(self, image: torch.Tensor, captions: list[list[Row]]) -> list[list[Row]]:
-        """Return each image's caption rows in the order of their "probability" of a match, which is added to them.
+        """Return the caption rows of images (images, 3, H, W) in the order of their "probability" of a match.
 
-        Raises:
-            UserError: the images (images, 3, H, W) have another size than this model takes.
+        The probability is added to the rows. Raises UserError for images of another size than this model takes.
         """
         if image.shape[-1] != self.image_size:
             raise UserError(

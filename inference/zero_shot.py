@@ -15,10 +15,7 @@ from utils import UserError
 def class_features(model: BLIP_ITM, classes: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
     """Return a unit feature for each class (classes, embed_dim): the mean over the templates' features.
 
-    Templates are texts with a place {} for the name of the class, such as "a photo of a {}".
-
-    Raises:
-        UserError: a template without {}.
+    Templates are texts with a place {} for the name of the class, such as "a photo of a {}"; UserError for one without.
     """
     if not templates or not all("{}" in template for template in templates):
         raise UserError(f"templates are {list(templates)}; expected texts with a place {{}} for the class")

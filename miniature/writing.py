@@ -34,8 +34,7 @@ def write_miniature(
 
     Levels: 1 has one object on a plain background; 2 one or two; 3 up to three; 4 textured backgrounds as well.
 
-    Raises:
-        UserError: unknown level, or more test images than the level has different scenes.
+    Raises UserError for another level, or more test images than the level has different scenes.
     """
     if level not in LEVELS:
         raise UserError(f"level is {level}; expected one of {', '.join(map(str, LEVELS))}")

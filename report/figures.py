@@ -106,10 +106,7 @@ def draw_histograms(histograms: Mapping[str, Sequence[int]], path: Path) -> bool
 def draw_curves(log: Sequence[dict[str, Any]], prefixes: Sequence[str], path: Path) -> bool:
     """Draw losses, learning rates and validation scores, a panel for each scale; returns True if there was a curve.
 
-    Args:
-        log: rows with "epoch" or "step" or both, and numbers.
-        prefixes: losses are the names that begin with one of them.
-        path: of the PNG.
+    Rows of the log have "epoch" or "step" or both, and numbers; losses are the names that begin with one of `prefixes`.
     """
     names = list(dict.fromkeys(name for row in log for name in row))
     scores = [name for name in names if name.startswith("val_") and "loss" not in name]
@@ -134,14 +131,7 @@ def draw_curves(log: Sequence[dict[str, Any]], prefixes: Sequence[str], path: Pa
 def draw_lines(
     panels: Mapping[str, Mapping[str, Points]], units: Mapping[str, str], path: Path, from_zero: bool = True
 ) -> None:
-    """Draw a panel for each entry.
-
-    Args:
-        panels: title -> name of a line -> its points (x, y).
-        units: title -> label of the x axis.
-        path: of the PNG.
-        from_zero: both axes begin at 0.
-    """
+    """Draw a panel for each title: its lines, by name, of points (x, y), over an axis labelled by its unit."""
     with _axes(8.4, [2.5] * len(panels), path, "y") as all_axes:
         for axes, (title, lines) in zip(all_axes, panels.items(), strict=True):
             for k, (name, points) in enumerate(lines.items()):
