@@ -13,21 +13,14 @@ BASE_TEXT = (768, 12, 3072)  # width, layers and feed-forward width of configs/m
 
 
 def settings_of(source: str, allow_pickle: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arguments that build the model of a checkpoint, and the configuration saved with it.
+    """Return the arguments that build the model of a checkpoint, and the configuration saved with it, {} if none was.
 
-    Sizes come from the shapes of the weights. What these do not show, such as the number of heads and the vocabulary,
-    comes from the saved configuration; without one, heads have width 64, as in every released model.
+    The arguments are "vit", "image_size", "med_config", and "embed_dim" if there are contrastive projections. Sizes
+    come from the shapes of the weights. What these do not show, such as the number of heads and the vocabulary, comes
+    from the saved configuration; without one, heads have width 64, as in every released model.
 
-    Args:
-        source: a path, a URL or `hf:owner/name`.
-        allow_pickle: accept a file that may run code when it is read.
-
-    Returns:
-        "vit", "image_size", "med_config", and "embed_dim" if there are contrastive projections; and the
-        configuration, {} if none was saved.
-
-    Raises:
-        UserError: the file is missing, holds no BLIP weights, or has an unknown vocabulary.
+    `source` and `allow_pickle` are as for `models.pretrained.load_pretrained`. UserError if the file is missing, holds
+    no BLIP weights, or has an unknown vocabulary.
     """
     state, config = read_checkpoint(source, allow_pickle)
     if "visual_encoder.pos_embed" not in state:

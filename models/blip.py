@@ -38,11 +38,8 @@ class BLIP_Base(ImageTextModel):
         Args:
             image: float (batch, 3, H, W); the text is moved to its device.
             caption: a text per image.
-            mode: "image": image tokens (batch, 1 + patches, vision width); "text": text tokens alone
-                (batch, length, text width); "multimodal": text tokens after cross-attention to the image, same shape.
-
-        Raises:
-            UserError: another mode.
+            mode: "image": image tokens (batch, 1 + patches, vision width); "text": text tokens alone (batch, length,
+                text width); "multimodal": text tokens after cross-attention to the image, same shape.
         """
         if mode == "image":
             return self.visual_encoder(image)
@@ -56,10 +53,9 @@ class BLIP_Base(ImageTextModel):
 
 
 class BLIP_Decoder(ImageTextModel):
-    """The captioner: image encoder and image-grounded text decoder (sections 3.1 and 5.2).
+    """The captioner: image encoder and image-grounded text decoder (sections 3.1, 5.2); more arguments as the base's.
 
     Args:
-        med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer: as `ImageTextModel`.
         prompt: start of every caption; its tokens are left out of the loss.
         smooth_padding: label smoothing includes padding and prompt, as in the released training.
     """
@@ -76,11 +72,7 @@ class BLIP_Decoder(ImageTextModel):
         self.smooth_padding = smooth_padding
 
     def forward(self, image: torch.Tensor, caption: Sequence[str]) -> torch.Tensor:
-        """Return the language-modelling loss, a scalar, of captions that begin with the prompt.
-
-        Args:
-            image: float (batch, 3, H, W).
-            caption: one per image, with the prompt.
+        """Return the language-modelling loss, a scalar, of images (batch, 3, H, W) and their captions with the prompt.
         """
         text = tokenize(self.tokenizer, caption, "dec", MAX_CAPTION_TOKENS)
         projection = self.text_decoder.bert.project(self.visual_encoder(image))
@@ -110,14 +102,12 @@ class BLIP_Decoder(ImageTextModel):
         """Caption images (batch, 3, H, W).
 
         Args:
-            image: float (batch, 3, H, W).
             config: how to decode; the `num_return` captions of an image are adjacent, best first.
             uniforms: random numbers for sampling, as for `models.generation.generate`.
             prompts: what the captions of each image begin with, in place of the model's own prompt.
 
         Returns:
-            Captions without the prompt, and the log-probability of each, given image and prompt
-            (batch * num_return,).
+            Captions without the prompt, and the log-probability of each, given image and prompt (batch * num_return,).
         """
         projection = self.text_decoder.bert.project(self.visual_encoder(image))
         texts = [self.prompt] * len(image) if prompts is None else list(prompts)

@@ -16,10 +16,9 @@ MAX_TEXT_TOKENS = 40
 
 
 class BLIP_Classification(ImageTextModel):
-    """Image-grounded text encoder and a classifier on its first token.
+    """Image-grounded text encoder and a classifier on its first token; more arguments as the base's.
 
     Args:
-        med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer, drop_path_rate: as `ImageTextModel`.
         num_classes: number of classes.
         first_token: "enc", as in pretraining's matching, or "cls", as in LAVIS.
     """
@@ -41,8 +40,7 @@ class BLIP_Classification(ImageTextModel):
         """Classify pairs of an image and a text.
 
         Args:
-            image: float (batch, 3, H, W).
-            text: one per image.
+            image: float (batch, 3, H, W), with a text each.
             targets: int64 (batch,), for the loss.
             train: return the cross-entropy, a scalar; otherwise logits (batch, num_classes).
         """

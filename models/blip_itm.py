@@ -17,10 +17,9 @@ MAX_TEXT_TOKENS = 35
 
 
 class BLIP_ITM(ImageTextModel):
-    """Matching head and contrastive projections over the two encoders.
+    """Matching head and contrastive projections over the two encoders; more arguments as the base's.
 
     Args:
-        med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer: as `ImageTextModel`.
         embed_dim: width of the contrastive features.
         first_token: first token of a text for the matching head: "cls" as in the released model, or "enc" as in
             training, which gives better scores.
@@ -47,11 +46,8 @@ class BLIP_ITM(ImageTextModel):
         Args:
             image: float (batch, 3, H, W).
             caption: texts; one per image for "itm".
-            match_head: "itm": logits of "no match" and "match" for each pair (batch, 2); "itc": cosine
-                similarity of every image with every text (images, texts).
-
-        Raises:
-            UserError: another head.
+            match_head: "itm": logits of "no match" and "match" for each pair (batch, 2); "itc": cosine similarity of
+                every image with every text (images, texts).
         """
         if match_head not in ("itm", "itc"):
             raise UserError(f"match_head is {match_head!r}; expected 'itm' or 'itc'")

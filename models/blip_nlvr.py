@@ -32,8 +32,7 @@ class BLIP_NLVR(ImageTextModel):
         """Classify statements.
 
         Args:
-            image: float (2 * batch, 3, H, W): all left images, then all right ones.
-            text: a statement per pair.
+            image: float (2 * batch, 3, H, W): all left images, then all right ones, with a text for each pair.
             targets: int64 (batch,), 1 where the statement is true.
             train: return the cross-entropy, a scalar; otherwise the logits of false and true (batch, 2).
         """

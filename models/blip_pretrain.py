@@ -18,14 +18,11 @@ NEGATIVE_FLOOR = 1e-4  # added to the probability of each negative
 
 
 class BLIP_Pretrain(MomentumModel):
-    """Pretraining model; arguments as `MomentumModel`.
+    """Pretraining model; more arguments as the base's.
 
-    The decoder shares embeddings, cross-attention and feed-forward with the text encoder, so that ITM and LM use
-    one projection of each image.
-
-    Args:
-        smooth_padding: label smoothing includes padding, with all texts padded to 30 tokens, as in the released
-            training.
+    The decoder shares embeddings, cross-attention and feed-forward with the text encoder, so that ITM and LM use one
+    projection of each image. With `smooth_padding` label smoothing includes padding, with all texts padded to 30
+    tokens, as in the released training.
     """
 
     max_text_tokens = MAX_TEXT_TOKENS
@@ -48,8 +45,7 @@ class BLIP_Pretrain(MomentumModel):
         """Return the losses loss_ita, loss_itm and loss_lm, scalars.
 
         Args:
-            image: float (batch, 3, H, W).
-            caption: one per image.
+            image: float (batch, 3, H, W), with a caption each.
             alpha: weight of the soft targets of the momentum encoders.
             candidates: from `MomentumModel.candidates`, in a step of several batches; None in a step of one.
         """

@@ -17,10 +17,9 @@ EMPTY_INDEX = -100  # image index of queue entries that are still random
 
 
 class BLIP_Retrieval(MomentumModel):
-    """Retrieval model; arguments as `MomentumModel`.
+    """Retrieval model; more arguments as the base's.
 
-    Args:
-        negative_all_rank: draw negatives from the batches of all ranks instead of the local one.
+    With `negative_all_rank` negatives are drawn from the batches of all ranks instead of the local one.
     """
 
     max_text_tokens = MAX_TEXT_TOKENS
@@ -44,11 +43,8 @@ class BLIP_Retrieval(MomentumModel):
         """Return the losses loss_ita and loss_itm, scalars.
 
         Args:
-            image: float (batch, 3, H, W).
-            caption: one per image.
-            alpha: weight of the soft targets of the momentum encoders.
+            image, alpha, candidates: as for `BLIP_Pretrain`.
             idx: int64 (batch,); equal where pairs have the same image.
-            candidates: from `MomentumModel.candidates`, in a step of several batches; None in a step of one.
         """
         if self.forward_begins_step:
             self.begin_step(by_loop=False)

@@ -22,10 +22,9 @@ ANSWERS = GenerationConfig(max_length=10, min_length=1, num_beams=3)
 
 
 class BLIP_VQA(ImageTextModel):
-    """Question encoder over image tokens, answer decoder over question states.
+    """Question encoder over image tokens, answer decoder over question states; more arguments as the base's.
 
     Args:
-        med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer, drop_path_rate: as `ImageTextModel`.
         smooth_padding: label smoothing includes padding, as in the released training and ranking.
         mask_padding: generated answers do not attend to padding of the question, so that they do not depend on the
             other questions of a batch; the released code attends to it.
@@ -50,14 +49,11 @@ class BLIP_VQA(ImageTextModel):
         """Return the loss of answers, a scalar, candidates' indices for "rank", int64 (batch,), or "generate"d answers.
 
         Args:
-            image: float (batch, 3, H, W).
-            question: one per image.
+            image: float (batch, 3, H, W), with a question each.
             answer: in training, the answers of all questions in one list; for ranking, the tokenized candidates
                 (`input_ids` and `attention_mask`, first token [DEC]).
             n: number of answers of each question.
             weights: float (answers,), the weight of each answer.
-            train: return the loss.
-            inference: "rank" chooses among candidates, "generate" decodes an answer.
             k_test: number of candidates, chosen by their first token, that are scored in full.
         """
         text = tokenize(self.tokenizer, question, "enc", MAX_QUESTION_TOKENS, image.device)
@@ -116,7 +112,7 @@ class BLIP_VQA(ImageTextModel):
     def rank_losses(
         self, question_states: torch.Tensor, question_atts: torch.Tensor, answer_ids: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Score the `k` candidates with the most probable first tokens.
+        """Score the `k` candidates with the most probable first tokens; UserError if the probabilities are not numbers.
 
         Args:
             question_states: (batch, length, text width).
@@ -126,9 +122,6 @@ class BLIP_VQA(ImageTextModel):
 
         Returns:
             Token-summed losses (batch, k) and their candidates, int64 (batch, k).
-
-        Raises:
-            UserError: the probabilities are not numbers.
         """
         decoder = self.text_decoder
         projection = decoder.bert.project(question_states, mask=question_atts)

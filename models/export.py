@@ -33,10 +33,7 @@ def build(
 ) -> tuple[nn.Module, Config, str]:
     """Build the model of a checkpoint in eval mode; return it, its settings and KEPT, and its task.
 
-    Without `task` the checkpoint decides, and `otherwise` where it fits several tasks.
-
-    Raises:
-        UserError: the checkpoint fits several tasks, and none was given.
+    Without `task` the checkpoint decides, and `otherwise` where it fits several tasks, or it is a UserError.
     """
     settings, config = settings_of(source, allow_pickle)
     kind = checkpoint_kind(read_source(source, allow_pickle))
@@ -57,8 +54,7 @@ def build(
 def write_huggingface(source: str, folder: Path, task: str = "", allow_pickle: bool = False) -> None:
     """Write a captioner, VQA model or matching model, with its processor, for transformers' `from_pretrained`.
 
-    Raises:
-        UserError: transformers cannot hold the model (a VQA model with two widths).
+    UserError if transformers cannot hold the model (a VQA model with two widths).
     """
     import transformers
 
@@ -146,11 +142,7 @@ class MatchPart(nn.Module):
 
 
 def select_part(source: str, part: str, allow_pickle: bool = False) -> tuple[nn.Module, tuple, dict[str, dict]]:
-    """Return the part of a model to export, example inputs, and their dynamic dimensions.
-
-    Raises:
-        UserError: the checkpoint does not have the part.
-    """
+    """Return the part of a model to export, example inputs, and their dynamic dimensions."""
     model, settings, _ = build(source, "match" if part == "match" else "", allow_pickle, otherwise="caption")
     side, batch = settings["image_size"], torch.export.Dim("batch", min=1, max=1024)
     image, shapes = torch.zeros(2, 3, side, side), {"image": {0: batch}}
@@ -165,9 +157,6 @@ def export(source: str, part: str, output: Path, onnx: bool, allow_pickle: bool 
     """Export the image encoder ("image") or the matching model ("match") of a checkpoint.
 
     With `onnx` as ONNX, which needs the packages onnx and onnxscript, otherwise for `torch.export.load`.
-
-    Raises:
-        UserError: a package of the ONNX export is missing.
     """
     module, inputs, shapes = select_part(source, part, allow_pickle)
     if not onnx:

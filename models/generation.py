@@ -93,13 +93,12 @@ def generate(
         projection: keys and values that it attends to; prompt row i belongs to source i // readers.
         prompt: int64 (rows, prompt length), without padding, [DEC] first.
         eos_token_id: [SEP].
-        config: settings.
         uniforms: random numbers for sampling, one for each text and position: float (rows * num_return, at least
             max_length) in [0, 1). None draws them from PyTorch's generator.
 
     Raises:
-        UserError: more texts are asked for than the search keeps, the prompt fills max_length, or probabilities are
-            not numbers.
+        UserError: more texts are asked for than the search keeps, the prompt fills max_length, or probabilities are not
+            numbers.
     """
     if not config.sample and config.num_return > config.num_beams:
         raise UserError(

@@ -131,8 +131,7 @@ def pixels_of(folder: Path) -> dict[str, Any]:
 def normalisation(processor: Any) -> dict[str, Any]:
     """Return resampling, mean and deviation; values are divided by 255 here, so another factor goes into the latter.
 
-    Raises:
-        ValueError: a deviation is not positive, or they are not three.
+    ValueError if a deviation is not positive, or they are not three.
     """
     scale = 255 * processor.rescale_factor if processor.do_rescale else 255.0
     scale = 1.0 if abs(scale - 1) < 1e-9 else scale  # of 1 / 255

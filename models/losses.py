@@ -36,9 +36,7 @@ def itc_loss(
 ) -> torch.Tensor:
     """Image-text contrastive loss, a scalar: mean of both directions' cross-entropy with soft targets.
 
-    Args:
-        sim_i2t, sim_t2i: similarities over temperature (batch, candidates).
-        targets_i2t, targets_t2i: the same shape, rows sum to 1.
+    Similarities are over temperature; all are (batch, candidates), and rows of targets sum to 1.
     """
     loss_i2t, loss_t2i = F.cross_entropy(sim_i2t, targets_i2t), F.cross_entropy(sim_t2i, targets_t2i)
     return (loss_i2t + loss_t2i) / 2
@@ -48,19 +46,16 @@ def itc_loss(
 def draw_negatives(similarities: torch.Tensor, same: torch.Tensor, floor: float = 0.0) -> torch.Tensor:
     """Draw one hard negative for each row, with probabilities by similarity.
 
-    The first of exponential races at the rates of the probabilities has their distribution. Unlike
-    `torch.multinomial` this does not wait for the device and does not raise on NaN, which the loss shows.
+    The first of exponential races at the rates of the probabilities has their distribution. Unlike `torch.multinomial`
+    this does not wait for the device and does not raise on NaN, which the loss shows.
 
     Args:
-        similarities: over temperature (batch, candidates).
+        similarities: over temperature (batch, candidates); UserError if there is only one candidate.
         same: bool, the same shape, True at candidates that belong to the row and must not be drawn.
         floor: added to every probability (1e-4 in pretraining).
 
     Returns:
         int64 (batch,), indices of candidates; if all candidates belong to a row, any of them.
-
-    Raises:
-        UserError: there is only one candidate.
     """
     if similarities.shape[1] < 2:
         raise UserError("a batch of one pair has no negatives for matching; use a batch of at least 2 per process")

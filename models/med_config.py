@@ -62,9 +62,7 @@ def create_tokenizer(config: MedConfig) -> Any:
 def create_text_config(med_config: MedSource, encoder_width: int) -> tuple[Any, MedConfig]:
     """Return the tokenizer and the configuration of a text transformer whose vocabulary includes [DEC] and [ENC].
 
-    Args:
-        med_config: as `load_med_config`.
-        encoder_width: width of the states that cross-attention reads.
+    `encoder_width` is the width of the states that cross-attention reads; `med_config` and errors as `load_med_config`.
     """
     config = load_med_config(med_config)
     tokenizer = create_tokenizer(config)
@@ -76,10 +74,7 @@ def load_med_config(med_config: MedSource) -> MedConfig:
     """Read a configuration from a JSON file or a mapping; '' and None select configs/med_config.json.
 
     A relative path such as 'configs/med_config.json' that does not exist in the working directory is looked up beside
-    the code.
-
-    Raises:
-        UserError: the file is missing or not JSON, or num_attention_heads does not divide hidden_size.
+    the code. UserError if the file is missing or not JSON, or num_attention_heads does not divide hidden_size.
     """
     folder = CONFIG_FOLDER
     if isinstance(med_config, Mapping):

@@ -44,13 +44,12 @@ class MomentumModel(ImageTextModel):
     """Image and text encoders, their momentum encoders, queues of momentum features, and a matching head.
 
     Args:
-        med_config, image_size, vit, vit_grad_ckpt, vit_ckpt_layer: as `ImageTextModel`.
         embed_dim: width of the contrastive features.
         queue_size: number of past features of each kind that ITC compares with.
         momentum: share of the momentum weights that a step keeps.
         itc_all_ranks: ITC compares with the batches of all ranks instead of the local one. Only the online features
-            have gradients and each rank computes the loss of its own rows, so the mean that DDP takes over ranks is
-            the gradient of one large batch, without communication in the backward pass.
+            have gradients and each rank computes the loss of its own rows, so the mean that DDP takes over ranks is the
+            gradient of one large batch, without communication in the backward pass.
     """
 
     max_text_tokens: int
@@ -105,9 +104,8 @@ class MomentumModel(ImageTextModel):
     ) -> list[Candidates]:
         """Return the momentum features that each batch of a step is compared with, before its first forward.
 
-        Args:
-            batches: images, texts that begin with [CLS], and idx or None, of equally many pairs each; all batches
-                of the step, in order.
+        The batches are all those of the step, in order: images, texts that begin with [CLS], and idx or None, of
+        equally many pairs each.
         """
         rows = [
             (self.image_feat(self.visual_encoder_m(image), "_m"), self.text_feat(text, "_m"), idx)
@@ -133,13 +131,12 @@ class MomentumModel(ImageTextModel):
 
         Args:
             feats: online image and text features, each (batch, embed_dim).
-            candidates: momentum features of the batches compared with.
             hard_targets: float (batch, candidates + queue_size), rows sum to 1.
             alpha: weight of the soft targets of the momentum encoders.
 
         Returns:
-            The loss, and the similarities over temperature (batch, candidates + queue_size), image to text
-            and text to image.
+            The loss, and the similarities over temperature (batch, candidates + queue_size), image to text and text to
+                image.
         """
         image_feat, text_feat = feats
         own = slice(candidates.first_row, candidates.first_row + len(image_feat))

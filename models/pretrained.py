@@ -79,7 +79,6 @@ def load_pretrained(model: nn.Module, source: str, task: str, allow_pickle: bool
     """Load weights into a model for a task of MAY_BE_FRESH, print a report on the main process, and return the model.
 
     Args:
-        model: any of the BLIP models.
         source: a path, a URL, `hf:owner/name` (or `hf:` and a local folder), or '' for none.
         task: what the checkpoint must suffice for.
         allow_pickle: accept a file that may run code when it is read.
@@ -110,8 +109,7 @@ def refuse_fresh_parts(model: nn.Module) -> None:
 def compare_with_folder(model: nn.Module, config: Config, report: LoadReport) -> None:
     """Compare a model with what a folder in transformers' format says and weights do not show.
 
-    Raises:
-        UserError: heads, activation or vocabulary differ.
+    UserError if heads, activation or vocabulary differ.
     """
     vocab_file = config["med_config"].get("vocab_file", "")
     if vocab_file != model.text_config.vocab_file and not equal_tokenizers(
@@ -174,11 +172,7 @@ def load_state(model: nn.Module, state: State, source: str, task: str) -> LoadRe
 
 
 def refuse_not_finite(state: State, source: str) -> None:
-    """Refuse weights of a training that diverged: their captions, answers and scores would mean nothing.
-
-    Raises:
-        UserError: an entry is NaN or infinite somewhere.
-    """
+    """Refuse NaN and infinity in weights: results of a training that diverged would mean nothing."""
     for key, value in state.items():
         value = value.float()
         if not value.sum().isfinite() and not value.isfinite().all():  # one pass where the sum is finite

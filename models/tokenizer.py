@@ -20,15 +20,11 @@ VOCAB_FILE = Path(__file__).resolve().parent.parent / "configs" / "bert-base-unc
 def init_tokenizer(vocab_file: str | Path | None = None) -> PreTrainedTokenizerBase:
     """Build the WordPiece tokenizer with [DEC] (begins decoding) and [ENC] (begins multimodal encoding).
 
-    Args:
-        vocab_file: one token per line, in BERT's format, or a folder with transformers' tokenizer;
-            bert-base-uncased's by default.
+    `vocab_file` has one token per line, in BERT's format, or is a folder with transformers' tokenizer; the default is
+    bert-base-uncased's. UserError if it is missing or lacks BERT's special tokens.
 
     Returns:
         A tokenizer whose `bos_token_id` is [DEC], the vocabulary's length, and `enc_token_id` is [ENC], one more.
-
-    Raises:
-        UserError: the vocabulary is missing or lacks BERT's special tokens.
     """
     path = Path(vocab_file or VOCAB_FILE)
     tokenizer = _tokenizer_of_folder(path) if path.is_dir() else _bert_tokenizer(path)
@@ -120,13 +116,11 @@ def tokenize(
     tokenizer: Any, texts: str | Sequence[str], first: str = "cls", max_length: int | None = None,
     device: torch.device | str = "cpu",
 ) -> TokenBatch:  # fmt: skip
-    """Tokenize texts, padded to the longest: (batch, longest).
+    """Tokenize one or several texts, padded to the longest: (batch, longest).
 
     Args:
-        tokenizer: from `init_tokenizer`.
-        texts: one or several strings.
-        first: "cls" for ITC and text features; "enc" for ITM, VQA questions, NLVR2 and multimodal features;
-            "dec" for decoding.
+        first: "cls" for ITC and text features; "enc" for ITM, VQA questions, NLVR2 and multimodal features; "dec" for
+            decoding.
         max_length: longer texts are cut to this many tokens, [SEP] kept; None cuts at the end of the position table.
         device: where the result goes.
     """

@@ -29,8 +29,7 @@ class VisionTransformer(vision_transformer.VisionTransformer):
 
     Args:
         img_size, patch_size: sides of the square input and of a patch in pixels.
-        use_grad_checkpointing: recompute the last `ckpt_layer` blocks.
-        ckpt_layer: number of final blocks to checkpoint.
+        ckpt_layer: number of final blocks to checkpoint, with `use_grad_checkpointing`.
         settings: as for timm's class; there is no classifier, whatever `num_classes` says.
     """
 
@@ -52,11 +51,7 @@ class VisionTransformer(vision_transformer.VisionTransformer):
         return self.norm(x)
 
     def use_fairscale(self) -> None:
-        """Recompute the checkpointed blocks by fairscale's wrapper instead of PyTorch's, as the released code does.
-
-        Raises:
-            UserError: fairscale is not installed.
-        """
+        """Recompute the checkpointed blocks by fairscale's wrapper instead of PyTorch's, as the released code does."""
         try:
             from fairscale.nn.checkpoint import checkpoint_wrapper
         except ImportError:
@@ -70,7 +65,7 @@ def create_vit(
     vit: str | Mapping, image_size: int, use_grad_checkpointing: bool = False, ckpt_layer: int = 0,
     drop_path_rate: float = 0.0,
 ) -> tuple[nn.Module, int]:  # fmt: skip
-    """Build the image encoder.
+    """Build the image encoder; return it and its width.
 
     Args:
         vit: "tiny", "small", "base", "large", or a mapping with embed_dim, depth, num_heads, patch_size, and perhaps
@@ -78,9 +73,6 @@ def create_vit(
         image_size: side of the square input in pixels; a multiple of the patch size.
         use_grad_checkpointing, ckpt_layer: as `VisionTransformer`.
         drop_path_rate: stochastic depth of the last block (0 to 1), growing linearly from 0 at the first block.
-
-    Returns:
-        The encoder and its width.
 
     Raises:
         UserError: unknown variant, missing or surplus size, or an image size that is no multiple of the patch size.

@@ -45,11 +45,7 @@ def read_checkpoint(source: str, allow_pickle: bool = False) -> tuple[State, Con
 
 
 def resolve(source: str) -> list[Path]:
-    """Return the files of a source, downloaded if needed, once per machine; all processes call it.
-
-    Raises:
-        UserError: the source does not exist.
-    """
+    """Return the files of a source, downloaded if needed, once per machine; all processes call it."""
     if source.startswith(("http://", "https://")):
         return [_fetch_once_per_machine(lambda: cached(source, _no_checkpoint))]
     if source.startswith((HUB, RELEASED_HUB)):
@@ -62,8 +58,7 @@ def resolve(source: str) -> list[Path]:
 def weight_files(folder: Path) -> list[Path]:
     """Return the weights of a folder: those that transformers would read, or the one .safetensors file.
 
-    Raises:
-        UserError: there are none, or several of other names, or a part is missing.
+    UserError if there are none, or several of other names, or a part is missing.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
@@ -172,11 +167,7 @@ def torch_load(path: Path, allow_pickle: bool = False) -> Any:
 
 
 def refuse_compressed(path: Path) -> None:
-    """Refuse a compressed archive, which could fill the memory; torch does not compress.
-
-    Raises:
-        UserError: the archive is compressed, or its entries overlap.
-    """
+    """Refuse a compressed archive, or overlapping entries, which could fill the memory; torch does not compress."""
     try:
         if not zipfile.is_zipfile(path):  # the format before PyTorch 1.6, or damaged, which torch reports
             return
