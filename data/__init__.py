@@ -33,13 +33,9 @@ MIN_SCALE = {"pretrain": 0.2}  # least share of an image's area in a training cr
 def build_datasets(dataset: str, config: Any, min_scale: float = 0.5) -> dict[str, Dataset]:
     """Build the datasets of those of "train", "val" and "test" that a task has.
 
-    Args:
-        dataset: a key of `DATASETS`.
-        config: mapping of settings, such as those of `launch.config`.
-        min_scale: least share of an image's area in a training crop.
-
-    Raises:
-        UserError: an unknown name, or annotations or images that are missing or wrong.
+    `dataset` is a key of `DATASETS`, `config` a mapping of settings, such as those of `launch.config`, `min_scale` the
+    least share of an image's area in a training crop. UserError for an unknown name, or for annotations or images that
+    are missing or wrong.
     """
     return {split: _build(dataset, config, split, min_scale) for split in _splits(dataset)}
 
@@ -53,8 +49,8 @@ def make_loaders(
     `seed` is that of the training order and augmentation.
 
     Returns:
-        {"train": shuffled, without the last incomplete batch, "val": ..., "test": ...}, each `DataLoader` over its
-        own part of the split, with `loader.dataset` the whole split.
+        {"train": shuffled, without the last incomplete batch, "val": ..., "test": ...}, each over its own part of the
+        split, with `loader.dataset` the whole split.
     """
     loaders = {}
     for split in _splits(dataset) if splits is None else splits:
@@ -211,7 +207,6 @@ def make_loader(
 
     Args:
         dataset: yields dicts, which `collate_fn`, by default `collate`, joins.
-        batch_size: samples of a batch.
         is_train: shuffle, and drop a last incomplete batch; otherwise each process reads its own part in order.
         num_workers: processes that load data; they stay alive between epochs.
         seed: of the training order and augmentation.

@@ -24,10 +24,8 @@ def find_annotation(root: str | Path, name: str, own: str | Path = "") -> str:
     Args:
         root: folder of the annotation files.
         name: released file name; the file is downloaded into `root` if it does not exist.
-        own: path of the user's file instead, relative to the working directory or to `root`.
-
-    Raises:
-        UserError: the user's file does not exist, or the released one cannot be downloaded.
+        own: path of the user's file instead, relative to the working directory or to `root`; UserError if there is
+            none.
     """
     if own:
         for path in (Path(own), Path(root) / own):
@@ -58,8 +56,7 @@ def read_annotation(path: str | Path, keys: Sequence[str]) -> list[Row]:
 def read_list(path: str | Path) -> list[Any]:
     """Read a JSON list, or JSON lines (.jsonl), of any values.
 
-    Raises:
-        UserError: the file is missing, not JSON, not a list, empty, or a publisher's own file.
+    UserError if the file is missing, not JSON, not a list, empty, or a publisher's own file.
     """
     path = Path(path)
     rows: Any = read_text(path)
@@ -99,11 +96,7 @@ def parse(text: str, path: str | Path, lines_before: int = 0) -> Any:
 
 
 def check_rows(rows: Sequence[Any], keys: Sequence[str], path: str | Path, optional: Sequence[str] = ()) -> None:
-    """Check that rows are objects with the given keys, and that texts stand where texts belong.
-
-    Raises:
-        UserError: a row is not; the message names the row.
-    """
+    """Raise UserError for a row that is no object with the given keys, or has no texts where texts belong."""
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             problem = f"is {short_repr(row)}; expected an object with {', '.join(map(repr, keys))}"
@@ -152,8 +145,7 @@ def as_list(value: Any) -> list[Any]:
 def keep_captions(rows: Sequence[Row], path: str | Path) -> list[Row]:
     """Return checked rows with "caption" a list of texts; empty and missing captions are left out, with a note.
 
-    Raises:
-        UserError: no caption is left.
+    UserError if no caption is left.
     """
     texts = [as_list(row["caption"]) or [None] for row in rows]
     kept = [[text for text in captions if not is_blank(text)] for captions in texts]
@@ -166,10 +158,9 @@ def keep_captions(rows: Sequence[Row], path: str | Path) -> list[Row]:
 
 
 def check_images(root: str | Path, names: Iterable[str], annotation: str | Path) -> None:
-    """Check that images, or other files, exist. Each folder is listed once, which is fast for many files.
+    """Raise UserError if images, or other files, do not exist or are outside the root: their number, the first names.
 
-    Raises:
-        UserError: files do not exist, or are outside the root; the message has their number and the first names.
+    Each folder is listed once, which is fast for many files.
     """
     names = set(names)
     if outside := sorted(name for name in names if leaves(root, name)):

@@ -36,10 +36,7 @@ def read_pairs(
     """Read pairs of an image and a sentence in SNLI-VE's format.
 
     Rows are {"image": path with or without .jpg, "sentence", "label": name of a class}; `classes` are the names in the
-    order of their numbers.
-
-    Raises:
-        UserError: a bad row, a label that is no class, or missing images.
+    order of their numbers. UserError for a bad row, a label that is no class, or missing images.
     """
     rows = []
     for number, row in enumerate(read_annotation(annotation_file, ("image", "sentence", "label"))):
@@ -55,8 +52,7 @@ def read_pairs(
 def read_folder(folder: str | Path, classes: Sequence[str], text: str = "") -> list[tuple[Path, str, int]]:
     """List the images of a folder with one subfolder for each class; every image gets the same text.
 
-    Raises:
-        UserError: a class has no folder, or no image in it, or a folder is no class.
+    UserError if a class has no folder, or no image in it, or a folder is no class.
     """
     rows = []
     for label, name in enumerate(classes):
@@ -72,11 +68,7 @@ def read_folder(folder: str | Path, classes: Sequence[str], text: str = "") -> l
 
 
 def class_names(folder: str | Path) -> list[str]:
-    """Return the names of the subfolders of a folder, in order, without hidden ones.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Return the names of the subfolders of a folder, in order, without hidden ones; UserError if there is none."""
     names = sorted(path.name for path in Path(folder).glob("[!.]*") if path.is_dir())
     if not names:
         raise UserError(f"{folder} has no subfolder; expected a folder of images for each class")

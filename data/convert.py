@@ -35,8 +35,7 @@ def read_published(path: Path) -> Any:
 def write_tables(paths: list[Path], output: Path, prefix: str | None = None, overwrite: bool = False) -> list[Path]:
     """Convert publishers' files as `convert`, write the tables into the folder `output`, and return their paths.
 
-    Raises:
-        UserError: unknown format, an existing file, or a folder that cannot be written.
+    UserError for an unknown format, an existing file, or a folder that cannot be written.
     """
     _, tables = convert([read_published(path) for path in paths], prefix)
     files = {output / f"{name or paths[0].stem}.json": content for name, content in tables.items()}

@@ -33,11 +33,7 @@ def image_id(row: Row) -> int | str:
 
 
 def check_image_ids(rows: Sequence[Row], ids: Sequence[Any], path: str | Path) -> None:
-    """Check that every image has one id, and every id belongs to one image.
-
-    Raises:
-        UserError: the message names the two rows that collide.
-    """
+    """Check that every image has one id, and every id one image; UserError names the two rows that collide."""
     keys, images = _texts(ids, path, "image_id"), [image_key(row) for row in rows]
     remedy = "give every image a 'image_id' of its own"
     _refuse_second(keys, images, path, "the id {} belongs to two images, {} and {}; " + remedy)
@@ -46,11 +42,7 @@ def check_image_ids(rows: Sequence[Row], ids: Sequence[Any], path: str | Path) -
 
 
 def check_question_ids(rows: Sequence[Row], path: str | Path) -> None:
-    """Check that no two questions share a "question_id"; a row may be repeated.
-
-    Raises:
-        UserError: the message names the two rows that collide.
-    """
+    """Check that no two questions share a "question_id"; a row may be repeated. UserError names the two."""
     questions = [f"{row['question']} ({image_key(row)})" for row in rows]
     keys = _texts([row["question_id"] for row in rows], path, "question_id")
     remedy = "give every question a 'question_id' of its own"
@@ -67,8 +59,7 @@ def check_dialogue_ids(rows: Sequence[Row], path: str | Path) -> None:
 def number_images(rows: Sequence[Row], path: str | Path) -> list[int]:
     """Return a number for each row, equal for rows of the same image.
 
-    Raises:
-        UserError: an "image_id" belongs to two images, or an image has two, or it is no id.
+    UserError if an "image_id" belongs to two images, or an image has two, or it is no id.
     """
     if any("image_id" in row for row in rows):
         check_image_ids(rows, [row.get("image_id", image_key(row)) for row in rows], path)

@@ -21,15 +21,11 @@ FORMS = "a path, URL, base64 text, encoded bytes, open file, PIL image, array or
 
 
 def as_rgb(image: ImageSource) -> Image.Image:
-    """Return an image as RGB, upright.
+    """Return an image as RGB, upright; UserError if it cannot be read.
 
-    Args:
-        image: a path, a URL (downloaded once, into the cache), base64 text (also as a data: URL), encoded bytes, a
-            file open for reading, a PIL image, or an array or tensor of shape (H, W), (H, W, 1 or 3 or 4) or
-            (1 or 3 or 4, H, W) whose values reach to 1, 255 or 65535, as for `data.transforms.to_bytes`.
-
-    Raises:
-        UserError: it cannot be read.
+    It is a path, a URL (downloaded once, into the cache), base64 text (also as a data: URL), encoded bytes, a file open
+    for reading, a PIL image, or an array or tensor of shape (H, W), (H, W, 1 or 3 or 4) or (1 or 3 or 4, H, W) whose
+    values reach to 1, 255 or 65535, as for `data.transforms.to_bytes`.
     """
     if isinstance(image, str):
         image = cached(image) if is_url(image) else from_base64(image) or Path(image)

@@ -19,11 +19,7 @@ class Mixture(ConcatDataset):
 
 
 def read_ratios(mix: Mapping[Any, Any]) -> dict[str, float]:
-    """Return the ratios of the config's `train_mix`, by file.
-
-    Raises:
-        UserError: a ratio is not a number above 0.
-    """
+    """Return the ratios of the config's `train_mix`, by file; UserError if one is not a number above 0."""
     for file, ratio in mix.items():
         if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < float("inf"):
             raise UserError(f"train_mix has the ratio {ratio!r} for {file}; expected a number above 0")

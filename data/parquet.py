@@ -62,11 +62,7 @@ def _rows(table: Any, columns: dict[str, str], at_once: int) -> Iterator[dict[st
 
 
 def _columns(name: str | Path, known: dict[str, str], image: str = "") -> dict[str, str]:
-    """Return the columns to read, under our names.
-
-    Raises:
-        UserError: there is no text, or nothing that leads to an image.
-    """
+    """Return the columns to read, under our names; UserError if there is no text, or nothing that leads to an image."""
     text = next((known[text] for text in TEXTS if text in known), "")
     columns = {key: known[key] for key in FACTS if key in known} | {"caption": text}
     if image or "image" in known:
@@ -82,12 +78,8 @@ def _columns(name: str | Path, known: dict[str, str], image: str = "") -> dict[s
 def read_samples(name: str, dropped: Counter[str]) -> Iterator[tuple[str, str, bytes, str, dict[str, Any]]]:
     """Yield (key, ending of the image, image, text, other columns), some rows at a time; several texts are repeated.
 
-    `dropped` counts rows that are left out, by reason.
-
-    Raises:
-        OSError: the file does not exist, or its store fails.
-        tarfile.TarError: it is damaged, as read_shard says of any shard.
-        UserError: it holds no images.
+    `dropped` counts rows that are left out, by reason. Errors are as in `data.tars.read_shard`; UserError if the file
+    holds no images.
     """
     try:
         with _open(name) as (table, known):
@@ -120,10 +112,7 @@ def read_list(path: Path) -> Iterator[dict[str, Any]]:
     """Yield {"image" or "url", "caption"} of a list without images.
 
     "image" is a column, or for the files that img2dataset downloads, <name of the list>/<key>.jpg. Rows whose download
-    failed are left out.
-
-    Raises:
-        UserError: the file is damaged or lacks columns.
+    failed are left out. UserError if the file is damaged or lacks columns.
     """
     failed = 0
     try:

@@ -96,11 +96,7 @@ def open_lists(paths: Sequence[str | Path]) -> list[PairList]:
 
 
 def _local(address: str | Path) -> Path:
-    """Return a list's path; of an address, that of a copy in the cache, which is new when the list's size changes.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """Return a list's path; of an address, that of a copy in the cache, which is new when the list's size changes."""
     if not is_address(address):
         return Path(address)
     store, path = open_store(address)

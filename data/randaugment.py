@@ -103,13 +103,7 @@ def apply_operation(image: Image.Image, name: str, level: float, sign: int) -> I
 
 
 class RandomAugment:
-    """Apply `num_ops` operations drawn at random, each with probability `probability`.
-
-    Args:
-        num_ops: how many are drawn, with replacement.
-        level: strength, 0 to 10.
-        probability: that a drawn operation is applied.
-    """
+    """Apply `num_ops` operations drawn at random, with replacement, at a level of 0 to 10, each with a probability."""
 
     def __init__(self, num_ops: int = 2, level: float = 5, probability: float = 0.5):
         self.num_ops, self.level, self.probability = num_ops, level, probability

@@ -35,10 +35,8 @@ def count_pairs(shards: Sequence[str]) -> int:
     """Return the number of pairs in shards: from the `_stats.json` that img2dataset writes beside each, or by reading.
 
     A `_stats.json` that is older than its shard is not believed. Each number is kept in `<shard>.count.json` with the
-    shard's size and time, and is counted again when they change.
-
-    Raises:
-        UserError: a shard is behind a pipe, at an address, or cannot be read.
+    shard's size and time, and is counted again when they change. UserError if a shard is behind a pipe, at an address,
+    or cannot be read.
     """
 
     def count() -> int:
@@ -146,10 +144,7 @@ class TarPairs(Dataset):
         return self.num_pairs
 
     def at(self, epoch: int, index: int) -> dict[str, Any]:
-        """Return the pair at this worker's place in an epoch.
-
-        Raises:
-            UserError: more readers than shards, or nothing readable.
+        """Return the pair at this worker's place in an epoch; UserError for more readers than shards, or none readable.
         """
         batch, within = divmod(index // self.world_size, self.batch_size)
         worker = get_worker_info()

@@ -90,10 +90,8 @@ def expand(names: Sequence[str], setting: str = "train_file") -> list[str]:
     """Return the shards that the names in a setting stand for, each once.
 
     `{00000..00131}` counts, `{a,b}` and `::` list, `*` matches files, a folder stands for the shards in it; a pipe is a
-    command, in which only `{00000..00131}` is expanded.
-
-    Raises:
-        UserError: nothing matches, a file does not exist, or it can only be read through a pipe.
+    command, in which only `{00000..00131}` is expanded. UserError if nothing matches, a file does not exist, or it can
+    only be read through a pipe.
     """
     found = [shard for name in names for shard in _expand(str(name), setting)]
     shards = list(dict.fromkeys(found))
@@ -191,11 +189,8 @@ def _open_shard(shard: str) -> Iterator[BinaryIO]:
 def read_shard(shard: str, dropped: Counter[str] | None = None) -> Iterator[Record]:
     """Yield a shard's samples: files that follow each other and share their name up to the first dot.
 
-    `dropped` counts samples that are left out, by reason.
-
-    Raises:
-        OSError: the shard does not exist, or its command fails.
-        tarfile.TarError: it is damaged, or ends early.
+    `dropped` counts samples that are left out, by reason. OSError if the shard does not exist or its command or store
+    fails, tarfile.TarError if it is damaged or ends early.
     """
     dropped = Counter() if dropped is None else dropped
     if shard.endswith(PARQUET):

@@ -34,11 +34,8 @@ NARROWEST = 3 / 4  # width over height of a crop, or height over width
 class Transform(T.Compose):
     """RGB image -> float tensor (3, H, W), normalised.
 
-    Args:
-        transforms: the steps.
-        smallest: images read from JPEG files are decoded at 1/2, 1/4 or 1/8 of their size if neither side is then
-            shorter; 0 decodes whole images.
-        upright: read images upright, as `open_image`.
+    JPEG files are decoded at 1/2, 1/4 or 1/8 of their size if neither side is then shorter than `smallest`; 0 decodes
+    whole images. `upright` is as for `open_image`.
     """
 
     def __init__(self, transforms: Sequence[Callable], smallest: int = 0, upright: bool = False):
@@ -92,10 +89,8 @@ def open_image(path: Path, upright: bool = False, smallest: int = 0) -> Image.Im
     """Read an image as RGB: its first frame, whatever its name ends in, without its transparency.
 
     `upright` turns it as its EXIF data say, and scales other values than bytes by `to_bytes`. Otherwise EXIF is ignored
-    and larger values are clipped, as in the released code. `smallest` is that of `Transform`.
-
-    Raises:
-        UserError: it is missing, truncated, no image, or of more than 179 megapixels, Pillow's limit.
+    and larger values are clipped, as in the released code. `smallest` is that of `Transform`. UserError if it is
+    missing, truncated, no image, or of more than 179 megapixels, Pillow's limit.
     """
     try:
         with Image.open(path) as image:
@@ -123,11 +118,8 @@ def to_rgb(image: Image.Image, upright: bool = False) -> Image.Image:
 def to_bytes(values: np.ndarray) -> np.ndarray:
     """Scale an image's values, of any shape, to 0 to 255 (uint8) by what they hold.
 
-    Floats that reach to 1 at most are taken as 0 to 1, numbers that reach to 255 at most as they are, larger ones as
-    16 bits, 0 to 65535. Booleans are black and white.
-
-    Raises:
-        ValueError: values that are negative, larger, or not finite.
+    Floats that reach to 1 at most are taken as 0 to 1, numbers that reach to 255 at most as they are, larger ones as 16
+    bits, 0 to 65535. Booleans are black and white. ValueError for values that are negative, larger, or not finite.
     """
     if values.dtype == np.uint8:
         return values

@@ -23,12 +23,8 @@ class UnreadableClip(Exception):
 class Clips(Dataset):
     """Clips: {"video": (frames, 3, H, W), "index", "error"}; "error" is '' for a readable clip.
 
-    Args:
-        files: of the clips, within `video_root`.
-        video_root: their folder.
-        num_frames, upright: as in `read_frames`.
-        image_size: side of the square frames in pixels.
-        annotation_file: that names the files, for messages.
+    The files are within `video_root`; `annotation_file` names them, for messages. `num_frames` and `upright` are as in
+    `read_frames`, `image_size` is the side of the square frames in pixels.
     """
 
     def __init__(
@@ -90,11 +86,7 @@ class VideoDataset(Clips):
 def read_frames(path: Path, num_frames: int, upright: bool = False) -> list[Image.Image]:
     """Return frames of a clip, evenly spaced over those that can be decoded, some of them twice in a short clip.
 
-    With `upright` they are rotated as the container says.
-
-    Raises:
-        UnreadableClip: it cannot be decoded, or has no frame.
-        UserError: PyAV is not installed.
+    With `upright` they are rotated as the container says. UnreadableClip if it cannot be decoded, or has no frame.
     """
     try:
         import av

@@ -62,8 +62,7 @@ class VideoQuestions(Clips):
 def clip_name(row: Row, names: dict[str, str]) -> str:
     """Return the name or the file of a row's clip.
 
-    Raises:
-        ValueError: the row names none, or one that the map does not have; the message says so.
+    ValueError, which says so, if the row names none, or one that the map does not have.
     """
     value: Any = row.get("video", row.get("video_id"))
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":

@@ -34,7 +34,6 @@ class Questions(Dataset):
     Args:
         annotation_files: JSON lists of {"image", "question", "question_id"}, with "dataset" "vqa" (default) or "vg".
         roots: image folder of each dataset.
-        transform: RGB image -> tensor.
         key: further key that every row must have.
     """
 

@@ -72,8 +72,7 @@ class BLIP_Decoder(ImageTextModel):
         self.smooth_padding = smooth_padding
 
     def forward(self, image: torch.Tensor, caption: Sequence[str]) -> torch.Tensor:
-        """Return the language-modelling loss, a scalar, of images (batch, 3, H, W) and their captions with the prompt.
-        """
+        """Return the language-modelling loss, a scalar, of images (batch, 3, H, W) and captions with the prompt."""
         text = tokenize(self.tokenizer, caption, "dec", MAX_CAPTION_TOKENS)
         projection = self.text_decoder.bert.project(self.visual_encoder(image))
         return self.text_decoder.next_token_loss(text, projection, self.smooth_padding, self.prompt_length)

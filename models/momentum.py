@@ -136,7 +136,7 @@ class MomentumModel(ImageTextModel):
 
         Returns:
             The loss, and the similarities over temperature (batch, candidates + queue_size), image to text and text to
-                image.
+            image.
         """
         image_feat, text_feat = feats
         own = slice(candidates.first_row, candidates.first_row + len(image_feat))
