@@ -101,8 +101,7 @@ def open_pairs(config: CapFiltConfig, run: Run) -> tuple[Callable[[str], Shards]
 def make_shards(config: CapFiltConfig, run: Run) -> tuple[Shards | None, Shards, Shards | None]:
     """Return the shards of captions, None in a run without captions; those of texts; and of duplicates, if found.
 
-    Raises:
-        UserError: the folder holds shards of other settings, or captions or duplicates that are not finished.
+    UserError if the folder holds shards of other settings, or captions or duplicates that are not finished.
     """
     make, files = open_pairs(config, run)
     captions, texts, duplicates = make("captions"), make("texts"), make("duplicates")
@@ -149,11 +148,7 @@ def settings_of_shards(
 
 
 def check(config: CapFiltConfig) -> None:
-    """Check the settings before any work.
-
-    Raises:
-        UserError: one of them cannot work.
-    """
+    """Check the settings before any work; UserError if one of them cannot work."""
     if not config.pairs:
         raise UserError("pairs names no list; give at least one, for instance --set pairs=[web.json]")
     also = ("dedup",) if config.duplicate_cosine else ()

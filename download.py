@@ -41,10 +41,8 @@ def fetch(url: str, path: Path, check: Callable[[Path], str] | None = None) -> P
     """Download a file unless it exists; one process or thread at a time.
 
     A partial download is called `<path>.part`, and a later call continues it. `check` returns what is wrong with a
-    downloaded file, '' for nothing; a wrong file is deleted.
-
-    Raises:
-        UserError: the download failed; the message has the reason, and the path for a file from elsewhere.
+    downloaded file, '' for nothing; a wrong file is deleted. UserError if the download failed; the message has the
+    reason, and the path for a file from elsewhere.
     """
     if path.is_file():
         return path

@@ -33,11 +33,7 @@ EXAMPLES = (
 def encode_video(model: BLIP_Retrieval, video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the tokens of all frames, one after the other, and the feature: the mean of the frames' projections.
 
-    Args:
-        video: float (batch, frames, 3, H, W).
-
-    Returns:
-        (batch, frames * tokens, width) and normalised (batch, embed_dim).
+    Clips are float (batch, frames, 3, H, W), tokens (batch, frames * tokens, width), features (batch, embed_dim).
     """
     batch, frames = video.shape[:2]
     embeds = model.visual_encoder(video.flatten(0, 1))  # (batch * frames, tokens, width)

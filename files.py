@@ -26,8 +26,7 @@ def is_address(name: str | Path) -> bool:
 def open_store(address: str) -> tuple[Any, str]:
     """Return fsspec's file system of an address or path, and the path in it.
 
-    Raises:
-        UserError: a package is missing, or no store has this kind of address.
+    UserError if a package is missing, or no store has this kind of address.
     """
     try:
         from fsspec.core import url_to_fs
@@ -58,8 +57,7 @@ def open_to_read(name: str | Path) -> Iterator[IO[bytes]]:
 def write_to_store(address: str) -> Iterator[IO[bytes]]:
     """Open a local file whose content replaces the object at an address when it is whole.
 
-    Raises:
-        UserError: the store does not take it; an earlier object is unchanged.
+    UserError if the store does not take it; an earlier object is unchanged.
     """
     store, path = open_store(address)
     with tempfile.NamedTemporaryFile() as file:
@@ -78,13 +76,10 @@ def write_to_store(address: str) -> Iterator[IO[bytes]]:
 def write_whole(path: Path | str, mode: str = "w", shared: bool = False) -> Iterator[IO[Any]]:
     """Open a file ("w", in UTF-8, or "wb") under a temporary name; it replaces `path` when it is whole on the disk.
 
-    `path` may be an address, as for `write_to_store`, with "wb"; its folder is made if it does not exist.
-
-    If other processes may write the same file (`shared`), the temporary name has the process id, and the caller deletes
-    what killed processes left. Otherwise the next write replaces it.
-
-    Raises:
-        UserError: it could not be written, for instance because the disk is full; an earlier file is unchanged.
+    `path` may be an address, as for `write_to_store`, with "wb"; its folder is made if it does not exist. If other
+    processes may write the same file (`shared`), the temporary name has the process id, and the caller deletes what
+    killed processes left. Otherwise the next write replaces it. UserError if it could not be written, for instance
+    because the disk is full; an earlier file is unchanged.
     """
     if is_address(path):
         with write_to_store(path) as file:

@@ -42,11 +42,9 @@ def schedule(config: PretrainConfig, progress: Progress) -> float:
 
 
 class BadImages:
-    """Counts and lists the unreadable images of this process, also over continued runs.
+    """Counts the unreadable images of this process, also over continued runs, and lists them in the run's folder.
 
-    Args:
-        limit: number of images above which the run ends.
-        run: its folder gets the list.
+    The run ends at more than `limit` of them.
     """
 
     def __init__(self, limit: int, run: Run):
@@ -60,8 +58,7 @@ class BadImages:
     def inspect(self, batch: dict[str, Any]) -> str:
         """List a batch's unreadable images, batch["bad"]: "path: reason", "" for none.
 
-        Returns:
-            Why the run has to end, "" if it can go on.
+        Return why the run has to end, "" if it can go on.
         """
         new = {line for text in batch["bad"] for line in text.splitlines()} - self.found
         if new:

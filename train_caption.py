@@ -80,8 +80,7 @@ def best_metric(scores: dict[str, float]) -> float:
 def check_ground_truth(loaders: dict[str, DataLoader], config: CaptionConfig) -> None:
     """Check the ground truth of every split against its images.
 
-    Raises:
-        UserError: a file is missing or wrong, or has images that the split does not have.
+    UserError if a file is missing or wrong, or has images that the split does not have.
     """
     for split, loader in loaders.items():
         refuse_missing(read_ground_truth(ground_truth(split, config)), loader.dataset.ids)
@@ -90,8 +89,7 @@ def check_ground_truth(loaders: dict[str, DataLoader], config: CaptionConfig) ->
 def check_captions(model: BLIP_Decoder, config: Any) -> dict[str, str]:
     """Return the metrics that cannot be computed here, and why.
 
-    Raises:
-        UserError: none can be, or the prompt leaves no place for a caption.
+    UserError if none can be, or the prompt leaves no place for a caption.
     """
     if model.prompt_length >= config.max_length:
         lengths = f"prompt has {model.prompt_length} tokens and max_length is {config.max_length}"

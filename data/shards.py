@@ -144,8 +144,7 @@ class TarPairs(Dataset):
         return self.num_pairs
 
     def at(self, epoch: int, index: int) -> dict[str, Any]:
-        """Return the pair at this worker's place in an epoch; UserError for more readers than shards, or none readable.
-        """
+        """Return the pair at this worker's place in an epoch; UserError if shards are too few, or none is readable."""
         batch, within = divmod(index // self.world_size, self.batch_size)
         worker = get_worker_info()
         number = worker.num_workers if worker else 1  # a loader gives a worker every number-th batch

@@ -37,11 +37,7 @@ def make_parser(
 
 
 def refuse_unknown(words: Sequence[str], parser: argparse.ArgumentParser, config: Settings) -> None:
-    """Say how the first word that is no option has to be given.
-
-    Raises:
-        UserError: there is one.
-    """
+    """Raise UserError for the first word that is no option, which says how it has to be given."""
     if not words:
         return
     word, key = words[0], words[0].lstrip("-").split("=")[0]

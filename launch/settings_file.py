@@ -109,8 +109,7 @@ def _convert(value: Any, hint: Any, place: str) -> Any:
 def check_ranges(config: Any, places: Mapping[str, str]) -> None:
     """Check the numbers and choices of a configuration; `places` says where each key was set, for the message.
 
-    Raises:
-        UserError: a value is out of its range, or not finite, or none of its choices.
+    UserError if a value is out of its range, or not finite, or none of its choices.
     """
     for item in fields(config):
         value, allowed, place = config[item.name], item.metadata["allowed"], places.get(item.name, "default")
@@ -138,11 +137,7 @@ def save_config(config: Settings, path: Path) -> None:
 
 
 def read_settings(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the values of a file, and the file and line of each.
-
-    Raises:
-        UserError: the file is not YAML in UTF-8, or holds no mapping.
-    """
+    """Return the values of a file, and the file and line of each; UserError if it is no YAML mapping in UTF-8."""
     try:
         tree = parse(path.read_text(encoding="utf-8"))
         values = plain(tree)

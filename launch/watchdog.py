@@ -50,12 +50,9 @@ class State:
 
 
 class Watchdog:
-    """Watches one process of a run.
+    """Watches one process of a run; `store` is that of the process group, None for one process.
 
-    Args:
-        minutes: limit of a step, or of waiting for its data; 0 for no limit.
-        rank, world_size: this process and the number of processes.
-        store: of the process group; None for one process.
+    `minutes` are the limit of a step, or of waiting for its data; 0 for no limit.
     """
 
     def __init__(self, minutes: float = 0.0, rank: int = 0, world_size: int = 1, store: Any = None):

@@ -170,11 +170,7 @@ def _score_all(
 
 
 def metric_obstacles(java: bool) -> dict[str, str]:
-    """Return the metrics that cannot be computed here, and why.
-
-    Raises:
-        UserError: none can.
-    """
+    """Return the metrics that cannot be computed here, and why; UserError if none can."""
     if find_spec("pycocoevalcap") is None:
         raise UserError("caption metrics need the package pycocoevalcap, which is not installed; install it with pip")
     if reason := _no_java(java):

@@ -23,10 +23,8 @@ class GroundTruth:
 def read_ground_truth(gt_file: str | Path) -> GroundTruth:
     """Read a file in the COCO caption format.
 
-    A row's caption may be a list of captions. Ids are compared as text, so 7, 7.0 and "7" are one image.
-
-    Raises:
-        UserError: no such file, another format, or a row without id or with a caption that is no text.
+    A row's caption may be a list of captions. Ids are compared as text, so 7, 7.0 and "7" are one image. UserError for
+    no such file, another format, or a row without id or with a caption that is no text.
     """
     path = Path(gt_file)
     content = _parse(path)
@@ -91,8 +89,7 @@ def _id_of(value: Any, path: Path | str, place: str) -> str:
 def predictions_for(results: list[dict], truth: GroundTruth) -> tuple[dict[str, str], dict[str, str]]:
     """Return the caption of every image of the ground truth, and notes on rows that are left out.
 
-    Raises:
-        UserError: a result has no id or text, or an image has no result.
+    UserError if a result has no id or text, or an image has no result.
     """
     found: dict[str, str] = {}
     for number, row in enumerate(results):

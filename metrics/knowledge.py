@@ -15,10 +15,7 @@ def direct_accuracy(results: Iterable[Row], annotations: Iterable[Row]) -> dict[
     """Return A-OKVQA's accuracy of direct answers: the mean of min(1, people who gave the answer / 3), in percent.
 
     Annotations have "question_id" and "answer", a list of texts. Those with a true "difficult_direct_answer" are left
-    out, as in the official score.
-
-    Raises:
-        UserError: there is no other.
+    out, as in the official score; UserError if there is no other.
     """
     pairs = [pair for pair in answered(results, annotations) if pair[1].get("difficult_direct_answer") is not True]
     if not pairs:

@@ -15,7 +15,7 @@ def retrieval_scores(
     img2txt: Mapping[int, Sequence[int]],
     side: str = "img",
 ) -> dict[str, float]:
-    """Return recalls in percent and median ranks of both directions.
+    """Return recalls in percent and median ranks of both directions; UserError if scores are not numbers.
 
     Args:
         scores_i2t, scores_t2i: (images, texts) and (texts, images), higher is nearer.
@@ -26,9 +26,6 @@ def retrieval_scores(
     Returns:
         txt_r1, txt_r5, txt_r10 (texts found for images), txt_r_mean, txt_mdR (median rank of the right text, 1 at
         best), the same for img_ (images found for texts), and r_mean, the mean of both means.
-
-    Raises:
-        UserError: scores that are not numbers, which would otherwise rank anywhere.
     """
     i2t, t2i = np.asarray(scores_i2t), np.asarray(scores_t2i)
     if i2t.shape != t2i.shape[::-1]:

@@ -29,11 +29,8 @@ DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # the two factors of an adapter: 
 def freeze_and_adapt(model: nn.Module, config: TrainConfig, run: Run) -> TrainConfig:
     """Freeze parts of a model and add adapters as the config says; the model stays the same object.
 
-    Returns:
-        The config, with the settings of `adapter_weights` if that is given.
-
-    Raises:
-        UserError: an unknown part, nothing left to train, no peft, or a training that this does not go with.
+    Return the config, with the settings of `adapter_weights` if that is given. UserError for an unknown part, nothing
+    left to train, no peft, or a training that this does not go with.
     """
     saved = read_adapters(config.adapter_weights) if config.adapter_weights else {}
     if saved:
@@ -60,11 +57,7 @@ def freeze_and_adapt(model: nn.Module, config: TrainConfig, run: Run) -> TrainCo
 
 
 def freeze_parts(model: nn.Module, names: list[str]) -> None:
-    """Freeze top-level parts.
-
-    Raises:
-        UserError: the model has no part of a name.
-    """
+    """Freeze top-level parts; UserError if the model has no part of a name."""
     parts = {name: part for name, part in model.named_children() if [*part.parameters()] and not name.endswith("_m")}
     for name in names:
         if name not in parts:
@@ -75,8 +68,7 @@ def freeze_parts(model: nn.Module, names: list[str]) -> None:
 def add_adapters(model: nn.Module, config: TrainConfig) -> None:
     """Add adapters to a model's linear layers, and freeze all but them and the parts of `adapter_also`.
 
-    Raises:
-        UserError: peft is missing, a name fits nothing, or the model has momentum encoders.
+    UserError if peft is missing, a name fits nothing, or the model has momentum encoders.
     """
     if isinstance(model, MomentumModel):
         raise UserError(
@@ -174,11 +166,7 @@ def fingerprint(state: State, tensors: State) -> int:
 
 
 def read_adapters(path: str) -> dict[str, Any]:
-    """Read adapters.pth.
-
-    Raises:
-        UserError: no such file, or another kind of file.
-    """
+    """Read adapters.pth; UserError if there is no such file, or another kind of file."""
     if not Path(path).is_file():
         raise UserError(f"adapter_weights {path} does not exist; correct the path")
     content = torch_load(Path(path))
@@ -199,11 +187,7 @@ def _is_adapter_file(content: Any) -> bool:
 
 
 def load_adapters(model: nn.Module, saved: dict[str, Any], path: str) -> None:
-    """Load the adapters of a file into an adapted model.
-
-    Raises:
-        UserError: they belong to another architecture, or to other weights.
-    """
+    """Load the adapters of a file into an adapted model; UserError if they are of another architecture or weights."""
     _refuse_other_models(base_state(model), saved, path)
     own = adapter_state(model)
     if own.keys() != saved["adapters"].keys():

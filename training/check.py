@@ -17,9 +17,7 @@ class StepCheck:
     `update` keeps what it finds on the device; `read` waits for it. From the first bad step on every update of the
     weights is skipped, so that they stay as they were before it, however late it is read.
 
-    Args:
-        device: where losses are computed.
-        overflow_is_normal: gradients that are not finite only skip their step (fp16 with a gradient scaler).
+    With `overflow_is_normal` gradients that are not finite only skip their step (fp16 with a gradient scaler).
     """
 
     def __init__(self, device: torch.device, overflow_is_normal: bool = False):
@@ -32,12 +30,7 @@ class StepCheck:
 
     @torch.no_grad()
     def update(self, losses: dict[str, torch.Tensor], grad_norm: torch.Tensor, step: int) -> torch.Tensor:
-        """Check a step.
-
-        Args:
-            losses: scalars on the device.
-            grad_norm: norm of all gradients before clipping, a scalar on the device.
-            step: its number.
+        """Check the losses of a step, and the norm of all gradients before clipping, scalars on the device.
 
         Returns:
             float32 scalar on the device: 1 if the update has to be skipped, else 0.
@@ -58,8 +51,7 @@ class StepCheck:
     def read(self) -> bool:
         """Return True if the run was asked to stop; waits for the device. All ranks call it together.
 
-        Raises:
-            UserError: a loss or a gradient was not finite, or a rank has a problem.
+        UserError if a loss or a gradient was not finite, or a rank has a problem.
         """
         if self.values is None:
             return False

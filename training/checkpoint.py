@@ -87,8 +87,7 @@ def save_best(state: TrainState, run: Run) -> None:
 def load_last(path: Path, device: torch.device) -> dict[str, Any]:
     """Read a checkpoint to continue from, and set the random number generators to it.
 
-    Raises:
-        UserError: the file is missing, damaged, no checkpoint of a run, or of another number of processes.
+    UserError if the file is missing, damaged, no checkpoint of a run, or of another number of processes.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; leave out --resume to start a run, or correct --output_dir")
@@ -114,11 +113,7 @@ def load_last(path: Path, device: torch.device) -> dict[str, Any]:
 
 
 def check_space(state: TrainState, folder: Path) -> None:
-    """Check that the disk takes the last checkpoint, the one that replaces it, and the best weights.
-
-    Raises:
-        UserError: it is too small.
-    """
+    """Check that the disk takes the last checkpoint, the one that replaces it, and the best weights; else UserError."""
     weights = sum(x.numel() * x.element_size() for x in (*state.model.parameters(), *state.model.buffers()))
     moments = sum(2 * p.numel() * p.element_size() for p in state.model.parameters() if p.requires_grad)
     written = sum(path.stat().st_size for path in (folder / LAST, folder / BEST) if path.is_file())
@@ -133,8 +128,7 @@ def check_space(state: TrainState, folder: Path) -> None:
 def restore(state: TrainState, run: Run, path: Path) -> None:
     """Continue from a checkpoint that `save` wrote.
 
-    Raises:
-        UserError: as `load_last`, or it holds another model, or other parts of it were trained.
+    UserError as `load_last`, or if it holds another model, or other parts of it were trained.
     """
     content = load_last(path, run.device)
     saved = Progress(**content["progress"])
@@ -163,11 +157,7 @@ def note_changes(run: Run, saved: dict[str, Any], config: dict[str, Any]) -> Non
 
 
 def load_optimizer(state: TrainState, saved: dict[str, Any], path: Path) -> None:
-    """Load the optimizer's moments; its settings, such as weight_decay, stay those of the config.
-
-    Raises:
-        UserError: the checkpoint's optimizer has other parameters.
-    """
+    """Load the optimizer's moments; its settings, such as weight_decay, stay those of the config."""
     scheduled = ("params", "lr")  # the schedule sets the learning rate at each step
     settings = [{k: v for k, v in group.items() if k not in scheduled} for group in state.optimizer.param_groups]
     try:

@@ -14,11 +14,9 @@ from models.tokenizer import tokenize
 
 
 def compute_candidates(model: MomentumModel, batches: list[dict[str, Any]]) -> list[Candidates]:
-    """Return what the contrastive loss compares each batch of a step with.
+    """Return what the contrastive loss of pretraining or retrieval compares each batch of a step with.
 
-    Args:
-        model: for pretraining or retrieval.
-        batches: on the model's device, with "image" and "caption", for retrieval also "idx"; all of the same size.
+    The batches, on the model's device, have "image" and "caption", for retrieval also "idx", and all the same size.
     """
     device, length = batches[0]["image"].device, model.max_text_tokens
     texts = [tokenize(model.tokenizer, batch["caption"], "cls", length, device) for batch in batches]

@@ -19,8 +19,7 @@ FAIRSCALE_LIMITS = (
 def set_grad_checkpointing(model: nn.Module, config: Any) -> None:
     """Checkpoint the layers of the text transformers if asked, and ViT blocks by PyTorch or by fairscale.
 
-    Raises:
-        UserError: fairscale is missing or does not go with another setting.
+    UserError if fairscale is missing or does not go with another setting.
     """
     for part in model.modules():
         if isinstance(part, TextTransformer):

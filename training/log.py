@@ -26,12 +26,7 @@ Meters = dict[str, Mean]
 class TrainLog:
     """Means of named values over an epoch and since the last reading, and where they are written.
 
-    Args:
-        run: its folder and device.
-        tensorboard: also write TensorBoard's event files.
-
-    Raises:
-        UserError: TensorBoard is asked for and not installed.
+    With `tensorboard` TensorBoard's event files are written too; UserError if it is not installed.
     """
 
     def __init__(self, run: Run, tensorboard: bool = False):

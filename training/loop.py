@@ -54,9 +54,9 @@ def fit(run: Run, config: TrainConfig, model: nn.Module, loader: DataLoader, tas
     """Train a model: log and save every epoch, evaluate every `eval_every` epochs, keep the best and last weights.
 
     Args:
-        run, config, task: what the script adds is in `task`.
         model: on any device.
         loader: its sampler is a `data.sampler.EpochSampler`.
+        task: what the script adds.
 
     Returns:
         The best epoch's scores, with "epoch" and "quality", the value of `best_metric`.
@@ -98,8 +98,7 @@ def fit(run: Run, config: TrainConfig, model: nn.Module, loader: DataLoader, tas
 def take_step(state: TrainState, task: Task, batches: list[Batch]) -> Losses:
     """Update the weights from `grad_accum` batches on the device, whose gradients are accumulated.
 
-    Returns:
-        The losses, their sum where there are several, and the gradient norm: scalars on the device, detached.
+    Return the losses, their sum where there are several, and the gradient norm: scalars on the device, detached.
     """
     config, device, num_batches = state.config, state.check.device, len(batches)
     if hasattr(state.model, "begin_step"):

@@ -41,8 +41,7 @@ def create_optimizer(
     """Return a fused AdamW over all trainable parameters.
 
     Args:
-        model, lr, weight_decay: weight decay of all parameters, as released.
-        decay_norms: False exempts biases and norms, parameters of one dimension.
+        weight_decay: of all parameters, as released; without `decay_norms` not of biases and norms (of one dimension).
         lr_layer_decay: factor on the learning rate of the ViT, to the power of a block's distance from its output.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}

@@ -27,8 +27,7 @@ Content = dict[str, Any]
 def wrap(model: nn.Module, parallel: str, device: torch.device) -> nn.Module:
     """Prepare a model for training on all processes; a single process gets the model itself.
 
-    Returns:
-        DistributedDataParallel of the model for "ddp"; the model, sharded in place, for "fsdp".
+    Return DistributedDataParallel of the model for "ddp"; the model, sharded in place, for "fsdp".
     """
     if get_world_size() == 1:
         return model
@@ -45,13 +44,10 @@ def wrap(model: nn.Module, parallel: str, device: torch.device) -> nn.Module:
 
 
 def shard(model: nn.Module, device: torch.device) -> nn.Module:
-    """Shard a model's parameters over all processes, in place.
+    """Shard a model's parameters over all processes, in place; UserError if this version of PyTorch cannot do that.
 
     ViT blocks and parts of text layers are gathered one at a time, the rest together. The units are parts of layers
     because the encoder and decoder of pretraining share those, not layers. Scalars (the temperature) stay whole.
-
-    Raises:
-        UserError: this version of PyTorch cannot do that.
     """
     if "ignored_params" not in inspect.signature(fsdp.fully_shard).parameters:  # needed for scalars
         problem = f"parallel: fsdp needs torch 2.7 or newer, and this is {torch.__version__}"
@@ -143,8 +139,7 @@ def split_params(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
 def finish_gradients(model: nn.Module, clip_grad: float) -> torch.Tensor:
     """Average gradients that sharding leaves as they are, and clip their norm to `clip_grad` (0: no limit).
 
-    Returns:
-        The norm of all gradients before clipping, a scalar on the device.
+    Return the norm of all gradients before clipping, a scalar on the device.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     whole = [grad for grad in grads if not isinstance(grad, DTensor)]
@@ -193,11 +188,7 @@ def _like(value: Any, parameter: Any) -> Any:
 
 
 def load_full_state(model: nn.Module, state: Content) -> None:
-    """Load a state dict of whole tensors.
-
-    Raises:
-        RuntimeError: names or shapes differ.
-    """
+    """Load a state dict of whole tensors; RuntimeError if names or shapes differ."""
     if is_sharded(model):
         model.reshard()  # type: ignore[operator]
         own = model.state_dict(keep_vars=True)

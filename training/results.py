@@ -21,16 +21,12 @@ Examples = Callable[[Any, str], list[dict[str, Any]]]  # dataset, split -> what 
 
 
 def splits_of(run: Run, config: Any) -> tuple[str, ...]:
-    """Return the splits that a run reads; with `--evaluate` those of the config's `splits` alone.
-
-    Raises:
-        UserError: `splits` names none, or another one than val and test.
-    """
+    """Return the splits that a run reads; with `--evaluate` those of the config's `splits` alone."""
     return eval_splits(config) if run.evaluate else ("train", "val", "test")
 
 
 def eval_splits(config: Any) -> tuple[str, ...]:
-    """Return the splits that an evaluation reads; errors as in `splits_of`."""
+    """Return the splits that an evaluation reads; UserError if `splits` names none, or others than val and test."""
     if not config.splits or not set(map(str, config.splits)) <= {"val", "test"}:
         raise UserError(f"splits is {config.splits!r}; expected val, test or both, for instance --set splits=[test]")
     return tuple(split for split in ("val", "test") if split in config.splits)

@@ -53,8 +53,7 @@ class TrainState:
     def update_weights(self, step: int, losses: dict[str, torch.Tensor]) -> torch.Tensor:
         """Check losses and gradients, clip, and take the optimizer's step; nothing waits for the device.
 
-        Returns:
-            The gradient norm before clipping, a scalar; 0 where fp16 has overflowed and the step is left out.
+        Return the gradient norm before clipping, a scalar; 0 where fp16 has overflowed and the step is left out.
         """
         self.scaler.unscale_(self.optimizer)
         grad_norm = parallel.finish_gradients(self.model, self.config.clip_grad)
@@ -69,8 +68,7 @@ class TrainState:
 def create_state(run: Run, config: TrainConfig, model: nn.Module, num_batches: int) -> TrainState:
     """Prepare a model, on any device, for training with a number of batches an epoch.
 
-    Raises:
-        UserError: the data do not fill a step, or settings do not go together.
+    UserError if the data do not fill a step, or settings do not go together.
     """
     if num_batches < config.grad_accum:
         raise UserError(
