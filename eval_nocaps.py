@@ -6,6 +6,7 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 import sys
+from functools import partial
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -18,7 +19,8 @@ from metrics.caption import domain_scores
 from metrics.ground_truth import read_ground_truth, refuse_missing
 from models.blip import BLIP_Decoder, blip_decoder
 from train_caption import check_captions, write_captions
-from training.results import eval_splits, evaluate_only, report_scores
+from training.loop import Scores
+from training.results import eval_splits, evaluate_only, on_splits, report_scores
 from utils import on_main_process
 
 EXAMPLES = (
@@ -27,20 +29,17 @@ EXAMPLES = (
 )
 
 
-def evaluate(model: BLIP_Decoder, loaders: dict[str, DataLoader], config: NoCapsConfig, run: Run) -> dict[str, float]:
-    """Write a result file for each split, and score those whose ground truth is given."""
-    scores: dict[str, float] = {}
-    for split, loader in loaders.items():
-        results = write_captions(model, loader, config, repetition_penalty=config.repetition_penalty)
-        path = on_main_process(lambda split=split, results=results: write_json(run.result(split), results))
-        run.note(f"captions of the {split} images: {path}")
-        if truth := config[f"{split}_gt"]:
-            found, notes = on_main_process(lambda r=results, truth=truth: domain_scores(r, truth, config.java))
-            for domain, values in found.items():
-                scores |= {f"{split}_{domain}_{name}": value for name, value in values.items()}
-            for name, reason in notes.items():
-                run.note_once(f"{name}: {reason}")
-    return scores
+def evaluate(model: BLIP_Decoder, loader: DataLoader, split: str, config: NoCapsConfig, run: Run) -> Scores:
+    """Write the captions of a split, and score them if its ground truth is given."""
+    results = write_captions(model, loader, config, repetition_penalty=config.repetition_penalty)
+    path = on_main_process(lambda: write_json(run.result(split), results))
+    run.note(f"captions of the {split} images: {path}")
+    if not (truth := config[f"{split}_gt"]):
+        return {}
+    found, notes = on_main_process(lambda: domain_scores(results, truth, config.java))
+    for name, reason in notes.items():
+        run.note_once(f"{name}: {reason}")
+    return {f"{domain}_{name}": value for domain, scores in found.items() for name, value in scores.items()}
 
 
 def check_ground_truth(loaders: dict[str, DataLoader], config: NoCapsConfig) -> None:
@@ -63,7 +62,7 @@ def main(config: NoCapsConfig, run: Run) -> None:
     model = blip_decoder(**config.model_settings("prompt"))
     for name, reason in check_captions(model, config).items() if config.val_gt or config.test_gt else ():
         run.note_once(f"{name}: {reason}")
-    scores = evaluate_only(run, config, model, lambda model: evaluate(model, loaders, config, run))
+    scores = evaluate_only(run, config, model, on_splits(loaders, partial(evaluate, config=config, run=run)))
     split = next(iter(loaders))
     report_scores(run, "NoCaps", scores, lambda: examples(loaders[split].dataset, split, run))
 

@@ -6,6 +6,7 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 import sys
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -19,9 +20,9 @@ from launch.run import Run, launch
 from metrics.caption import caption_scores, metric_obstacles
 from metrics.ground_truth import read_ground_truth, refuse_missing
 from models.blip import BLIP_Decoder, blip_decoder
-from training.loop import Losses, Task
+from training.loop import Losses, Scores, Task
 from training.progress import Progress
-from training.results import eval_loaders, splits_of, train_and_report
+from training.results import on_splits, splits_of, train_and_report
 from utils import UserError, gather_results, id_text, on_main_process, track
 
 EXAMPLES = (
@@ -49,22 +50,19 @@ def write_captions(model: BLIP_Decoder, loader: DataLoader, config: Any, **setti
     return gather_results(results)
 
 
-def evaluate(model: BLIP_Decoder, loaders: dict[str, DataLoader], config: CaptionConfig, run: Run) -> dict[str, float]:
-    """Caption validation and test images, write the results, and score them."""
-    scores: dict[str, float] = {}
-    for split, loader in loaders.items():
-        results = write_captions(model, loader, config)
-        found, notes = on_main_process(lambda split=split, results=results: score(split, results, config, run))
-        scores |= {f"{split}_{name}": value for name, value in found.items()}
-        for name, reason in notes.items():
-            run.note_once(f"{name}: {reason}")
+def evaluate(model: BLIP_Decoder, loader: DataLoader, split: str, config: CaptionConfig, run: Run) -> Scores:
+    """Caption the images of a split, write the results, and score them."""
+    results = write_captions(model, loader, config)
+
+    def score() -> tuple[Scores, dict[str, str]]:
+        """Write the result file and return the scores, and notes on what was left out."""
+        write_json(run.result(split), results)
+        return caption_scores(results, ground_truth(split, config), config.java)
+
+    scores, notes = on_main_process(score)
+    for name, reason in notes.items():
+        run.note_once(f"{name}: {reason}")
     return scores
-
-
-def score(split: str, results: list[dict[str, Any]], config: CaptionConfig, run: Run) -> tuple[dict, dict]:
-    """Write a split's result file and return its scores, and notes on what was left out."""
-    write_json(run.result(split), results)
-    return caption_scores(results, ground_truth(split, config), config.java)
 
 
 def ground_truth(split: str, config: CaptionConfig) -> str:
@@ -83,7 +81,8 @@ def check_ground_truth(loaders: dict[str, DataLoader], config: CaptionConfig) ->
     UserError if a file is missing or wrong, or has images that the split does not have.
     """
     for split, loader in loaders.items():
-        refuse_missing(read_ground_truth(ground_truth(split, config)), loader.dataset.ids)
+        if split != "train":
+            refuse_missing(read_ground_truth(ground_truth(split, config)), loader.dataset.ids)
 
 
 def check_captions(model: BLIP_Decoder, config: Any) -> dict[str, str]:
@@ -110,13 +109,12 @@ def examples(dataset: Any, split: str, config: CaptionConfig, run: Run, count: i
 def main(config: CaptionConfig, run: Run) -> None:
     """Train unless asked to evaluate only, then report."""
     loaders = make_loaders("caption_coco", config, splits_of(run, config), run.seed)
-    splits = eval_loaders(loaders)
-    on_main_process(lambda: check_ground_truth(splits, config))
+    on_main_process(lambda: check_ground_truth(loaders, config))
     model = blip_decoder(**config.model_settings("prompt", "smooth_padding"))
     for name, reason in check_captions(model, config).items():
         run.note_once(f"{name}: {reason}")
-    task = Task(train_step, lambda model: evaluate(model, splits, config, run), best_metric)
-    train_and_report(run, config, model, loaders, task, "Captioning", lambda *of: examples(*of, config, run))
+    task = Task(train_step, on_splits(loaders, partial(evaluate, config=config, run=run)), best_metric)
+    train_and_report(run, config, model, loaders, task, "Captioning", partial(examples, config=config, run=run))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from launch.run import Run, launch
 from metrics.classification import accuracy
 from models.blip_classification import blip_classification
 from models.blip_itm import blip_itm
-from training.loop import Losses, Task
+from training.loop import Losses, Scores, Task
 from training.progress import Progress
-from training.results import eval_loaders, splits_of, train_and_report
+from training.results import on_splits, splits_of, train_and_report
 from utils import UserError, gather_results, on_main_process, refuse_nan, track
 
 EXAMPLES = (
@@ -60,18 +61,12 @@ def classify(predict: Predict, loader: DataLoader, classes: list[str], device: t
     return gather_results(rows)
 
 
-def evaluate(
-    model: nn.Module, loaders: dict[str, DataLoader], config: ClassificationConfig, run: Run
-) -> dict[str, float]:
-    """Return the accuracy of each split."""
-    predict, scores = make_predict(model, config), {}
-    for split, loader in loaders.items():
-        rows = classify(predict, loader, config.classes, run.device)
-        refuse_nan([row["probability"] for row in rows])
-        on_main_process(lambda rows=rows, split=split: write_json(run.result(split), rows))
-        numbers = [[config.classes.index(row[key]) for row in rows] for key in ("prediction", "label")]
-        scores[f"{split}_acc"] = accuracy(*numbers)
-    return scores
+def evaluate(model: nn.Module, loader: DataLoader, split: str, config: ClassificationConfig, run: Run) -> Scores:
+    """Return the accuracy."""
+    rows = classify(make_predict(model, config), loader, config.classes, run.device)
+    refuse_nan([row["probability"] for row in rows])
+    on_main_process(lambda: write_json(run.result(split), rows))
+    return {"acc": accuracy(*([config.classes.index(row[key]) for row in rows] for key in ("prediction", "label")))}
 
 
 def examples(dataset: Any, split: str, run: Run, count: int = 24) -> list[dict[str, Any]]:
@@ -97,9 +92,9 @@ def main(config: ClassificationConfig, run: Run) -> None:
         model = blip_itm(**config.model_settings("embed_dim"))
     else:
         model = blip_classification(**config.model_settings("drop_path_rate"), num_classes=len(config.classes))
-    tested = eval_loaders(loaders)
-    task = Task(train_step, lambda model: evaluate(model, tested, config, run), lambda scores: scores["val_acc"])
-    train_and_report(run, config, model, loaders, task, "Classification", lambda *of: examples(*of, run))
+    evaluate_all = on_splits(loaders, partial(evaluate, config=config, run=run))
+    task = Task(train_step, evaluate_all, lambda scores: scores["val_acc"])
+    train_and_report(run, config, model, loaders, task, "Classification", partial(examples, run=run))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ from launch.run import Run, launch
 from metrics.dialogue import dialogue_scores, option_ranks
 from models.attention import Projection
 from models.blip_dialogue import BLIP_Dialogue, blip_dialogue
-from training.loop import Losses, Task
+from training.loop import Losses, Scores, Task
 from training.progress import Progress
-from training.results import eval_loaders, splits_of, train_and_report
+from training.results import on_splits, splits_of, train_and_report
 from utils import gather_results, on_main_process, track
 
 EXAMPLES = (
@@ -61,16 +62,13 @@ def rank_dialogue(model: BLIP_Dialogue, projection: Projection, dataset: Dialogu
     return ranked
 
 
-def evaluate(model: BLIP_Dialogue, loaders: dict[str, DataLoader], run: Run) -> dict[str, float]:
-    """Write the ranks of each split, and return their scores."""
-    scores: dict[str, float] = {}
-    for split, loader in loaders.items():
-        rows, dataset = rank(model, loader, run.device), loader.dataset
-        on_main_process(lambda rows=rows, split=split: write_json(run.result(split), rows))
-        found = dialogue_scores(rows, dataset.right, dataset.relevance)
-        if not found:
-            run.note_once(f"{split}: no right options are known: result/ holds the file for the evaluation server")
-        scores |= {f"{split}_{name}": value for name, value in found.items()}
+def evaluate(model: BLIP_Dialogue, loader: DataLoader, split: str, run: Run) -> Scores:
+    """Write the ranks of a split, and return their scores."""
+    rows, dataset = rank(model, loader, run.device), loader.dataset
+    on_main_process(lambda: write_json(run.result(split), rows))
+    scores = dialogue_scores(rows, dataset.right, dataset.relevance)
+    if not scores:
+        run.note_once(f"{split}: no right options are known: result/ holds the file for the evaluation server")
     return scores
 
 
@@ -96,9 +94,8 @@ def main(config: DialogueConfig, run: Run) -> None:
     """Train unless asked to evaluate only, then report."""
     loaders = make_loaders("dialogue", config, splits_of(run, config), run.seed)
     model = blip_dialogue(**config.model_settings("drop_path_rate"))
-    tested = eval_loaders(loaders)
-    task = Task(train_step, lambda model: evaluate(model, tested, run), lambda scores: scores["val_mrr"])
-    train_and_report(run, config, model, loaders, task, "Visual dialogue", lambda *of: examples(*of, run))
+    task = Task(train_step, on_splits(loaders, partial(evaluate, run=run)), lambda scores: scores["val_mrr"])
+    train_and_report(run, config, model, loaders, task, "Visual dialogue", partial(examples, run=run))
 
 
 if __name__ == "__main__":

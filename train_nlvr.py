@@ -6,6 +6,7 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from launch.config import NLVRConfig
 from launch.run import Run, launch
 from metrics.classification import accuracy, consistency
 from models.blip_nlvr import BLIP_NLVR, blip_nlvr
-from training.loop import Losses, Task
+from training.loop import Losses, Scores, Task
 from training.progress import Progress
-from training.results import eval_loaders, splits_of, train_and_report
+from training.results import on_splits, splits_of, train_and_report
 from utils import gather_results, on_main_process, refuse_nan, track
 
 EXAMPLES = (
@@ -50,17 +51,13 @@ def judge(model: BLIP_NLVR, loader: DataLoader, device: torch.device) -> list[di
     return gather_results(rows)
 
 
-def evaluate(model: BLIP_NLVR, loaders: dict[str, DataLoader], run: Run) -> dict[str, float]:
-    """Return accuracy, and consistency over statements that several pairs share, of each split."""
-    scores: dict[str, float] = {}
-    for split, loader in loaders.items():
-        rows = judge(model, loader, run.device)
-        refuse_nan([row["true"] for row in rows])
-        on_main_process(lambda rows=rows, split=split: write_json(run.result(split), rows))
-        predictions, labels = [row["prediction"] for row in rows], [row["label"] for row in rows]
-        scores[f"{split}_acc"] = accuracy(predictions, labels)
-        scores[f"{split}_consistency"] = consistency([row["sentence"] for row in rows], predictions, labels)
-    return scores
+def evaluate(model: BLIP_NLVR, loader: DataLoader, split: str, run: Run) -> Scores:
+    """Return accuracy, and consistency over statements that several pairs share."""
+    rows = judge(model, loader, run.device)
+    refuse_nan([row["true"] for row in rows])
+    on_main_process(lambda: write_json(run.result(split), rows))
+    sentences, predictions, labels = ([row[key] for row in rows] for key in ("sentence", "prediction", "label"))
+    return {"acc": accuracy(predictions, labels), "consistency": consistency(sentences, predictions, labels)}
 
 
 def examples(dataset: Any, split: str, run: Run, count: int = 16) -> list[dict[str, Any]]:
@@ -80,10 +77,9 @@ def examples(dataset: Any, split: str, run: Run, count: int = 16) -> list[dict[s
 def main(config: NLVRConfig, run: Run) -> None:
     """Train unless asked to evaluate only, then report."""
     loaders = make_loaders("nlvr", config, splits_of(run, config), run.seed)
-    splits = eval_loaders(loaders)
     model = blip_nlvr(**config.model_settings("drop_path_rate"))
-    task = Task(train_step, lambda model: evaluate(model, splits, run), lambda scores: scores["val_acc"])
-    train_and_report(run, config, model, loaders, task, "Statements about two images", lambda *of: examples(*of, run))
+    task = Task(train_step, on_splits(loaders, partial(evaluate, run=run)), lambda scores: scores["val_acc"])
+    train_and_report(run, config, model, loaders, task, "Statements about two images", partial(examples, run=run))
 
 
 if __name__ == "__main__":

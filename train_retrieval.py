@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from metrics.retrieval import retrieval_scores
 from models.blip_retrieval import BLIP_Retrieval, blip_retrieval
 from models.momentum import Candidates
 from training.contrast import compute_candidates
-from training.loop import Losses, Task
+from training.loop import Losses, Scores, Task
 from training.progress import Progress
-from training.results import eval_loaders, splits_of, train_and_report
+from training.results import on_splits, splits_of, train_and_report
 from utils import on_main_process
 
 DATASETS = {"coco": "retrieval_coco", "flickr": "retrieval_flickr"}
@@ -51,31 +52,26 @@ def make_train_step(alpha: float) -> Callable[..., Losses]:
     return train_step
 
 
-def evaluate(
-    model: BLIP_Retrieval, loaders: dict[str, DataLoader], config: RetrievalConfig, run: Run
-) -> dict[str, float]:
-    """Rank both ways and return recalls, their means and the median ranks of each split."""
+def evaluate(model: BLIP_Retrieval, loader: DataLoader, split: str, config: RetrievalConfig, run: Run) -> Scores:
+    """Rank both ways and return recalls, their means and the median ranks."""
 
     def encode(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return tokens and features of images."""
         image_embeds = model.visual_encoder(batch["image"].to(run.device, non_blocking=True))
         return image_embeds, model.image_feat(image_embeds)
 
-    scores: dict[str, float] = {}
-    for split, loader in loaders.items():
-        dataset = loader.dataset
-        if config.k_test > min(len(dataset), len(dataset.text)):
-            run.note_once(f"k_test {config.k_test} is above the size of the {split} split and was lowered to it")
-        sizes = config.k_test, config.batch_size_test
-        ranking = two_stage_scores(model, encode, loader, dataset.text, *sizes, config.keep_images)
+    dataset = loader.dataset
+    if config.k_test > min(len(dataset), len(dataset.text)):
+        run.note_once(f"k_test {config.k_test} is above the size of the {split} split and was lowered to it")
+    sizes = config.k_test, config.batch_size_test
+    ranking = two_stage_scores(model, encode, loader, dataset.text, *sizes, config.keep_images)
 
-        def measure(ranking=ranking, dataset=dataset, split=split) -> dict[str, float]:
-            """Write the best images of each text, and return the scores of a split."""
-            write_json(run.result(split), best_texts(ranking.t2i, dataset))
-            return retrieval_scores(ranking.i2t, ranking.t2i, dataset.txt2img, dataset.img2txt)
+    def measure() -> Scores:
+        """Write the best images of each text, and return the scores."""
+        write_json(run.result(split), best_texts(ranking.t2i, dataset))
+        return retrieval_scores(ranking.i2t, ranking.t2i, dataset.txt2img, dataset.img2txt)
 
-        scores |= {f"{split}_{name}": value for name, value in on_main_process(measure).items()}
-    return scores
+    return on_main_process(measure)
 
 
 def best_texts(t2i: Any, dataset: Any, count: int = 5) -> list[dict[str, Any]]:
@@ -103,15 +99,14 @@ def examples(dataset: Any, split: str, run: Run, count: int = 12) -> list[dict[s
 def main(config: RetrievalConfig, run: Run) -> None:
     """Train unless asked to evaluate only, then report."""
     loaders = make_loaders(DATASETS[config.dataset], config, splits_of(run, config), run.seed)
-    splits = eval_loaders(loaders)
     model = blip_retrieval(**config.model_settings("embed_dim", "queue_size", "negative_all_rank", "itc_all_ranks"))
     task = Task(
         make_train_step(config.alpha),
-        lambda model: evaluate(model, splits, config, run),
+        on_splits(loaders, partial(evaluate, config=config, run=run)),
         best_metric=lambda scores: scores["val_r_mean"],
         candidates=compute_candidates if config.itc_cached else None,
     )
-    train_and_report(run, config, model, loaders, task, "Image-text retrieval", lambda *of: examples(*of, run))
+    train_and_report(run, config, model, loaders, task, "Image-text retrieval", partial(examples, run=run))
 
 
 if __name__ == "__main__":

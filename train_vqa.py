@@ -6,6 +6,7 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ from metrics.knowledge import choice_accuracy, direct_accuracy, exact_match
 from metrics.vqa import vqa_accuracy
 from models.blip_vqa import BLIP_VQA, MAX_QUESTION_TOKENS, blip_vqa
 from models.tokenizer import TokenBatch, tokenize
-from training.loop import Losses, Task
+from training.loop import Losses, Scores, Task
 from training.progress import Progress
-from training.results import train_and_report
+from training.results import on_splits, train_and_report
 from utils import UserError, gather_results, on_main_process, track
 
 EXAMPLES = (
@@ -79,7 +80,7 @@ def choose(model: BLIP_VQA, image: torch.Tensor, questions: list[str], choices: 
     return chosen
 
 
-def score(rows: list[dict[str, Any]], annotation: list[dict[str, Any]], config: VQAConfig) -> dict[str, float]:
+def score(rows: list[dict[str, Any]], annotation: list[dict[str, Any]], config: VQAConfig) -> Scores:
     """Score answers where the test file tells the right ones; {} where it does not."""
     if config.inference == "choices":
         truth = [row for row in annotation if row.get("correct_choice_idx") is not None]
@@ -88,11 +89,11 @@ def score(rows: list[dict[str, Any]], annotation: list[dict[str, Any]], config: 
     return SCORES[config.scoring](rows, truth) if truth else {}
 
 
-def evaluate(model: BLIP_VQA, loader: DataLoader, config: VQAConfig, run: Run) -> dict[str, float]:
+def evaluate(model: BLIP_VQA, loader: DataLoader, split: str, config: VQAConfig, run: Run) -> Scores:
     """Write the result file, and score it where the test file has answers."""
     rows = answer(model, loader, config, run.device)
 
-    def measure() -> dict[str, float]:
+    def measure() -> Scores:
         """Write the answers, and return their scores."""
         write_json(run.result("vqa_result"), rows)
         if config.scoring == "aokvqa":  # the file for its leaderboard
@@ -103,7 +104,7 @@ def evaluate(model: BLIP_VQA, loader: DataLoader, config: VQAConfig, run: Run) -
     scores = on_main_process(measure)
     if not scores:
         run.note_once("the test file has no answers: result/ holds the file for the evaluation server")
-    return {f"test_{name}": value for name, value in scores.items()}
+    return scores
 
 
 def examples(dataset: Any, split: str, run: Run, count: int = 24) -> list[dict[str, Any]]:
@@ -124,8 +125,8 @@ def main(config: VQAConfig, run: Run) -> None:
     """Train unless asked to evaluate only, then report."""
     loaders = make_loaders("vqa", config, ("test",) if run.evaluate else ("train", "test"), run.seed)
     model = blip_vqa(**config.model_settings("drop_path_rate", "smooth_padding", "mask_padding"))
-    task = Task(train_step, lambda model: evaluate(model, loaders["test"], config, run))
-    train_and_report(run, config, model, loaders, task, "Visual question answering", lambda *of: examples(*of, run))
+    task = Task(train_step, on_splits(loaders, partial(evaluate, config=config, run=run)))
+    train_and_report(run, config, model, loaders, task, "Visual question answering", partial(examples, run=run))
 
 
 if __name__ == "__main__":

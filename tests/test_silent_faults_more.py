@@ -158,15 +158,15 @@ def test_scores_that_are_not_numbers_have_no_best_class(tmp_path, diverged):
     images = dict.fromkeys(("image", "image0", "image1"), torch.zeros(2, 3, 4, 4))
     batch = {**images, "sentence": ["a", "b"], "text": ["", ""], "label": labels}
     run = SimpleNamespace(device=torch.device("cpu"), result=lambda split: tmp_path / f"{split}.json")
-    config, loaders = SimpleNamespace(zero_shot=False, classes=["x", "y"]), {"test": [batch]}
+    config = SimpleNamespace(zero_shot=False, classes=["x", "y"])
 
     def model(*_, **__):
         return scores
 
     calls = [
         lambda: accuracy(scores, labels),
-        lambda: train_nlvr.evaluate(model, loaders, run)["test_acc"],
-        lambda: train_classification.evaluate(model, loaders, config, run)["test_acc"],
+        lambda: train_nlvr.evaluate(model, [batch], "test", run)["acc"],
+        lambda: train_classification.evaluate(model, [batch], "test", config, run)["acc"],
     ]
     for call in calls:
         if diverged:

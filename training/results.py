@@ -32,9 +32,17 @@ def eval_splits(config: Any) -> tuple[str, ...]:
     return tuple(split for split in ("val", "test") if split in config.splits)
 
 
-def eval_loaders(loaders: dict[str, DataLoader]) -> dict[str, DataLoader]:
-    """Return the loaders of the splits that are evaluated."""
-    return {split: loader for split, loader in loaders.items() if split != "train"}
+def on_splits(
+    loaders: dict[str, DataLoader], evaluate: Callable[[nn.Module, DataLoader, str], Scores]
+) -> Callable[[nn.Module], Scores]:
+    """Return the evaluation of a model on every split but train; the name of a split stands before its scores."""
+
+    def evaluate_all(model: nn.Module) -> Scores:
+        """Return the scores of all splits."""
+        found = {split: evaluate(model, loader, split) for split, loader in loaders.items() if split != "train"}
+        return {f"{split}_{name}": value for split, scores in found.items() for name, value in scores.items()}
+
+    return evaluate_all
 
 
 def train_and_report(
