@@ -6,7 +6,7 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 import sys
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -76,18 +76,13 @@ class BadImages:
         return {"bad_images": sum(all_gather_object(len(self.found)))}
 
 
-def make_train_step(alpha: float) -> Callable[..., Losses]:
-    """Return the training step for a weight `alpha` of the momentum targets, ramped up over ALPHA_EPOCHS."""
-
-    def train_step(
-        model: nn.Module, batch: dict[str, Any], progress: Progress, candidates: Candidates | None = None
-    ) -> Losses:
-        """Contrastive, matching and language-modelling losses of pairs."""
-        ramped_alpha = alpha * min(1.0, progress.epoch_fraction / ALPHA_EPOCHS)
-        loss_itc, loss_itm, loss_lm = model(batch["image"], batch["caption"], alpha=ramped_alpha, candidates=candidates)
-        return {"loss_itc": loss_itc, "loss_itm": loss_itm, "loss_lm": loss_lm}
-
-    return train_step
+def train_step(
+    model: nn.Module, batch: dict[str, Any], progress: Progress, candidates: Candidates | None = None, *, alpha: float
+) -> Losses:
+    """Contrastive, matching and LM losses of pairs; the weight `alpha` of momentum targets grows over ALPHA_EPOCHS."""
+    alpha *= min(1.0, progress.epoch_fraction / ALPHA_EPOCHS)
+    losses = model(batch["image"], batch["caption"], alpha=alpha, candidates=candidates)
+    return dict(zip(("loss_itc", "loss_itm", "loss_lm"), losses, strict=True))
 
 
 class Watch:
@@ -145,7 +140,7 @@ def main(config: PretrainConfig, run: Run) -> None:
     loader = make_loaders("pretrain", config, seed=run.seed)["train"]
     model, bad_images = build_model(config), BadImages(config.max_bad_images, run)
     task = Task(
-        make_train_step(config.alpha),
+        partial(train_step, alpha=config.alpha),
         bad_images.count,
         schedule=schedule,
         candidates=compute_candidates if config.itc_cached else None,

@@ -6,7 +6,6 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 import sys
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -36,20 +35,13 @@ EXAMPLES = (
 )
 
 
-def make_train_step(alpha: float) -> Callable[..., Losses]:
-    """Return the training step for a weight `alpha` of the momentum targets, ramped up over the first epoch."""
-
-    def train_step(
-        model: nn.Module, batch: dict[str, Any], progress: Progress, candidates: Candidates | None = None
-    ) -> Losses:
-        """Contrastive and matching losses of pairs."""
-        ramped_alpha = alpha * min(1.0, progress.epoch_fraction)
-        loss_itc, loss_itm = model(
-            batch["image"], batch["caption"], alpha=ramped_alpha, idx=batch["idx"], candidates=candidates
-        )
-        return {"loss_itc": loss_itc, "loss_itm": loss_itm}
-
-    return train_step
+def train_step(
+    model: nn.Module, batch: dict[str, Any], progress: Progress, candidates: Candidates | None = None, *, alpha: float
+) -> Losses:
+    """Contrastive and matching losses of pairs; the weight `alpha` of momentum targets grows over the first epoch."""
+    alpha *= min(1.0, progress.epoch_fraction)
+    loss_itc, loss_itm = model(batch["image"], batch["caption"], alpha=alpha, idx=batch["idx"], candidates=candidates)
+    return {"loss_itc": loss_itc, "loss_itm": loss_itm}
 
 
 def evaluate(model: BLIP_Retrieval, loader: DataLoader, split: str, config: RetrievalConfig, run: Run) -> Scores:
@@ -101,7 +93,7 @@ def main(config: RetrievalConfig, run: Run) -> None:
     loaders = make_loaders(DATASETS[config.dataset], config, splits_of(run, config), run.seed)
     model = blip_retrieval(**config.model_settings("embed_dim", "queue_size", "negative_all_rank", "itc_all_ranks"))
     task = Task(
-        make_train_step(config.alpha),
+        partial(train_step, alpha=config.alpha),
         on_splits(loaders, partial(evaluate, config=config, run=run)),
         best_metric=lambda scores: scores["val_r_mean"],
         candidates=compute_candidates if config.itc_cached else None,

@@ -1,5 +1,7 @@
 """Contrast over all ranks' pairs and over accumulated batches: losses and gradients of one large batch."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -147,7 +149,7 @@ def test_the_loop_contrasts_all_batches_of_a_step(tmp_path, cached):
     whole = build("retrieval")
     expected = whole(alpha=ALPHA, **pairs("retrieval", 0, slice(0, PAIRS)))[0].item()
     config = RetrievalConfig(grad_accum=2, itc_cached=cached, num_workers=0)
-    task = Task(train_retrieval.make_train_step(ALPHA), candidates=compute_candidates if cached else None)
+    task = Task(partial(train_retrieval.train_step, alpha=ALPHA), candidates=compute_candidates if cached else None)
     state = create_state(Run(tmp_path, CPU), config, model, num_batches=2)
     state.progress = Progress(1, 2, epoch=1)
     values = take_step(state, task, [pairs("retrieval", 0, slice(0, 4)), pairs("retrieval", 0, slice(4, 8))])
