@@ -59,13 +59,9 @@ def answer(model: BLIP_VQA, loader: DataLoader, config: VideoQAConfig, run: Run)
 
 
 def choose(
-    model: BLIP_VQA,
-    states: torch.Tensor,
-    text: TokenBatch,
-    candidates: TokenBatch | None,
-    names: list[str],
+    model: BLIP_VQA, states: torch.Tensor, text: TokenBatch, candidates: TokenBatch | None, names: list[str],
     k_test: int,
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     """Answer questions from their states (questions, length, width), freely or by one of the candidates."""
     if candidates is None:
         return model.generate_answers(states, text.attention_mask)[0]

@@ -20,7 +20,7 @@ from launch.run import Run, launch
 from metrics.knowledge import choice_accuracy, direct_accuracy, exact_match
 from metrics.vqa import vqa_accuracy
 from models.blip_vqa import BLIP_VQA, MAX_QUESTION_TOKENS, blip_vqa
-from models.tokenizer import TokenBatch, tokenize
+from models.tokenizer import tokenize
 from training.loop import Losses, Scores, Task
 from training.progress import Progress
 from training.results import on_splits, train_and_report
@@ -36,19 +36,14 @@ SCORES = {"vqa": vqa_accuracy, "aokvqa": direct_accuracy, "exact": exact_match}
 
 def train_step(model: nn.Module, batch: dict[str, Any], progress: Progress) -> Losses:
     """Weighted language-modelling loss of the answers."""
-    return {
-        "loss_vqa": model(
-            batch["image"], batch["question"], batch["answer"], n=batch["n"], weights=batch["weights"], train=True
-        )
-    }
+    loss = model(batch["image"], batch["question"], batch["answer"], n=batch["n"], weights=batch["weights"])
+    return {"loss_vqa": loss}
 
 
 def answer(model: BLIP_VQA, loader: DataLoader, config: VQAConfig, device: torch.device) -> list[dict[str, Any]]:
     """Answer every question of a split; the same list, in the order of the split, on every process."""
     names = loader.dataset.answer_list
-    candidates: TokenBatch | None = None
-    if config.inference == "rank":
-        candidates = tokenize(model.tokenizer, names, "dec", device=device)
+    candidates = tokenize(model.tokenizer, names, "dec", device=device) if config.inference == "rank" else None
     choices = {row["question_id"]: row.get("choices") for row in loader.dataset.annotation}
     rows = []
     for batch in prefetch(track(loader, "answering"), device):
@@ -60,8 +55,7 @@ def answer(model: BLIP_VQA, loader: DataLoader, config: VQAConfig, device: torch
         elif candidates is None:
             answers = model(image, questions, train=False, inference="generate")
         else:
-            k_test = min(config.k_test, len(names))
-            chosen = model(image, questions, candidates, train=False, inference="rank", k_test=k_test)
+            chosen = model(image, questions, candidates, train=False, inference="rank", k_test=config.k_test)
             answers = [names[i] for i in chosen.tolist()]
         rows += [{"question_id": i, "answer": text} for i, text in zip(ids, answers, strict=True)]
     return gather_results(rows)
