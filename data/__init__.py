@@ -195,14 +195,9 @@ DATASETS = {  # how a split is built, and the splits there are
 
 
 def make_loader(
-    dataset: Dataset,
-    batch_size: int,
-    is_train: bool,
-    num_workers: int = 0,
-    seed: int = 0,
-    collate_fn: Callable | None = None,
-    processes: tuple[int, int] | None = None,
-) -> DataLoader:
+    dataset: Dataset, batch_size: int, is_train: bool, num_workers: int = 0, seed: int = 0,
+    collate_fn: Callable | None = None, processes: tuple[int, int] | None = None,
+) -> DataLoader:  # fmt: skip
     """Build the loader of a dataset for this process.
 
     Args:

@@ -209,12 +209,9 @@ class PairDataset(Dataset):
     """
 
     def __init__(
-        self,
-        train_files: Sequence[str | Path],
-        image_root: str,
-        transform: Transform,
+        self, train_files: Sequence[str | Path], image_root: str, transform: Transform,
         turns: Sequence[str | Path] = (),
-    ):
+    ):  # fmt: skip
         self.lists, self.turns = open_lists(train_files), open_lists(turns)
         self.image_root, self.transform = image_root, transform
         self.starts = np.cumsum([0] + [len(pairs) for pairs in self.lists])

@@ -48,11 +48,7 @@ class Transform(T.Compose):
 
 
 def train_transform(
-    image_size: int,
-    min_scale: float = 0.5,
-    augment: bool = True,
-    reduced_jpeg: bool = False,
-    upright: bool = False,
+    image_size: int, min_scale: float = 0.5, augment: bool = True, reduced_jpeg: bool = False, upright: bool = False
 ) -> Transform:
     """Random crop of `min_scale` to 1 of the area, flip, RandAugment; without `augment` as in evaluation.
 

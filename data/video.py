@@ -28,14 +28,9 @@ class Clips(Dataset):
     """
 
     def __init__(
-        self,
-        files: Sequence[str],
-        video_root: str,
-        num_frames: int,
-        image_size: int,
-        upright: bool,
+        self, files: Sequence[str], video_root: str, num_frames: int, image_size: int, upright: bool,
         annotation_file: str,
-    ):
+    ):  # fmt: skip
         self.files, self.root, self.num_frames, self.upright = files, Path(video_root), num_frames, upright
         self.image_size, self.transform = image_size, test_transform(image_size)
         check_images(video_root, files, annotation_file)
@@ -67,9 +62,7 @@ class VideoDataset(Clips):
         txt2video, video2txt: number of a caption -> number of its clip, and of a clip -> numbers of its captions.
     """
 
-    def __init__(
-        self, annotation_file: str, video_root: str, num_frames: int, image_size: int, upright: bool = False
-    ):
+    def __init__(self, annotation_file: str, video_root: str, num_frames: int, image_size: int, upright: bool = False):
         rows = keep_captions(read_annotation(annotation_file, ("clip_name", "caption")), annotation_file)
         pairs = [(row["clip_name"], caption) for row in rows for caption in row["caption"]]
         self.text = [pre_caption(caption, MAX_WORDS) for _, caption in pairs]

@@ -27,15 +27,9 @@ class VideoQuestions(Clips):
     """
 
     def __init__(
-        self,
-        annotation_file: str,
-        video_root: str,
-        num_frames: int,
-        image_size: int,
-        upright: bool = False,
-        video_map: str = "",
-        answer_file: str = "",
-    ):
+        self, annotation_file: str, video_root: str, num_frames: int, image_size: int, upright: bool = False,
+        video_map: str = "", answer_file: str = "",
+    ):  # fmt: skip
         rows = read_annotation(annotation_file, ("question",))
         names = read_video_map(video_map) if video_map else {}
         files = {path.stem: path.name for path in sorted(Path(video_root).glob("*.*"))}

@@ -122,13 +122,9 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 @raise_interrupts()
 def launch(
-    main: Callable[[Any, Run], None],
-    config_class: type[ModelConfig],
-    default_config: str,
-    default_output: str,
-    description: str | None,
-    examples: Sequence[str] = (),
-) -> int:
+    main: Callable[[Any, Run], None], config_class: type[ModelConfig], default_config: str, default_output: str,
+    description: str | None, examples: Sequence[str] = (),
+) -> int:  # fmt: skip
     """Parse the command line, start the run, call `main(config, run)`, and report its end.
 
     Returns:

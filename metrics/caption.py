@@ -85,9 +85,7 @@ def domain_scores(
     return scores, notes | found | remarks
 
 
-def _tokenized_sides(
-    results: list[dict], truth: GroundTruth, java: bool
-) -> tuple[Captions, Captions, dict[str, str]]:
+def _tokenized_sides(results: list[dict], truth: GroundTruth, java: bool) -> tuple[Captions, Captions, dict[str, str]]:
     """Return references and predictions, tokenized, by position in the ground truth, and notes."""
     found, notes = predictions_for(results, truth)
     references = dict(enumerate(truth.references.values()))
@@ -146,9 +144,7 @@ def _no_java(wanted: bool) -> str:
     return "" if shutil.which("java") else "needs Java, and no `java` was found on the PATH"
 
 
-def _score_all(
-    references: Captions, predictions: Captions, java: bool
-) -> tuple[dict[str, float], dict[str, str]]:
+def _score_all(references: Captions, predictions: Captions, java: bool) -> tuple[dict[str, float], dict[str, str]]:
     """Compute each metric separately, so that the failure of one loses no other."""
     obstacles = metric_obstacles(java)
     scores: dict[str, float] = {}

@@ -9,12 +9,9 @@ from utils import UserError, refuse_nan
 
 
 def retrieval_scores(
-    scores_i2t: ArrayLike,
-    scores_t2i: ArrayLike,
-    txt2img: Mapping[int, int],
-    img2txt: Mapping[int, Sequence[int]],
+    scores_i2t: ArrayLike, scores_t2i: ArrayLike, txt2img: Mapping[int, int], img2txt: Mapping[int, Sequence[int]],
     side: str = "img",
-) -> dict[str, float]:
+) -> dict[str, float]:  # fmt: skip
     """Return recalls in percent and median ranks of both directions; UserError if scores are not numbers.
 
     Args:

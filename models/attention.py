@@ -232,13 +232,9 @@ class TwoImageCrossAttention(nn.Module):
 
 
 def read(
-    heads: Heads,
-    hidden: torch.Tensor,
-    reads: Reads,
-    key_value: KeyValue,
-    dropout: float,
+    heads: Heads, hidden: torch.Tensor, reads: Reads, key_value: KeyValue, dropout: float,
     recording: list[torch.Tensor] | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Attend from texts to projected states; texts of one source are folded into one query sequence.
 
     A recording receives the attention (sources, heads, readers * length, source length), computed without dropout.
@@ -257,9 +253,7 @@ def read(
     return merge_heads(context).reshape(hidden.shape)
 
 
-def attend(
-    query: torch.Tensor, key_value: KeyValue, mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def attend(query: torch.Tensor, key_value: KeyValue, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return context (sources, heads, queries, head width) and attention weights (..., queries, source length)."""
     key, value = key_value
     scores = (query / query.shape[-1] ** 0.5) @ key.transpose(-1, -2)

@@ -79,13 +79,9 @@ class Generated(NamedTuple):
 
 @torch.no_grad()
 def generate(
-    decoder: TextDecoder,
-    projection: Projection,
-    prompt: torch.Tensor,
-    eos_token_id: int,
-    config: GenerationConfig,
+    decoder: TextDecoder, projection: Projection, prompt: torch.Tensor, eos_token_id: int, config: GenerationConfig,
     uniforms: torch.Tensor | None = None,
-) -> Generated:
+) -> Generated:  # fmt: skip
     """Continue prompts.
 
     Args:

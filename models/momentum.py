@@ -99,9 +99,7 @@ class MomentumModel(ImageTextModel):
         torch._foreach_lerp_(list(momentum_params), list(params), 1 - self.momentum)
 
     @torch.no_grad()
-    def candidates(
-        self, batches: Iterable[tuple[torch.Tensor, TokenBatch, torch.Tensor | None]]
-    ) -> list[Candidates]:
+    def candidates(self, batches: Iterable[tuple[torch.Tensor, TokenBatch, torch.Tensor | None]]) -> list[Candidates]:
         """Return the momentum features that each batch of a step is compared with, before its first forward.
 
         The batches are all those of the step, in order: images, texts that begin with [CLS], and idx or None, of
@@ -189,9 +187,7 @@ def copy_params(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def enqueue(
-    pointer: torch.Tensor, *queues_and_rows: tuple[torch.Tensor, torch.Tensor], gathered: bool = False
-) -> None:
+def enqueue(pointer: torch.Tensor, *queues_and_rows: tuple[torch.Tensor, torch.Tensor], gathered: bool = False) -> None:
     """Replace the oldest entries of the queues with new rows of all ranks, wrapping around.
 
     Args:
