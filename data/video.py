@@ -59,7 +59,7 @@ class VideoDataset(Clips):
 
     Attributes:
         text, names: captions, and clips.
-        txt2video, video2txt: number of a caption -> number of its clip, and of a clip -> numbers of its captions.
+        txt2video: number of a caption -> number of its clip.
     """
 
     def __init__(self, annotation_file: str, video_root: str, num_frames: int, image_size: int, upright: bool = False):
@@ -69,9 +69,6 @@ class VideoDataset(Clips):
         numbers: dict[str, int] = {}
         self.txt2video = {i: numbers.setdefault(name, len(numbers)) for i, (name, _) in enumerate(pairs)}
         self.names = list(numbers)
-        self.video2txt: dict[int, list[int]] = {number: [] for number in numbers.values()}
-        for text, video in self.txt2video.items():
-            self.video2txt[video].append(text)
         files = [f"{name}.mp4" for name in self.names]
         super().__init__(files, video_root, num_frames, image_size, upright, annotation_file)
 

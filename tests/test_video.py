@@ -44,7 +44,7 @@ def test_frames_and_captions(tmp_path):
     write_clip(tmp_path / "b.mp4", 3)
     clips = dataset(tmp_path, ["a", "b", "a"])
     assert clips.names == ["a", "b"] and clips.text == ["caption 0", "caption 1", "caption 2"]
-    assert clips.txt2video == {0: 0, 1: 1, 2: 0} and clips.video2txt == {0: [0, 2], 1: [1]}
+    assert clips.txt2video == {0: 0, 1: 1, 2: 0}
     item = clips[0]
     assert item["video"].shape == (4, 3, SIZE, SIZE) and (item["index"], item["error"]) == (0, "")
     assert numbers(item["video"]) == frame_numbers(24, 4)
@@ -134,7 +134,7 @@ def test_a5_several_captions_and_empty_ones(tmp_path, capsys):
     (tmp_path / "msrvtt_test.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = {"ann_root": str(tmp_path), "video_root": str(tmp_path), "num_frm_test": 1, "image_size": SIZE}
     clips = build_datasets("retrieval_msrvtt", settings)["test"]
-    assert clips.text == ["one", "two"] and clips.video2txt == {0: [0, 1]}
+    assert clips.text == ["one", "two"] and clips.txt2video == {0: 0, 1: 0}
     assert "2 empty captions are left out, and 1 entries without any other" in capsys.readouterr().err
 
 
