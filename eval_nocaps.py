@@ -16,9 +16,8 @@ from files import read_json, write_json
 from launch.config import NoCapsConfig
 from launch.run import Run, launch
 from metrics.caption import domain_scores
-from metrics.ground_truth import read_ground_truth, refuse_missing
 from models.blip import BLIP_Decoder, blip_decoder
-from train_caption import check_captions, write_captions
+from train_caption import check_captions, check_ground_truth, write_captions
 from training.loop import Scores
 from training.results import eval_splits, evaluate_only, on_splits, report_scores
 from utils import on_main_process
@@ -38,15 +37,8 @@ def evaluate(model: BLIP_Decoder, loader: DataLoader, split: str, config: NoCaps
         return {}
     found, notes = on_main_process(lambda: domain_scores(results, truth, config.java))
     for name, reason in notes.items():
-        run.note_once(f"{name}: {reason}")
+        run.note(f"{name}: {reason}")
     return {f"{domain}_{name}": value for domain, scores in found.items() for name, value in scores.items()}
-
-
-def check_ground_truth(loaders: dict[str, DataLoader], config: NoCapsConfig) -> None:
-    """Check the ground truth that is given against the images; errors as in `train_caption.check_ground_truth`."""
-    for split, loader in loaders.items():
-        if truth := config[f"{split}_gt"]:
-            refuse_missing(read_ground_truth(truth), loader.dataset.ids)
 
 
 def examples(dataset: Any, split: str, run: Run, count: int = 24) -> list[dict[str, Any]]:
@@ -58,10 +50,10 @@ def examples(dataset: Any, split: str, run: Run, count: int = 24) -> list[dict[s
 def main(config: NoCapsConfig, run: Run) -> None:
     """Caption the splits and report."""
     loaders = make_loaders("nocaps", config, eval_splits(config))
-    on_main_process(lambda: check_ground_truth(loaders, config))
+    on_main_process(lambda: check_ground_truth(loaders, lambda split: config[f"{split}_gt"]))
     model = blip_decoder(**config.model_settings("prompt"))
     for name, reason in check_captions(model, config).items() if config.val_gt or config.test_gt else ():
-        run.note_once(f"{name}: {reason}")
+        run.note(f"{name}: {reason}")
     scores = evaluate_only(run, config, model, on_splits(loaders, partial(evaluate, config=config, run=run)))
     split = next(iter(loaders))
     report_scores(run, "NoCaps", scores, lambda: examples(loaders[split].dataset, split, run))

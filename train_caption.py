@@ -6,6 +6,7 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -61,7 +62,7 @@ def evaluate(model: BLIP_Decoder, loader: DataLoader, split: str, config: Captio
 
     scores, notes = on_main_process(score)
     for name, reason in notes.items():
-        run.note_once(f"{name}: {reason}")
+        run.note(f"{name}: {reason}")
     return scores
 
 
@@ -75,14 +76,14 @@ def best_metric(scores: dict[str, float]) -> float:
     return scores["val_CIDEr"] + scores["val_Bleu_4"]
 
 
-def check_ground_truth(loaders: dict[str, DataLoader], config: CaptionConfig) -> None:
-    """Check the ground truth of every split against its images.
+def check_ground_truth(loaders: dict[str, DataLoader], truth_of: Callable[[str], str]) -> None:
+    """Check the ground truth of every split that has one, the file `truth_of(split)`, against the split's images.
 
     UserError if a file is missing or wrong, or has images that the split does not have.
     """
     for split, loader in loaders.items():
-        if split != "train":
-            refuse_missing(read_ground_truth(ground_truth(split, config)), loader.dataset.ids)
+        if split != "train" and (file := truth_of(split)):
+            refuse_missing(read_ground_truth(file), loader.dataset.ids)
 
 
 def check_captions(model: BLIP_Decoder, config: Any) -> dict[str, str]:
@@ -109,10 +110,10 @@ def examples(dataset: Any, split: str, config: CaptionConfig, run: Run, count: i
 def main(config: CaptionConfig, run: Run) -> None:
     """Train unless asked to evaluate only, then report."""
     loaders = make_loaders("caption_coco", config, splits_of(run, config), run.seed)
-    on_main_process(lambda: check_ground_truth(loaders, config))
+    on_main_process(lambda: check_ground_truth(loaders, lambda split: ground_truth(split, config)))
     model = blip_decoder(**config.model_settings("prompt", "smooth_padding"))
     for name, reason in check_captions(model, config).items():
-        run.note_once(f"{name}: {reason}")
+        run.note(f"{name}: {reason}")
     task = Task(train_step, on_splits(loaders, partial(evaluate, config=config, run=run)), best_metric)
     train_and_report(run, config, model, loaders, task, "Captioning", partial(examples, config=config, run=run))
 
