@@ -89,33 +89,25 @@ class Watch:
     """Warns of two known ways in which pretraining fails."""
 
     def __init__(self, model: BLIP_Pretrain):
-        self.model, self.stuck_since, self.warned = model, 0, set[str]()
+        self.model, self.stuck_since = model, 0
 
     def __call__(self, means: dict[str, float], progress: Progress) -> str:
         """Return a warning, '' for none."""
         if abs(means["loss_itm"] - CHANCE_ITM) > 0.005:
             self.stuck_since = progress.step
         if progress.step - self.stuck_since >= STUCK_STEPS:
-            return self.once(
+            return (
                 f"the matching loss has stayed at {CHANCE_ITM} since step {self.stuck_since}: matching ignores the "
                 "image. Start from pretrained encoders (init: released), use a larger global batch, or warm up longer"
             )
         temperature = self.model.temp.item()
         low, high = TEMPERATURE_RANGE
         if not low < temperature < high:
-            return self.once(
+            return (
                 f"the temperature {temperature:.3g} is at its clamp {TEMPERATURE_RANGE}: contrast has collapsed or "
                 "saturated. Lower init_lr, or look for captions that are all alike"
             )
         return ""
-
-    def once(self, text: str) -> str:
-        """Return a text the first time, '' from then on."""
-        kind = text[:20]
-        if kind in self.warned:
-            return ""
-        self.warned.add(kind)
-        return text
 
 
 def build_model(config: PretrainConfig) -> BLIP_Pretrain:

@@ -68,7 +68,7 @@ def evaluate(model: BLIP_Dialogue, loader: DataLoader, split: str, run: Run) -> 
     on_main_process(lambda: write_json(run.result(split), rows))
     scores = dialogue_scores(rows, dataset.right, dataset.relevance)
     if not scores:
-        run.note_once(f"{split}: no right options are known: result/ holds the file for the evaluation server")
+        run.note(f"{split}: no right options are known: result/ holds the file for the evaluation server")
     return scores
 
 

@@ -54,7 +54,7 @@ def evaluate(model: BLIP_Retrieval, loader: DataLoader, split: str, config: Retr
 
     dataset = loader.dataset
     if config.k_test > min(len(dataset), len(dataset.text)):
-        run.note_once(f"k_test {config.k_test} is above the size of the {split} split and was lowered to it")
+        run.note(f"k_test {config.k_test} is above the size of the {split} split and was lowered to it")
     sizes = config.k_test, config.batch_size_test
     ranking = two_stage_scores(model, encode, loader, dataset.text, *sizes, config.keep_images)
 

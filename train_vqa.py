@@ -97,7 +97,7 @@ def evaluate(model: BLIP_VQA, loader: DataLoader, split: str, config: VQAConfig,
 
     scores = on_main_process(measure)
     if not scores:
-        run.note_once("the test file has no answers: result/ holds the file for the evaluation server")
+        run.note("the test file has no answers: result/ holds the file for the evaluation server")
     return scores
 
 

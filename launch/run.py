@@ -80,14 +80,10 @@ class Run:
             say(" ".join(map(str, words)), sys.stdout)
 
     def note(self, text: str) -> None:
-        """Print something a reader of the report should know too."""
-        self.notes.append(text)
-        self.print(text)
-
-    def note_once(self, text: str) -> None:
-        """As `note`, but only the first time."""
+        """Print something a reader of the report should know too, once."""
         if text not in self.notes:
-            self.note(text)
+            self.notes.append(text)
+            self.print(text)
 
     def log(self, row: dict[str, Any], name: str = "log.txt") -> None:
         """Append a row to a log, one JSON object per line, on the main process."""

@@ -60,7 +60,7 @@ def test_18_c_a_long_prompt_ends_before_the_first_step(world, tmp_path):
 def test_18_c_java_is_missed_before_the_first_step(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("metrics.caption.shutil.which", lambda name: None)
     order = []
-    monkeypatch.setattr("launch.run.Run.note", lambda run, text: (run.notes.append(text), order.append(text)))
+    monkeypatch.setattr("launch.run.Run.print", lambda run, text: order.append(text))
     monkeypatch.setattr("training.loop.take_step", lambda *_: order.append("step") or {"loss": torch.tensor(1.0)})
     code, told = run_here("train_caption.py", *caption_words(world, tmp_path, java="true"))
     assert code == 0, told
