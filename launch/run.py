@@ -244,7 +244,10 @@ def start_run(args: argparse.Namespace, config: ModelConfig, device: torch.devic
 
     A run that torchrun restarts (`--max_restarts`) continues from its last checkpoint.
     """
-    seed_everything(args.seed + get_rank())
+    seed = args.seed + get_rank()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
     if config.get("deterministic"):
         use_deterministic_algorithms()
     run = Run(Path(args.output_dir), device, args.seed, args.evaluate, command=f"python {' '.join(sys.argv)}")
@@ -279,10 +282,3 @@ def use_deterministic_algorithms() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     torch.use_deterministic_algorithms(True, warn_only=True)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's random numbers."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)

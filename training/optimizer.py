@@ -31,7 +31,7 @@ def cosine_schedule(config: TrainConfig, progress: Progress) -> float:
         return cosine_lr(progress.epoch, progress.max_epoch, config.init_lr, config.min_lr)
     if progress.step < config.warmup:
         return warmup_lr(progress.step + 1, config.warmup, 0.0, config.init_lr)
-    num_steps = max(progress.total_steps - config.warmup, 1)
+    num_steps = max(progress.steps_per_epoch * progress.max_epoch - config.warmup, 1)
     return cosine_lr(progress.step - config.warmup, num_steps, config.init_lr, config.min_lr)
 
 

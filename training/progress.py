@@ -25,11 +25,6 @@ class Progress:
         return self.epoch + self.step_in_epoch / self.steps_per_epoch
 
     @property
-    def total_steps(self) -> int:
-        """Steps of the whole run."""
-        return self.steps_per_epoch * self.max_epoch
-
-    @property
     def epoch_is_done(self) -> bool:
         """Return True if no step of the current epoch is left."""
         return self.step_in_epoch >= self.steps_per_epoch
