@@ -312,6 +312,11 @@ def id_text(value: Any) -> str:
     return str(value)
 
 
+def first_few(names: Sequence[str]) -> str:
+    """Return the first three names as text, for a message."""
+    return ", ".join(name[:100] for name in names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 def is_listed(value: Any) -> bool:
     """Return True for a list of texts that is written as one text, as a table with one cell per list holds it."""
     return isinstance(value, str) and LISTED.fullmatch(value.strip()) is not None

@@ -9,10 +9,9 @@ from typing import Any
 from data.publishers import recognize
 from data.text import is_blank
 from download import fetch
-from utils import UserError, is_listed, note
+from utils import UserError, first_few, is_listed, note
 
 BASE_URL = "https://storage.googleapis.com/sfr-vision-language-research/datasets/"
-NUM_SHOWN = 3  # names in an error message
 REMEDY = "correct it, link the file into the folder, or set the folder to '' to allow any path"
 ONE_TEXT = ("image", "question", "sentence", "clip_name")
 Row = dict[str, Any]
@@ -164,7 +163,7 @@ def check_images(root: str | Path, names: Iterable[str], annotation: str | Path)
     """
     names = set(names)
     if outside := sorted(name for name in names if leaves(root, name)):
-        problem = f"{len(outside)} of {len(names)} paths leave the folder {root}: {_first(outside)}"
+        problem = f"{len(outside)} of {len(names)} paths leave the folder {root}: {first_few(outside)}"
         raise UserError(f"annotation file {annotation}: {problem}; {REMEDY}")
     folders: dict[str, set[str]] = {}
     for name in names:
@@ -173,7 +172,7 @@ def check_images(root: str | Path, names: Iterable[str], annotation: str | Path)
     if missing := sorted(os.path.join(folder, file) for folder in folders for file in folders[folder] - _names(folder)):
         total = sum(map(len, folders.values()))
         raise UserError(
-            f"annotation file {annotation}: {len(missing)} of {total} files do not exist: {_first(missing)}; "
+            f"annotation file {annotation}: {len(missing)} of {total} files do not exist: {first_few(missing)}; "
             "correct the root folder in the config, or take their entries out"
         )
 
@@ -187,10 +186,6 @@ def find_image(root: str | Path, number: int, stems: Sequence[str]) -> str:
     names = [f"{stem}{number:012d}.jpg" for stem in stems]
     both = [name for path in names for name in (path, os.path.basename(path))]
     return next((name for name in both if os.path.isfile(os.path.join(root, name))), both[0])
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(name[:100] for name in names[:NUM_SHOWN]) + (", ..." if len(names) > NUM_SHOWN else "")
 
 
 def leaves(root: str | Path, name: str) -> bool:

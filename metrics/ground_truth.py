@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils import UserError, id_text, is_listed
+from utils import UserError, first_few, id_text, is_listed
 
 
 @dataclass
@@ -115,8 +115,7 @@ def refuse_missing(truth: GroundTruth, ids: Iterable[Any]) -> None:
     present = {id_text(value) for value in ids}
     missing = [key for key in truth.references if key not in present]
     if missing:
-        first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise UserError(
             f"{len(missing)} of the {len(truth.references)} images of {truth.path} have no caption in the results "
-            f"(image_id {first}); caption every image, or give the ground truth that belongs to them"
+            f"(image_id {first_few(missing)}); caption every image, or give the ground truth that belongs to them"
         )

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from utils import UserError, id_text, is_listed
+from utils import UserError, first_few, id_text, is_listed
 
 MATCHES = 3  # an answer is fully right when this many of the other people gave it
 ARTICLES = frozenset({"a", "an", "the"})
@@ -112,10 +112,9 @@ def answered(results: Iterable[dict], annotations: Iterable[dict]) -> list[tuple
     found, rows = _answers_by_id(results), _annotations_by_id(annotations)
     missing = [key for key in rows if key not in found]
     if missing or not rows:
-        first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise UserError(
             f"{len(missing)} of {len(rows)} annotated questions have no answer in the results "
-            f"(question_id {first or 'none'}); answer every question of the annotations"
+            f"(question_id {first_few(missing) or 'none'}); answer every question of the annotations"
         )
     return [(found[key], row) for key, row in rows.items()]
 
