@@ -317,6 +317,12 @@ def first_few(names: Sequence[str]) -> str:
     return ", ".join(name[:100] for name in names[:3]) + (", ..." if len(names) > 3 else "")
 
 
+def short_repr(value: Any, most: int = 40) -> str:
+    """Return a value's repr, cut to `most` characters for a message."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def is_listed(value: Any) -> bool:
     """Return True for a list of texts that is written as one text, as a table with one cell per list holds it."""
     return isinstance(value, str) and LISTED.fullmatch(value.strip()) is not None

@@ -9,7 +9,7 @@ from typing import Any
 from data.publishers import recognize
 from data.text import is_blank
 from download import fetch
-from utils import UserError, first_few, is_listed, note
+from utils import UserError, first_few, is_listed, note, short_repr
 
 BASE_URL = "https://storage.googleapis.com/sfr-vision-language-research/datasets/"
 REMEDY = "correct it, link the file into the folder, or set the folder to '' to allow any path"
@@ -122,12 +122,6 @@ def _expected(key: str, value: Any) -> str:
     right = (value or key == "caption") and all(isinstance(text, str | missing) for text in as_list(value))
     right = right and not any(map(is_listed, as_list(value)))
     return "" if right or key not in ("caption", "answer") else "a text, or a list of texts"
-
-
-def short_repr(value: Any) -> str:
-    """Return a value's repr, cut to 40 characters for an error message."""
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def number_problem(row: Row, key: str, total: int) -> str:

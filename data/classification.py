@@ -6,10 +6,10 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from data.annotations import check_images, entry_error, read_annotation, short_repr
+from data.annotations import check_images, entry_error, read_annotation
 from data.text import pre_caption
 from data.transforms import IMAGE_ENDINGS, Transform
-from utils import UserError
+from utils import UserError, short_repr
 
 
 class Classified(Dataset):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.annotations import Row, entry_error, short_repr
-from utils import UserError, id_text
+from data.annotations import Row, entry_error
+from utils import UserError, id_text, short_repr
 
 COCO_NAME = re.compile(r"COCO_\w+_(\d+)|(\d{12})")  # of 2014 and of 2017, without .jpg
 ID_KEYS = ("image_id", "img_id", "id")

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from data.annotations import check_images, entry_error, read_annotation, short_repr
+from data.annotations import check_images, entry_error, read_annotation
 from data.text import exchange_left_right, pre_caption
 from data.transforms import Transform
+from utils import short_repr
 
 MAX_WORDS = 40
 LABELS = {"True": 1, "False": 0}

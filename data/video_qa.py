@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from data.annotations import Row, entry_error, read_annotation, read_text, short_repr
+from data.annotations import Row, entry_error, read_annotation, read_text
 from data.ids import check_question_ids
 from data.text import pre_question
 from data.video import Clips
 from data.vqa import read_answers
-from utils import UserError
+from utils import UserError, short_repr
 
 
 class VideoQuestions(Clips):

@@ -18,12 +18,11 @@ from data.annotations import (
     number_problem,
     read_annotation,
     read_list,
-    short_repr,
 )
 from data.ids import check_question_ids
 from data.text import is_blank, pre_question
 from data.transforms import Transform
-from utils import UserError, note
+from utils import UserError, note, short_repr
 
 VG_WEIGHT = 0.2  # of a Visual Genome answer, which one person gave
 

@@ -14,7 +14,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from files import write_whole
 from launch.config import Settings
-from utils import UserError
+from utils import UserError, short_repr
 
 Config = TypeVar("Config", bound=Settings)
 CODE_FOLDER = Path(__file__).resolve().parent.parent
@@ -59,19 +59,19 @@ def _find(path: Path) -> Path:
 def _override(values: dict[str, Any], places: dict[str, str], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"--set got {abbreviate(override)}; expected key=value, for instance --set batch_size=8")
+        raise UserError(f"--set got {short_repr(override, 60)}; expected key=value, for instance --set batch_size=8")
     if has_lone_surrogates(text):  # bytes of another encoding, which YAML's reader refuses without saying so
-        raise UserError(f"--set {abbreviate(override)}: {key} is not UTF-8 text; write it in UTF-8")
+        raise UserError(f"--set {short_repr(override, 60)}: {key} is not UTF-8 text; write it in UTF-8")
     try:
         value = plain(parse(text)) if text else ""
     except BAD_YAML:
-        raise UserError(f"--set {abbreviate(override)}: the value is not YAML; put it in quotes") from None
+        raise UserError(f"--set {short_repr(override, 60)}: the value is not YAML; put it in quotes") from None
     *parents, last = key.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             problem = f"{parent} is {describe_value(values)}, not a mapping; set {parent} as a whole"
-            raise UserError(f"--set {abbreviate(override)}: {problem}")
+            raise UserError(f"--set {short_repr(override, 60)}: {problem}")
     values[last] = value
     places[key.split(".")[0]] = f"--set {override}"[:80]
 
@@ -82,7 +82,7 @@ def _build(config_class: type[Config], values: dict[str, Any], places: dict[str,
         if key not in hints:
             close = difflib.get_close_matches(key, hints, n=1)
             meant = f"did you mean {close[0]!r}?" if close else f"this task has {', '.join(sorted(hints))}"
-            raise UserError(f"{places[key]}: unknown key {abbreviate(key)}; {meant}")
+            raise UserError(f"{places[key]}: unknown key {short_repr(key, 60)}; {meant}")
         values[key] = _convert(value, hints[key], f"{places[key]}: {key}")
         if has_lone_surrogates(str(value)):  # config.yaml could not be written
             raise UserError(f"{places[key]}: {key} is not UTF-8 text; write it in UTF-8")
@@ -183,14 +183,8 @@ def has_lone_surrogates(text: str) -> bool:
     return text.encode("utf-8", "ignore").decode() != text
 
 
-def abbreviate(value: Any) -> str:
-    """Return a value's text, at most 60 characters, for an error message."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def describe_value(value: Any) -> str:
     """Return a value's type in words, and the value if it is short."""
     value = plain(value)
     name = WORDS.get(type(value), "nothing" if value is None else type(value).__name__)
-    return f"{name} ({abbreviate(value)})" if isinstance(value, str | int | float) else name
+    return f"{name} ({short_repr(value, 60)})" if isinstance(value, str | int | float) else name
