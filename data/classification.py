@@ -40,11 +40,12 @@ def read_pairs(
     """
     rows = []
     for number, row in enumerate(read_annotation(annotation_file, ("image", "sentence", "label"))):
-        if row["label"] not in classes:
+        label = str(row["label"])  # JSON may have a number
+        if label not in classes:
             expected = f"expected one of {', '.join(classes)} (classes in the config)"
             raise entry_error(f"label is {short_repr(row['label'])}; {expected}", annotation_file, number)
         name = row["image"] if Path(row["image"]).suffix.lower() in IMAGE_ENDINGS else f"{row['image']}.jpg"
-        rows.append((name, pre_caption(row["sentence"]), list(classes).index(row["label"])))
+        rows.append((name, pre_caption(row["sentence"]), list(classes).index(label)))
     check_images(image_root, (name for name, _, _ in rows), annotation_file)
     return [(Path(image_root) / name, text, label) for name, text, label in rows]
 

@@ -98,12 +98,20 @@ def _convert(value: Any, hint: Any, place: str) -> Any:
         return ""
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if list in allowed and isinstance(value, list | str):
+        return _texts([value] if isinstance(value, str) else value, place)
     if type(value) in allowed:
         return value
-    if list in allowed and isinstance(value, str):
-        return [value]
     wanted = " or ".join(WORDS[kind] for kind in allowed)
     raise UserError(f"{place} is {describe_value(value)}; expected {wanted}")
+
+
+def _texts(items: list[Any], place: str) -> list[str]:
+    """Return the items of a list as texts; numbers, such as names of classes, are texts too."""
+    for item in items:
+        if isinstance(item, bool) or not isinstance(item, str | int | float):
+            raise UserError(f"{place} holds {describe_value(item)}; expected texts")
+    return list(map(str, items))
 
 
 def check_ranges(config: Any, places: Mapping[str, str]) -> None:

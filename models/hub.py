@@ -1,13 +1,12 @@
 """What a folder in transformers' format says besides the weights: architecture, vocabulary, pixels, generation."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from models.med_config import MedConfig, create_tokenizer
+from models.med_config import MedConfig, create_tokenizer, read_json
 from models.tokenizer import equal_tokenizers, init_tokenizer
 from utils import UserError, note_once
 
@@ -70,19 +69,6 @@ def one_line(path: Path) -> Iterator[None]:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} has a value that is not understood ({' '.join(str(error).split())[:150]})") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, {} if there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); download it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}; expected an object")
-    return content
 
 
 def vocabulary_of(folder: Path) -> dict[str, Any]:

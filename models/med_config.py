@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,13 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from models.tokenizer import init_tokenizer
-from utils import UserError
+from utils import UserError, short_repr
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 MED_CONFIG = CONFIG_FOLDER / "med_config.json"
 BERT_CONFIG = CONFIG_FOLDER / "bert_config.json"
 BASE_VOCABULARY = (30522, 30524)  # bert-base-uncased's, without and with [DEC] and [ENC]
+MOST = 1_000_000  # of any size
 MedSource = str | Path | Mapping | None  # a JSON file or a mapping; '' and None for configs/med_config.json
 
 
@@ -47,7 +48,7 @@ class MedConfig:
 
 def activation(name: str) -> nn.Module:
     """Return an activation by its name in transformers' configurations."""
-    if name not in ACT2FN:
+    if not isinstance(name, str) or name not in ACT2FN:
         raise UserError(f"hidden_act is {name!r}; expected one of {', '.join(sorted(ACT2FN))}")
     return ACT2FN[name]
 
@@ -74,16 +75,17 @@ def load_med_config(med_config: MedSource) -> MedConfig:
     """Read a configuration from a JSON file or a mapping; '' and None select configs/med_config.json.
 
     A relative path such as 'configs/med_config.json' that does not exist in the working directory is looked up beside
-    the code. UserError if the file is missing or not JSON, or num_attention_heads does not divide hidden_size.
+    the code. UserError if the file is missing or not JSON, a value is wrong, or num_attention_heads does not divide
+    hidden_size.
     """
     folder = CONFIG_FOLDER
     if isinstance(med_config, Mapping):
         values = dict(med_config)
     else:
         path = _find_config(Path(med_config or MED_CONFIG))
-        folder, values = path.parent, _read_json(path)
-    known = {f.name for f in fields(MedConfig)}
-    config = MedConfig(**{key: value for key, value in values.items() if key in known})
+        folder, values = path.parent, read_json(path)
+    config = MedConfig(**{key: value for key, value in values.items() if hasattr(MedConfig, key)})
+    _check_values(config)
     if config.hidden_size % config.num_attention_heads:
         raise UserError(
             f"med_config: hidden_size {config.hidden_size} is not a multiple of "
@@ -94,6 +96,19 @@ def load_med_config(med_config: MedSource) -> MedConfig:
     return config
 
 
+def _check_values(config: MedConfig) -> None:
+    """Raise UserError for a value of another type than the default's, or out of its range."""
+    for key, value in vars(config).items():
+        usual = getattr(MedConfig, key)
+        right, expected = isinstance(value, str | Path), "a text"
+        if not isinstance(usual, str):
+            least, most = int(isinstance(usual, int) and usual > 0), 1 if key.endswith("_prob") else MOST
+            right = type(value) in (int, type(usual)) and least <= value <= most
+            expected = f"{'a whole' if isinstance(usual, int) else 'a'} number from {least} to {most}"
+        if not right:
+            raise UserError(f"med_config: {key} is {short_repr(value)}; expected {expected}")
+
+
 def _find_config(path: Path) -> Path:
     beside_code = CONFIG_FOLDER.parent / path
     for candidate in (path, beside_code):
@@ -102,8 +117,14 @@ def _find_config(path: Path) -> Path:
     raise UserError(f"med_config {path} exists neither in the working directory nor as {beside_code}; correct the path")
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, {} if there is no file."""
+    if not path.is_file():
+        return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"med_config {path} is not JSON: line {error.lineno}: {error.msg}") from None
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); correct it, or download it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}; expected an object")
+    return content

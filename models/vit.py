@@ -1,6 +1,7 @@
 """The image encoder: timm's Vision Transformer in BLIP's sizes, with gradient checkpointing (paper section 3.1)."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -99,10 +100,14 @@ def vit_sizes(vit: str | Mapping) -> dict[str, Any]:
     if isinstance(vit, str) and vit in VARIANTS:
         return dict(VARIANTS[vit])
     if isinstance(vit, Mapping) and set(vit) - {*OPTIONAL_SIZES} == set(VARIANTS["base"]):
-        return {key: int(value) if key in VARIANTS["base"] else value for key, value in vit.items()}
+        with suppress(TypeError, ValueError, OverflowError):
+            sizes = {key: int(vit[key]) for key in VARIANTS["base"]}
+            numbers = *sizes.values(), vit.get("mlp_width", 1), vit.get("layer_norm_eps", 1)
+            if min(numbers) > 0 and not sizes["embed_dim"] % sizes["num_heads"]:
+                return {**vit, **sizes}
     raise UserError(
         f"vit is {vit!r}; expected one of {', '.join(VARIANTS)}, or a mapping with exactly the keys "
-        f"{', '.join(VARIANTS['base'])}"
+        f"{', '.join(VARIANTS['base'])}: whole numbers above 0, and num_heads divides embed_dim"
     )
 
 

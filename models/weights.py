@@ -13,8 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from download import cached
-from models.hub import read_json, settings_of_folder
+from models.hub import settings_of_folder
 from models.huggingface import from_huggingface, is_huggingface
+from models.med_config import read_json
 from utils import UserError, barrier, on_main_process
 
 HUB, RELEASED_HUB = "hf:", "hf-released:"  # the second for the Hub's old files, see `models.hub`

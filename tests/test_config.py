@@ -7,6 +7,8 @@ import pytest
 
 from launch import config as c
 from launch.settings_file import check_ranges, load_config, save_config
+from models.med_config import load_med_config
+from models.vit import VARIANTS, vit_sizes
 from utils import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -164,3 +166,38 @@ def test_18_c_every_number_has_a_range_and_its_default_is_in_it(config_class):
             for wrong in (float("nan"), float("inf"), -1, 10**400):
                 with pytest.raises(UserError):
                     check_ranges(replace(config, **{item.name: wrong}), {})
+
+
+def test_items_of_lists_are_texts(tmp_path):
+    (empty := tmp_path / "empty.yaml").write_text("")
+    assert load_config(c.ClassificationConfig, empty, ["classes=[0, 1.5, cat]"]).classes == ["0", "1.5", "cat"]
+    for key, value in (("classes", "[true]"), ("classes", "[[a]]"), ("train_file", "[null]"), ("freeze", "[{a: b}]")):
+        kind = c.PretrainConfig if key == "train_file" else c.ClassificationConfig
+        with pytest.raises(UserError, match=f"--set .*: {key} holds .*; expected texts"):
+            load_config(kind, empty, [f"{key}={value}"])
+
+
+@pytest.mark.parametrize("values", [
+    {"hidden_size": "768"}, {"hidden_size": True}, {"num_hidden_layers": 1.5}, {"num_attention_heads": 0},
+    {"hidden_dropout_prob": 2}, {"layer_norm_eps": float("nan")}, {"vocab_file": 3}, {"hidden_act": ["gelu"]},
+])  # fmt: skip
+def test_values_of_the_text_transformer(values):
+    with pytest.raises(UserError, match=f"med_config: {next(iter(values))} is .*; expected a"):
+        load_med_config(values)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"3", b"{", b"{}\xff"])
+def test_files_of_the_text_transformer(tmp_path, content):
+    (tmp_path / "med.json").write_bytes(content)
+    with pytest.raises(UserError, match="med.json (is not JSON|holds a (list|int); expected an object)"):
+        load_med_config(tmp_path / "med.json")
+
+
+@pytest.mark.parametrize("change", [
+    {"embed_dim": "wide"}, {"depth": None}, {"num_heads": 5}, {"num_heads": 0}, {"patch_size": -16},
+    {"mlp_width": "wide"}, {"layer_norm_eps": []}, {"depth": float("inf")},
+])  # fmt: skip
+def test_sizes_of_the_image_encoder(change):
+    with pytest.raises(UserError, match="whole numbers above 0, and num_heads divides embed_dim"):
+        vit_sizes(VARIANTS["tiny"] | change)
+    assert vit_sizes(VARIANTS["tiny"] | {"mlp_width": 32}) == VARIANTS["tiny"] | {"mlp_width": 32}

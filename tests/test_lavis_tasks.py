@@ -116,6 +116,9 @@ def test_pairs_in_the_format_of_snli_ve(world, tmp_path):
     (tmp_path / "bad.json").write_text(json.dumps([{"image": "a", "sentence": "b", "label": "maybe"}]))
     with pytest.raises(UserError, match=r"label is 'maybe'; expected one of contradiction, neutral, entailment"):
         read_pairs(tmp_path / "bad.json", world, CLASSES)
+    row = json.loads((world / "annotations/ve_dev.json").read_text())[0]
+    (tmp_path / "numbers.json").write_text(json.dumps([row | {"label": 1}]))
+    assert read_pairs(tmp_path / "numbers.json", world, ["0", "1"])[0][2] == 1
 
 
 def folders(tmp_path):
