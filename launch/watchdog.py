@@ -28,22 +28,14 @@ END_SECONDS = 5.0  # that a rank waits for the others to end with it
 
 @dataclass
 class State:
-    """What a process publishes.
+    """What a process publishes."""
 
-    Attributes:
-        place: number of phases that the main thread has entered; a rank with a smaller one is behind.
-        phase, step: the phase, and the optimizer steps done when it began.
-        moved: when the process last made progress, in seconds of `time.time`.
-        line: the innermost line of this code that the main thread is in.
-        waits: the main thread is in a collective.
-    """
-
-    place: int = 0
+    place: int = 0  # number of phases that the main thread has entered; a rank with a smaller one is behind
     phase: str = "starting"
-    step: int = 0
-    moved: float = 0.0
-    line: str = ""
-    waits: bool = False
+    step: int = 0  # optimizer steps done when the phase began
+    moved: float = 0.0  # when the process last made progress, in seconds of `time.time`
+    line: str = ""  # the innermost line of this code that the main thread is in
+    waits: bool = False  # the main thread is in a collective
 
     def __str__(self) -> str:
         return f"{self.phase} at step {self.step}" + (f" ({self.line})" if self.line else "")

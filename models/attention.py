@@ -21,17 +21,11 @@ FEW_QUERIES = 16  # for fewer, plain products on a CPU are faster than the fused
 
 @dataclass(frozen=True)
 class Projection:
-    """Keys and values of encoder states (image or question tokens), for every layer.
+    """Keys and values of encoder states (image or question tokens), for every layer."""
 
-    Attributes:
-        layers: per layer, one (keys, values) pair for each set of states: one, or two for NLVR2's two images.
-        mask: bool (sources, 1, 1, source length), False at states that no text attends to; None if there are none.
-        readers: number of consecutive texts that attend to each source.
-    """
-
-    layers: list[list[KeyValue]]
-    mask: torch.Tensor | None = None
-    readers: int = 1
+    layers: list[list[KeyValue]]  # per layer, a pair for each set of states: one, or two for NLVR2's two images
+    mask: torch.Tensor | None = None  # bool (sources, 1, 1, source length), False at states that no text attends to
+    readers: int = 1  # number of consecutive texts that attend to each source
 
     def at(self, layer: int) -> Reads:
         """Return the keys and values of one layer."""
@@ -63,18 +57,13 @@ class Reads:
 
 @dataclass
 class LayerCache:
-    """The keys and values of one layer of a `TextCache`, each (rows, heads, capacity, head width).
-
-    Attributes:
-        start, stop: the positions that are written next.
-        positions: the same as a tensor, for a static cache; None otherwise.
-    """
+    """The keys and values of one layer of a `TextCache`, each (rows, heads, capacity, head width)."""
 
     key: torch.Tensor
     value: torch.Tensor
-    start: int
+    start: int  # with `stop` the positions that are written next
     stop: int
-    positions: torch.Tensor | None
+    positions: torch.Tensor | None  # the same as a tensor, for a static cache
 
     def extend(self, key: torch.Tensor, value: torch.Tensor) -> KeyValue:
         """Write new positions (rows, heads, new, head width); return all so far, or of a static cache the whole."""
@@ -87,17 +76,11 @@ class LayerCache:
 
 @dataclass
 class TextCache:
-    """Keys and values of earlier positions of texts, for incremental decoding, in one preallocated buffer.
+    """Keys and values of earlier positions of texts, for incremental decoding, in one preallocated buffer."""
 
-    Attributes:
-        buffer: (layers, 2, rows, heads, capacity, head width).
-        length: number of positions held, equal for all rows.
-        static: attention reads the whole buffer under a mask, so that shapes do not change from token to token.
-    """
-
-    buffer: torch.Tensor
-    static: bool
-    length: int = 0
+    buffer: torch.Tensor  # (layers, 2, rows, heads, capacity, head width)
+    static: bool  # attention reads the whole buffer under a mask, so that shapes do not change from token to token
+    length: int = 0  # number of positions held, equal for all rows
 
     def at(self, layer: int, positions: torch.Tensor) -> LayerCache:
         """Return the cache of one layer, to be extended at `positions`, int64 (new,)."""

@@ -14,31 +14,18 @@ class Text:
 
 @dataclass
 class Beams:
-    """The search for one prompt.
+    """The search for one prompt."""
 
-    Attributes:
-        texts: running texts, best first.
-        length_penalty: as `GenerationConfig`.
-        finished: the best finished texts with their scores, at most as many as there are beams.
-        done: the search is over.
-    """
-
-    texts: list[Text]
-    length_penalty: float
-    finished: list[tuple[float, Text]] = field(default_factory=list)
+    texts: list[Text]  # running, best first
+    length_penalty: float  # as `GenerationConfig`
+    finished: list[tuple[float, Text]] = field(default_factory=list)  # the best, with scores, at most one a beam
     done: bool = False
 
     def advance(self, candidates: list[list[float]], vocab_size: int, eos_token_id: int) -> list[int]:
-        """Extend the beams by one token.
+        """Extend the beams by one token; return the beam that each new one continues.
 
-        Args:
-            candidates: the 2 * beams best continuations, best first: sum of constrained log-probabilities, index among
-                beams * vocabulary, and log-probability of the token.
-            vocab_size: number of continuations of a beam.
-            eos_token_id: ends a text.
-
-        Returns:
-            The beam that each new one continues.
+        `candidates` are the 2 * beams best continuations, best first: sum of constrained log-probabilities, index among
+        beams * vocabulary, and log-probability of the token.
         """
         beams, texts, origins = len(self.texts), [], []
         for rank, (score, index, log_prob) in enumerate(candidates):

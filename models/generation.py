@@ -27,35 +27,23 @@ SAMPLING_PENALTY = 1.1  # repetition penalty of the released nucleus sampling
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Settings of decoding.
+    """Settings of decoding; lengths count the tokens of the whole text, including [DEC] and the prompt.
 
-    Attributes:
-        max_length, min_length: tokens of the whole text, including [DEC] and the prompt.
-        num_beams: width of the search; 1 is greedy.
-        sample: nucleus sampling instead of search.
-        top_p, top_k: sampling keeps the most probable tokens up to the probability `top_p`, of the `top_k` most
-            probable ones (0: all). The released code sampled from 50, the default of its transformers version.
-        repetition_penalty: values above 1 make tokens that occur already, also in the prompt, less probable. None is
-            the released default: 1.1 in sampling, 1.0 in search.
-        length_penalty: a search compares texts by their log-probability over their length to this power.
-        temperature: divides the logits before sampling.
-        num_return: texts per prompt, best first; at most `num_beams` in a beam search.
-        banned: sequences of token ids that no text continues with.
-        no_repeat_ngram_size: no text has the same tokens in a row of this length twice, prompt included; 0 allows any.
+    The released code sampled from the 50 most probable tokens, the default of its transformers version.
     """
 
     max_length: int = 30
     min_length: int = 10
-    num_beams: int = 3
-    sample: bool = False
-    top_p: float = 0.9
-    top_k: int = 50
-    repetition_penalty: float | None = None
-    length_penalty: float = 1.0
-    temperature: float = 1.0
-    num_return: int = 1
-    banned: tuple[tuple[int, ...], ...] = ()
-    no_repeat_ngram_size: int = 0
+    num_beams: int = 3  # width of the search; 1 is greedy
+    sample: bool = False  # nucleus sampling instead of search
+    top_p: float = 0.9  # sampling keeps the most probable tokens up to this probability,
+    top_k: int = 50  # of so many most probable ones; 0: of all
+    repetition_penalty: float | None = None  # above 1 discourages earlier tokens; None: 1.1 in sampling, 1.0 in search
+    length_penalty: float = 1.0  # a search compares texts by their log-probability over their length to this power
+    temperature: float = 1.0  # divides the logits before sampling
+    num_return: int = 1  # texts per prompt, best first; at most `num_beams` in a beam search
+    banned: tuple[tuple[int, ...], ...] = ()  # sequences of token ids that no text continues with
+    no_repeat_ngram_size: int = 0  # no text has so many tokens in a row twice, prompt included; 0 allows any
 
     @property
     def penalty(self) -> float:
@@ -67,14 +55,12 @@ class GenerationConfig:
 class Generated(NamedTuple):
     """Generated texts; the `num_return` texts of a prompt are adjacent.
 
-    Attributes:
-        ids: token ids of each text, int64 (length,) on the CPU, with the prompt and without the end token.
-        log_probs: float32 (texts,), the sum of the model's own log-probabilities, without constraints, of what follows
-            the prompt, end token included.
+    Log-probabilities are the sums of the model's own, without constraints, of what follows the prompt, end token
+    included.
     """
 
-    ids: list[torch.Tensor]
-    log_probs: torch.Tensor
+    ids: list[torch.Tensor]  # of each text, int64 (length,) on the CPU, with the prompt and without the end token
+    log_probs: torch.Tensor  # float32 (texts,)
 
 
 @torch.no_grad()

@@ -24,20 +24,13 @@ TEMPERATURE_RANGE = (0.001, 0.5)
 
 @dataclass(frozen=True)
 class Candidates:
-    """Momentum features that ITC compares a batch with, besides the queues; they include those of the batch.
+    """Momentum features that ITC compares a batch with, besides the queues; they include those of the batch."""
 
-    Attributes:
-        image, text: unit features (pairs, embed_dim), without gradient.
-        idx: int64 (pairs,), equal for pairs of the same image; None if unknown.
-        first_row: row of the first pair of the batch.
-        is_last_batch: True for the last batch of a step, after which the features enter the queues.
-    """
-
-    image: torch.Tensor
+    image: torch.Tensor  # as `text` unit features (pairs, embed_dim), without gradient
     text: torch.Tensor
-    idx: torch.Tensor | None
-    first_row: int
-    is_last_batch: bool
+    idx: torch.Tensor | None  # int64 (pairs,), equal for pairs of the same image; None if unknown
+    first_row: int  # of the batch
+    is_last_batch: bool  # of a step, after which the features enter the queues
 
 
 class MomentumModel(ImageTextModel):
@@ -152,9 +145,7 @@ class MomentumModel(ImageTextModel):
     ) -> torch.Tensor:
         """ITM of each pair, of each image with its negative text, and of each text with its negative image.
 
-        Args:
-            text, text_negative: [ENC] texts of one length (batch, length).
-            projection, negative_projection: of each pair's image, and of each text's negative image.
+        The texts begin with [ENC] and have one length (batch, length).
         """
         # both texts of an image are adjacent, so that they share its projection
         ids = torch.stack((text.input_ids, text_negative.input_ids), dim=1).flatten(0, 1)
@@ -188,13 +179,10 @@ def copy_params(model: nn.Module) -> None:
 
 @torch.no_grad()
 def enqueue(pointer: torch.Tensor, *queues_and_rows: tuple[torch.Tensor, torch.Tensor], gathered: bool = False) -> None:
-    """Replace the oldest entries of the queues with new rows of all ranks, wrapping around.
+    """Replace the oldest entries of queues (width, queue_size) with new rows (batch, width) of all ranks.
 
-    Args:
-        pointer: int64 (1,), next entry to overwrite; updated in place.
-        queues_and_rows: pairs of a queue (width, queue_size) and the rows of this rank (batch, width). If the
-            global batch is larger than the queue, its last rows are kept.
-        gathered: the rows are those of all ranks already.
+    The pointer, int64 (1,), is the next entry to overwrite, wraps around and is updated in place. Of a global batch
+    larger than the queue the last rows are kept. `gathered` rows are those of all ranks already.
     """
     for queue, rows in queues_and_rows:
         rows, size = rows if gathered else all_gather(rows), queue.shape[1]

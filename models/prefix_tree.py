@@ -12,18 +12,12 @@ import torch
 
 
 class PrefixTree(NamedTuple):
-    """Trees for several rows of texts, padded to the largest.
+    """Trees for several rows of texts, padded to the largest."""
 
-    Attributes:
-        input_ids, positions: int64 (rows, nodes).
-        attends: bool (rows, nodes, nodes), True where a node attends to another; ancestors come before descendants.
-        node: int64 (rows, texts, length), the node at each position of each text.
-    """
-
-    input_ids: torch.Tensor
-    positions: torch.Tensor
-    attends: torch.Tensor
-    node: torch.Tensor
+    input_ids: torch.Tensor  # int64 (rows, nodes)
+    positions: torch.Tensor  # int64 (rows, nodes)
+    attends: torch.Tensor  # bool (rows, nodes, nodes), from a node to another; ancestors come before descendants
+    node: torch.Tensor  # int64 (rows, texts, length), the node at each position of each text
 
     def to(self, device: torch.device) -> "PrefixTree":
         """Return the trees on `device`."""

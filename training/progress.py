@@ -5,19 +5,13 @@ from dataclasses import dataclass
 
 @dataclass
 class Progress:
-    """How far a training run is.
-
-    Attributes:
-        steps_per_epoch, max_epoch: length of the run.
-        epoch, step_in_epoch: finished epochs, and finished steps of the current one.
-        step: finished steps of the run.
-    """
+    """How far a training run is, in finished epochs and steps."""
 
     steps_per_epoch: int
     max_epoch: int
     epoch: int = 0
     step_in_epoch: int = 0
-    step: int = 0
+    step: int = 0  # of the run
 
     @property
     def epoch_fraction(self) -> float:

@@ -24,26 +24,17 @@ MAX_GRAPHS = 64  # of one layer: text alone or with an image, causal or not, wit
 
 @dataclass
 class TrainState:
-    """A training run.
+    """A training run."""
 
-    Attributes:
-        config: as given, with the settings of loaded adapters.
-        model: the model on its device.
-        wrapped: what computes the losses: the model, or the model in DistributedDataParallel.
-        optimizer, scaler: the scaler of gradients does nothing unless `amp` is fp16.
-        check, log, progress: see their classes.
-        best: "quality", "epoch" and scores of the best epoch so far; empty before the first.
-    """
-
-    config: TrainConfig
-    model: nn.Module
-    wrapped: nn.Module
+    config: TrainConfig  # as given, with the settings of loaded adapters
+    model: nn.Module  # on its device
+    wrapped: nn.Module  # what computes the losses: the model, or the model in DistributedDataParallel
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    scaler: torch.amp.GradScaler  # of gradients; does nothing unless `amp` is fp16
     check: StepCheck
     log: TrainLog
     progress: Progress
-    best: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)  # "quality", "epoch" and scores of the best epoch so far
 
     def gradient_sync(self, is_last: bool) -> AbstractContextManager:
         """Return the context of a batch: gradients are averaged over processes with the last batch of a step."""
