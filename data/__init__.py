@@ -43,14 +43,10 @@ def build_datasets(dataset: str, config: Any, min_scale: float = 0.5) -> dict[st
 def make_loaders(
     dataset: str, config: Any, splits: Sequence[str] | None = None, seed: int = 0
 ) -> dict[str, DataLoader]:
-    """Build the loaders of a task for this process.
+    """Build the loaders of a task's splits, each over this process's part of it; `loader.dataset` is the whole split.
 
-    Arguments and errors are those of `build_datasets`; `splits` are those to build (None: all that the task has),
-    `seed` is that of the training order and augmentation.
-
-    Returns:
-        {"train": shuffled, without the last incomplete batch, "val": ..., "test": ...}, each over its own part of the
-        split, with `loader.dataset` the whole split.
+    Arguments and errors are those of `build_datasets`; `splits` None builds all that the task has, `seed` is that of
+    the training order and augmentation. The training loader shuffles, and drops the last incomplete batch.
     """
     loaders = {}
     for split in _splits(dataset) if splits is None else splits:

@@ -20,11 +20,8 @@ Row = dict[str, Any]
 def find_annotation(root: str | Path, name: str, own: str | Path = "") -> str:
     """Return the path of an annotation file; any process may call it, alone or with others.
 
-    Args:
-        root: folder of the annotation files.
-        name: released file name; the file is downloaded into `root` if it does not exist.
-        own: path of the user's file instead, relative to the working directory or to `root`; UserError if there is
-            none.
+    It is the released file `name` in the folder `root`, downloaded if it does not exist; or `own`, the user's file,
+    relative to the working directory or to `root`. UserError if there is none.
     """
     if own:
         for path in (Path(own), Path(root) / own):

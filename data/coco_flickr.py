@@ -80,11 +80,8 @@ class RetrievalTrain(CaptionTrain):
 class RetrievalEval(Images):
     """A collection to search: {"image", "index"}. Rows of one image are joined.
 
-    Attributes:
-        text: all captions.
-        image: all image names.
-        txt2img: number of a caption -> number of its image.
-        img2txt: number of an image -> numbers of its captions.
+    `text` are all captions, `image` all image names; `txt2img` has the number of each caption's image, `img2txt` the
+    numbers of each image's captions.
     """
 
     def __init__(self, annotation_file: str, image_root: str, transform: Transform, max_words: int = MAX_WORDS):

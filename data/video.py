@@ -53,13 +53,9 @@ class Clips(Dataset):
 
 
 class VideoDataset(Clips):
-    """Clips with captions, <clip_name>.mp4.
+    """Clips with captions: JSON lines of {"clip_name", "caption" (a text, or a list)}; the clips are <clip_name>.mp4.
 
-    The file holds JSON lines of {"clip_name", "caption" (a text, or a list)}, `video_root` the clips <clip_name>.mp4.
-
-    Attributes:
-        text, names: captions, and clips.
-        txt2video: number of a caption -> number of its clip.
+    `text` are the captions, `names` those of the clips; `txt2video` has the number of each caption's clip.
     """
 
     def __init__(self, annotation_file: str, video_root: str, num_frames: int, image_size: int, upright: bool = False):

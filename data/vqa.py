@@ -28,12 +28,9 @@ VG_WEIGHT = 0.2  # of a Visual Genome answer, which one person gave
 
 
 class Questions(Dataset):
-    """Questions of one or several files.
+    """Questions of JSON lists of {"image", "question", "question_id"}, with "dataset" "vqa" (default) or "vg".
 
-    Args:
-        annotation_files: JSON lists of {"image", "question", "question_id"}, with "dataset" "vqa" (default) or "vg".
-        roots: image folder of each dataset.
-        key: further key that every row must have.
+    `roots` are the image folders of the datasets, `key` is a further key that every row must have.
     """
 
     def __init__(self, annotation_files: Sequence[str], roots: dict[str, str], transform: Transform, key: str):

@@ -123,9 +123,8 @@ def launch(
 ) -> int:  # fmt: skip
     """Parse the command line, start the run, call `main(config, run)`, and report its end.
 
-    Returns:
-        The exit code: 0; 1 after an error in this code; 2 after one that the user can fix; 130 after Ctrl-C; 143
-        after SIGTERM. After an error, a process of several ends here.
+    Return the exit code: 0; 1 after an error in this code; 2 after one that the user can fix; 130 after Ctrl-C; 143
+    after SIGTERM. After an error, a process of several ends here.
     """
     parser = make_parser(config_class, default_config, default_output, description, examples)
     args, unknown = parser.parse_known_args()

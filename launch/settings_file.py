@@ -31,15 +31,10 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 
 def load_config(config_class: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file and `key=value` overrides.
+    """Read a YAML file and `key=value` overrides; UserError, with file and line, for any mistake in them.
 
-    Args:
-        config_class: the task's dataclass.
-        path: YAML file; a released path such as configs/vqa.yaml is also looked for beside the code.
-        overrides: "key=value", value in YAML; "vit.depth=4" changes one entry of a mapping.
-
-    Raises:
-        UserError: no such file, not YAML, an unknown key, a wrong type or a value out of range, with file and line.
+    A released path such as configs/vqa.yaml is also looked for beside the code. Values are in YAML; "vit.depth=4"
+    changes one entry of a mapping.
     """
     path = _find(Path(path))
     values, places = read_settings(path)

@@ -38,19 +38,18 @@ def caption_scores(
     """Score one caption per image against its references.
 
     Args:
-        results: {"image_id": int or str, "caption": str} rows. Of rows with the same id the first counts; rows whose
-            id the ground truth does not have are left out.
+        results: {"image_id": int or str, "caption": str} rows. Of rows with the same id the first counts; rows whose id
+            the ground truth does not have are left out.
         gt_file: JSON in the COCO caption format: "annotations" with "image_id" and "caption".
         java: use Java where it is installed: for METEOR, SPICE and the tokenizer of published scores.
 
     Returns:
-        scores: Bleu_1 .. Bleu_4, METEOR, ROUGE_L, CIDEr and SPICE as fractions (CIDEr: up to 10), as far as they can
-            be computed here.
+        scores: Bleu_1 .. Bleu_4, METEOR, ROUGE_L, CIDEr and SPICE as fractions (CIDEr: up to 10), as far as they can be
+            computed here.
         notes: name of a metric -> why it is left out, and remarks: under "PTBTokenizer" that a simple tokenizer was
             used, under "ground truth" and "results" the rows that are left out, under "CIDEr" that there is one image.
 
-    Raises:
-        UserError: the file is not of the format, a row has no id or text, or images of it have no result.
+    UserError if the file is not of the format, a row has no id or text, or images of it have no result.
     """
     truth = read_ground_truth(gt_file)
     references, predictions, notes = _tokenized_sides(results, truth, java)

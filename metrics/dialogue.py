@@ -22,11 +22,8 @@ def option_ranks(scores: ArrayLike) -> np.ndarray:
 def ndcg(ranks: ArrayLike, relevance: ArrayLike) -> float:
     """Return VisDial's normalised discounted cumulative gain of one question, in [0, 1].
 
-    Only the first k options count, where k is the number of options with a relevance other than 0, at least one.
-
-    Args:
-        ranks: (options,), from 1.
-        relevance: (options,), the share of people who found an option right.
+    `ranks` (options,) count from 1, `relevance` (options,) is the share of people who found an option right. Only the
+    first k options count, where k is the number of options with a relevance other than 0, at least one.
     """
     ranks, relevance = np.asarray(ranks), np.asarray(relevance, dtype=np.float64)
     k = np.count_nonzero(relevance)
@@ -38,16 +35,11 @@ def ndcg(ranks: ArrayLike, relevance: ArrayLike) -> float:
 def dialogue_scores(
     rows: Iterable[dict], right: Mapping[Key, int], relevance: Mapping[Key, Sequence[float]]
 ) -> dict[str, float]:
-    """Return the scores of ranked options.
+    """Return the scores of rows {"image_id", "round_id", "ranks": the rank of each option}.
 
-    Args:
-        rows: {"image_id", "round_id", "ranks": the rank of each option}.
-        right: number of the right option.
-        relevance: of each option, for some of the questions.
-
-    Returns:
-        Of the right options mrr, the mean reciprocal rank, r1, r5 and r10, the share among the first, all in percent,
-        and mean_rank; ndcg, in percent. What nothing is known about is left out.
+    They are mrr, the mean reciprocal rank, r1, r5 and r10, the share among the first, in percent, and mean_rank, of the
+    options whose numbers are `right`; and ndcg, in percent, of questions whose options have a `relevance`. What nothing
+    is known about is left out.
     """
     ranks = {(id_text(row["image_id"]), row["round_id"]): row["ranks"] for row in rows}
     scores: dict[str, float] = {}

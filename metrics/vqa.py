@@ -79,7 +79,7 @@ def answer_accuracy(answer: str, people: Sequence[str]) -> float:
 def vqa_accuracy(
     results: Iterable[dict], annotations: Iterable[dict], by: Sequence[str] = ("answer_type",)
 ) -> dict[str, float]:
-    """Return the accuracy over all questions and by type, in percent.
+    """Return the accuracy over all questions, "overall", and by type, such as "yes/no", in percent.
 
     Args:
         results: {"question_id", "answer": str} rows; the first of several with one id counts.
@@ -87,12 +87,7 @@ def vqa_accuracy(
             {"answer": str}; and with keys of `by`.
         by: keys of the annotations whose values are types, such as "answer_type" and "question_type".
 
-    Returns:
-        "overall" and each type ("yes/no", "number", "other"): percent.
-
-    Raises:
-        UserError: questions have no result, two annotations share an id, or a row has no id or an answer that is no
-            text.
+    UserError if questions have no result, two annotations share an id, or a row has no id or an answer that is no text.
     """
     groups: dict[str, list[float]] = {"overall": []}
     for answer, row in answered(results, annotations):

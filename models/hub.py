@@ -25,13 +25,9 @@ IGNORED = ("eos", "bos", "pad", "_from_model", "output_", "use_cache", "return_d
 def settings_of_folder(folder: Path, decodes: bool, released: bool = False) -> dict[str, Any]:
     """Return the settings of a folder: "vit", "med_config", pixels and generation, as a checkpoint's configuration.
 
-    Args:
-        folder: with config.json.
-        decodes: the model has a text decoder.
-        released: 12 heads in the text transformer and 1e-6 in the image encoder's norms, whatever the folder says.
-
-    Raises:
-        UserError: a file cannot be read, or says what is not followed here.
+    `decodes` means that the model has a text decoder. With `released` the text transformer has 12 heads and the image
+    encoder's norms 1e-6, whatever config.json says. UserError if a file cannot be read, or says what is not followed
+    here.
     """
     from transformers import BlipConfig
 

@@ -44,18 +44,16 @@ def itc_loss(
 
 @torch.no_grad()
 def draw_negatives(similarities: torch.Tensor, same: torch.Tensor, floor: float = 0.0) -> torch.Tensor:
-    """Draw one hard negative for each row, with probabilities by similarity.
+    """Draw one hard negative for each row, int64 (batch,), with probabilities by similarity.
 
     The first of exponential races at the rates of the probabilities has their distribution. Unlike `torch.multinomial`
     this does not wait for the device and does not raise on NaN, which the loss shows.
 
     Args:
         similarities: over temperature (batch, candidates); UserError if there is only one candidate.
-        same: bool, the same shape, True at candidates that belong to the row and must not be drawn.
+        same: bool, the same shape, True at candidates that belong to the row; if all do, any is drawn, else none of
+            them.
         floor: added to every probability (1e-4 in pretraining).
-
-    Returns:
-        int64 (batch,), indices of candidates; if all candidates belong to a row, any of them.
     """
     if similarities.shape[1] < 2:
         raise UserError("a batch of one pair has no negatives for matching; use a batch of at least 2 per process")

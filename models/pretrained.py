@@ -78,13 +78,9 @@ def grouped(keys: Iterable[str]) -> str:
 def load_pretrained(model: nn.Module, source: str, task: str, allow_pickle: bool = False) -> nn.Module:
     """Load weights into a model for a task of MAY_BE_FRESH, print a report on the main process, and return the model.
 
-    Args:
-        source: a path, a URL, `hf:owner/name` (or `hf:` and a local folder), or '' for none.
-        task: what the checkpoint must suffice for.
-        allow_pickle: accept a file that may run code when it is read.
-
-    Raises:
-        UserError: the file is missing, damaged or refused, of another architecture, or lacks what the task needs.
+    `source` is a path, a URL, `hf:owner/name` (or `hf:` and a local folder), or '' for none; `allow_pickle` accepts a
+    file that may run code when it is read. UserError if it is missing, damaged or refused, of another architecture, or
+    lacks what the task needs.
     """
     if source:
         state, config = read_checkpoint(source, allow_pickle)

@@ -20,11 +20,9 @@ VOCAB_FILE = Path(__file__).resolve().parent.parent / "configs" / "bert-base-unc
 def init_tokenizer(vocab_file: str | Path | None = None) -> PreTrainedTokenizerBase:
     """Build the WordPiece tokenizer with [DEC] (begins decoding) and [ENC] (begins multimodal encoding).
 
-    `vocab_file` has one token per line, in BERT's format, or is a folder with transformers' tokenizer; the default is
-    bert-base-uncased's. UserError if it is missing or lacks BERT's special tokens.
-
-    Returns:
-        A tokenizer whose `bos_token_id` is [DEC], the vocabulary's length, and `enc_token_id` is [ENC], one more.
+    Its `bos_token_id` is [DEC], the vocabulary's length, and `enc_token_id` [ENC], one more. `vocab_file` has one token
+    per line, in BERT's format, or is a folder with transformers' tokenizer; the default is bert-base-uncased's.
+    UserError if it is missing or lacks BERT's special tokens.
     """
     path = Path(vocab_file or VOCAB_FILE)
     tokenizer = _tokenizer_of_folder(path) if path.is_dir() else _bert_tokenizer(path)
@@ -122,7 +120,6 @@ def tokenize(
         first: "cls" for ITC and text features; "enc" for ITM, VQA questions, NLVR2 and multimodal features; "dec" for
             decoding.
         max_length: longer texts are cut to this many tokens, [SEP] kept; None cuts at the end of the position table.
-        device: where the result goes.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     texts = [encodable(text) for text in texts]

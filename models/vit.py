@@ -66,7 +66,7 @@ def create_vit(
     vit: str | Mapping, image_size: int, use_grad_checkpointing: bool = False, ckpt_layer: int = 0,
     drop_path_rate: float = 0.0,
 ) -> tuple[nn.Module, int]:  # fmt: skip
-    """Build the image encoder; return it and its width.
+    """Build the image encoder; return it and its width. UserError for an unknown variant or impossible sizes.
 
     Args:
         vit: "tiny", "small", "base", "large", or a mapping with embed_dim, depth, num_heads, patch_size, and perhaps
@@ -74,9 +74,6 @@ def create_vit(
         image_size: side of the square input in pixels; a multiple of the patch size.
         use_grad_checkpointing, ckpt_layer: as `VisionTransformer`.
         drop_path_rate: stochastic depth of the last block (0 to 1), growing linearly from 0 at the first block.
-
-    Raises:
-        UserError: unknown variant, missing or surplus size, or an image size that is no multiple of the patch size.
     """
     sizes = vit_sizes(vit)
     if image_size % sizes["patch_size"]:

@@ -15,9 +15,8 @@ class StepCheck:
     """Finds losses and gradients that are not finite, and reasons to stop, on all ranks.
 
     `update` keeps what it finds on the device; `read` waits for it. From the first bad step on every update of the
-    weights is skipped, so that they stay as they were before it, however late it is read.
-
-    With `overflow_is_normal` gradients that are not finite only skip their step (fp16 with a gradient scaler).
+    weights is skipped, so that they stay as they were before it, however late it is read. With `overflow_is_normal`
+    gradients that are not finite only skip their step (fp16 with a gradient scaler).
     """
 
     def __init__(self, device: torch.device, overflow_is_normal: bool = False):

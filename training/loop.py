@@ -53,17 +53,9 @@ class Task:
 def fit(run: Run, config: TrainConfig, model: nn.Module, loader: DataLoader, task: Task) -> Scores:
     """Train a model: log and save every epoch, evaluate every `eval_every` epochs, keep the best and last weights.
 
-    Args:
-        model: on any device.
-        loader: its sampler is a `data.sampler.EpochSampler`.
-        task: what the script adds.
-
-    Returns:
-        The best epoch's scores, with "epoch" and "quality", the value of `best_metric`.
-
-    Raises:
-        UserError: a loss or a gradient is not finite, the data do not fill a step, or saving failed.
-        Interrupted: SIGTERM came; the run has been saved.
+    The sampler of the loader is a `data.sampler.EpochSampler`. Return the best epoch's scores, with "epoch" and
+    "quality", the value of `best_metric`. UserError if a loss or a gradient is not finite, the data do not fill a step,
+    or saving failed; Interrupted if SIGTERM came, after the run has been saved.
     """
     state = create_state(run, config, model, len(loader))
     on_main_process(lambda: check_space(state, run.output_dir))

@@ -40,9 +40,8 @@ def create_optimizer(
 ) -> torch.optim.AdamW:
     """Return a fused AdamW over all trainable parameters.
 
-    Args:
-        weight_decay: of all parameters, as released; without `decay_norms` not of biases and norms (of one dimension).
-        lr_layer_decay: factor on the learning rate of the ViT, to the power of a block's distance from its output.
+    Without `decay_norms` biases and norms, parameters of one dimension, have no weight decay. The learning rate of a
+    ViT block has the factor `lr_layer_decay` to the power of its distance from the output.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
