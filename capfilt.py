@@ -99,10 +99,7 @@ def open_pairs(config: CapFiltConfig, run: Run) -> tuple[Callable[[str], Shards]
 
 
 def make_shards(config: CapFiltConfig, run: Run) -> tuple[Shards | None, Shards, Shards | None]:
-    """Return the shards of captions, None in a run without captions; those of texts; and of duplicates, if found.
-
-    UserError if the folder holds shards of other settings, or captions or duplicates that are not finished.
-    """
+    """Return the shards of captions, None in a run without; of texts; of duplicates, if found. All must be finished."""
     make, files = open_pairs(config, run)
     captions, texts, duplicates = make("captions"), make("texts"), make("duplicates")
     captioned = config.stage != "filter" or any(captions.folder.glob("*.jsonl"))

@@ -24,10 +24,7 @@ def is_address(name: str | Path) -> bool:
 
 
 def open_store(address: str) -> tuple[Any, str]:
-    """Return fsspec's file system of an address or path, and the path in it.
-
-    UserError if a package is missing, or no store has this kind of address.
-    """
+    """Return fsspec's file system of an address or path, and the path in it; UserError if it is unknown."""
     try:
         from fsspec.core import url_to_fs
 
@@ -55,10 +52,7 @@ def open_to_read(name: str | Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def write_to_store(address: str) -> Iterator[IO[bytes]]:
-    """Open a local file whose content replaces the object at an address when it is whole.
-
-    UserError if the store does not take it; an earlier object is unchanged.
-    """
+    """Open a local file that replaces the object at an address when it is whole; UserError if it cannot."""
     store, path = open_store(address)
     with tempfile.NamedTemporaryFile() as file:
         yield file

@@ -42,10 +42,7 @@ def schedule(config: PretrainConfig, progress: Progress) -> float:
 
 
 class BadImages:
-    """Counts the unreadable images of this process, also over continued runs, and lists them in the run's folder.
-
-    The run ends at more than `limit` of them.
-    """
+    """Counts the unreadable images of this process, also over continued runs, and lists them in the run's folder."""
 
     def __init__(self, limit: int, run: Run):
         self.limit, self.found = limit, set[str]()
@@ -56,10 +53,7 @@ class BadImages:
             self.path.unlink(missing_ok=True)  # an earlier run's
 
     def inspect(self, batch: dict[str, Any]) -> str:
-        """List a batch's unreadable images, batch["bad"]: "path: reason", "" for none.
-
-        Return why the run has to end, "" if it can go on.
-        """
+        """List batch["bad"], lines of "path: reason"; return why the run has to end, "" if it goes on."""
         new = {line for text in batch["bad"] for line in text.splitlines()} - self.found
         if new:
             self.found |= new

@@ -77,20 +77,14 @@ def best_metric(scores: dict[str, float]) -> float:
 
 
 def check_ground_truth(loaders: dict[str, DataLoader], truth_of: Callable[[str], str]) -> None:
-    """Check the ground truth of every split that has one, the file `truth_of(split)`, against the split's images.
-
-    UserError if a file is missing or wrong, or has images that the split does not have.
-    """
+    """Raise UserError if the ground truth of a split, the file `truth_of(split)`, has images that the split has not."""
     for split, loader in loaders.items():
         if split != "train" and (file := truth_of(split)):
             refuse_missing(read_ground_truth(file), loader.dataset.ids)
 
 
 def check_captions(model: BLIP_Decoder, config: Any) -> dict[str, str]:
-    """Return the metrics that cannot be computed here, and why.
-
-    UserError if none can be, or the prompt leaves no place for a caption.
-    """
+    """Return the metrics that cannot be computed here, and why; UserError if the prompt fills `max_length`."""
     if model.prompt_length >= config.max_length:
         lengths = f"prompt has {model.prompt_length} tokens and max_length is {config.max_length}"
         raise UserError(f"{lengths}; raise max_length")

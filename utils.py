@@ -185,10 +185,7 @@ def on_main_process(function: Callable[[], Item]) -> Item:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return this process's device, and make it the current one.
-
-    `name` is cuda, xpu, mps or cpu, perhaps with an index, or "" for cuda where there is a GPU.
-    """
+    """Return this process's device, made current; `name` may have an index, and "" is cuda where there is a GPU."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         module = torch.backends.mps if device.type == "mps" else torch.get_device_module(device)

@@ -50,10 +50,7 @@ def read_annotation(path: str | Path, keys: Sequence[str]) -> list[Row]:
 
 
 def read_list(path: str | Path) -> list[Any]:
-    """Read a JSON list, or JSON lines (.jsonl), of any values.
-
-    UserError if the file is missing, not JSON, not a list, empty, or a publisher's own file.
-    """
+    """Read a JSON list, or JSON lines (.jsonl), of any values; UserError for other files, also a publisher's own."""
     path = Path(path)
     rows: Any = read_text(path)
     if not recognize(rows):
@@ -133,10 +130,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def keep_captions(rows: Sequence[Row], path: str | Path) -> list[Row]:
-    """Return checked rows with "caption" a list of texts; empty and missing captions are left out, with a note.
-
-    UserError if no caption is left.
-    """
+    """Return checked rows with "caption" a list of texts, without empty ones; UserError if none is left."""
     texts = [as_list(row["caption"]) or [None] for row in rows]
     kept = [[text for text in captions if not is_blank(text)] for captions in texts]
     if not any(kept):

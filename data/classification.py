@@ -51,10 +51,7 @@ def read_pairs(
 
 
 def read_folder(folder: str | Path, classes: Sequence[str], text: str = "") -> list[tuple[Path, str, int]]:
-    """List the images of a folder with one subfolder for each class; every image gets the same text.
-
-    UserError if a class has no folder, or no image in it, or a folder is no class.
-    """
+    """List the images of a folder with one subfolder for each of `classes` and no other; all images get one text."""
     rows = []
     for label, name in enumerate(classes):
         subfolder = Path(folder) / name

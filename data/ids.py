@@ -57,10 +57,7 @@ def check_dialogue_ids(rows: Sequence[Row], path: str | Path) -> None:
 
 
 def number_images(rows: Sequence[Row], path: str | Path) -> list[int]:
-    """Return a number for each row, equal for rows of the same image.
-
-    UserError if an "image_id" belongs to two images, or an image has two, or it is no id.
-    """
+    """Return a number for each row, equal for rows of one image; UserError for ids that do not fit the images."""
     if any("image_id" in row for row in rows):
         check_image_ids(rows, [row.get("image_id", image_key(row)) for row in rows], path)
     numbers: dict[str, int] = {}

@@ -54,10 +54,7 @@ class VideoQuestions(Clips):
 
 
 def clip_name(row: Row, names: dict[str, str]) -> str:
-    """Return the name or the file of a row's clip.
-
-    ValueError, which says so, if the row names none, or one that the map does not have.
-    """
+    """Return the name or the file of a row's clip; ValueError, which says so, if there is none or the map lacks it."""
     value: Any = row.get("video", row.get("video_id"))
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
         raise ValueError(f"'video_id' is {short_repr(value)}; expected the number or the name of a clip")

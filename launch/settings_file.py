@@ -110,10 +110,7 @@ def _texts(items: list[Any], place: str) -> list[str]:
 
 
 def check_ranges(config: Any, places: Mapping[str, str]) -> None:
-    """Check the numbers and choices of a configuration; `places` says where each key was set, for the message.
-
-    UserError if a value is out of its range, or not finite, or none of its choices.
-    """
+    """Raise UserError for a value out of range, not finite, or none of its choices; `places` says where it was set."""
     for item in fields(config):
         value, allowed, place = config[item.name], item.metadata["allowed"], places.get(item.name, "default")
         if isinstance(allowed, tuple) and value not in allowed:

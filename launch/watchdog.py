@@ -42,10 +42,7 @@ class State:
 
 
 class Watchdog:
-    """Watches one process of a run; `store` is that of the process group, None for one process.
-
-    `minutes` are the limit of a step, or of waiting for its data; 0 for no limit.
-    """
+    """Watches one process; `minutes` (0: none) limit a step, or waiting for its data; `store` is the group's."""
 
     def __init__(self, minutes: float = 0.0, rank: int = 0, world_size: int = 1, store: Any = None):
         self.limit, self.rank = 60 * minutes, rank

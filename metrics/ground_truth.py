@@ -87,10 +87,7 @@ def _id_of(value: Any, path: Path | str, place: str) -> str:
 
 
 def predictions_for(results: list[dict], truth: GroundTruth) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the caption of every image of the ground truth, and notes on rows that are left out.
-
-    UserError if a result has no id or text, or an image has no result.
-    """
+    """Return the caption of every image of the ground truth, or raise UserError, and notes on other rows."""
     found: dict[str, str] = {}
     for number, row in enumerate(results):
         if not isinstance(row, dict) or not {"image_id", "caption"} <= row.keys():

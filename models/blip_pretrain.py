@@ -89,10 +89,7 @@ class BLIP_Pretrain(MomentumModel):
 
 
 def blip_pretrain(pretrained: str = "", allow_pickle: bool = False, **kwargs) -> BLIP_Pretrain:
-    """Build a pretraining model, with weights from `pretrained` (path, URL, or '' for none).
-
-    `models.pretrained` has the starting weights of its parts: DeiT or ViT-in21k, and BERT.
-    """
+    """Build a pretraining model, with weights from `pretrained` (path, URL, or '' for none)."""
     return load_pretrained(BLIP_Pretrain(**kwargs), pretrained, "pretrain", allow_pickle)
 
 

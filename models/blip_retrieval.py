@@ -17,10 +17,7 @@ EMPTY_INDEX = -100  # image index of queue entries that are still random
 
 
 class BLIP_Retrieval(MomentumModel):
-    """Retrieval model; more arguments as the base's.
-
-    With `negative_all_rank` negatives are drawn from the batches of all ranks instead of the local one.
-    """
+    """Retrieval model; with `negative_all_rank` negatives come from all ranks. More arguments as the base's."""
 
     max_text_tokens = MAX_TEXT_TOKENS
 

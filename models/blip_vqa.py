@@ -140,10 +140,7 @@ class BLIP_VQA(ImageTextModel):
         return torch.stack([self.tree_losses(*row) for row in rows]), candidates
 
     def select_trees(self, answer_ids: torch.Tensor, candidates: torch.Tensor) -> PrefixTree:
-        """Return the prefix trees of candidates (batch, k), -1 where probabilities are not numbers.
-
-        The candidates are read from the device, once per batch.
-        """
+        """Return the prefix trees of candidates (batch, k), -1 where probabilities are NaN; waits for the device."""
         if self.trie is None or self.trie[0] is not answer_ids:
             texts, pad = answer_ids[:, :-1].cpu().numpy(), self.tokenizer.pad_token_id
             self.trie = answer_ids, Trie(texts, pad, keep_padding=self.smooth_padding)

@@ -31,7 +31,7 @@ FACTORIES: dict[str, Callable[..., nn.Module]] = {"caption": blip_decoder, "vqa"
 def build(
     source: str, task: str = "", allow_pickle: bool = False, otherwise: str = ""
 ) -> tuple[nn.Module, Config, str]:
-    """Build the model of a checkpoint in eval mode; return it, its settings and KEPT, and its task.
+    """Build a checkpoint's model in eval mode; return it, its settings and KEPT, and its task.
 
     Without `task` the checkpoint decides, and `otherwise` where it fits several tasks, or it is a UserError.
     """
@@ -52,10 +52,7 @@ def build(
 
 
 def write_huggingface(source: str, folder: Path, task: str = "", allow_pickle: bool = False) -> None:
-    """Write a captioner, VQA model or matching model, with its processor, for transformers' `from_pretrained`.
-
-    UserError if transformers cannot hold the model (a VQA model with two widths).
-    """
+    """Write a captioner, VQA model or matching model, with its processor, for transformers' `from_pretrained`."""
     import transformers
 
     kinds = {
@@ -106,10 +103,7 @@ def hub_config(model: ImageTextModel, settings: Config) -> Any:
 
 
 def write_checkpoint(source: str, output: Path, allow_pickle: bool = False, half: bool = False) -> None:
-    """Write a checkpoint with the names of this project and the settings that build its model.
-
-    With `half` in half precision, without momentum encoders and queues.
-    """
+    """Write a checkpoint and the settings that build its model; `half` in half precision, without momentum."""
     settings, config = settings_of(source, allow_pickle)
     settings |= {key: config[key] for key in KEPT if key in config}
     if checkpoint_kind(state := read_source(source, allow_pickle)) == "pretraining":

@@ -111,10 +111,7 @@ def pixels_of(folder: Path) -> dict[str, Any]:
 
 
 def normalisation(processor: Any) -> dict[str, Any]:
-    """Return resampling, mean and deviation; values are divided by 255 here, so another factor goes into the latter.
-
-    ValueError if a deviation is not positive, or they are not three.
-    """
+    """Return resampling, mean and deviation, scaled if pixels are not divided by 255; ValueError if they are wrong."""
     scale = 255 * processor.rescale_factor if processor.do_rescale else 255.0
     scale = 1.0 if abs(scale - 1) < 1e-9 else scale  # of 1 / 255
     mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0.0,) * 3, (1.0,) * 3)

@@ -34,10 +34,7 @@ def soft_targets(similarity_m: torch.Tensor, hard_targets: torch.Tensor, alpha: 
 def itc_loss(
     sim_i2t: torch.Tensor, sim_t2i: torch.Tensor, targets_i2t: torch.Tensor, targets_t2i: torch.Tensor
 ) -> torch.Tensor:
-    """Image-text contrastive loss, a scalar: mean of both directions' cross-entropy with soft targets.
-
-    Similarities are over temperature; all are (batch, candidates), and rows of targets sum to 1.
-    """
+    """Mean of both directions' cross-entropy of similarities over temperature and soft targets (batch, candidates)."""
     loss_i2t, loss_t2i = F.cross_entropy(sim_i2t, targets_i2t), F.cross_entropy(sim_t2i, targets_t2i)
     return (loss_i2t + loss_t2i) / 2
 

@@ -103,10 +103,7 @@ def refuse_fresh_parts(model: nn.Module) -> None:
 
 
 def compare_with_folder(model: nn.Module, config: Config, report: LoadReport) -> None:
-    """Compare a model with what a folder in transformers' format says and weights do not show.
-
-    UserError if heads, activation or vocabulary differ.
-    """
+    """Refuse a folder of transformers with another vocabulary, activation or number of heads than the model's."""
     vocab_file = config["med_config"].get("vocab_file", "")
     if vocab_file != model.text_config.vocab_file and not equal_tokenizers(
         init_tokenizer(vocab_file or None), model.tokenizer
@@ -249,10 +246,7 @@ def load_part(module: nn.Module, state: State, source: str) -> None:
 
 
 def load_bert(text: nn.Module, source: str = BERT) -> None:
-    """Load BERT into a text transformer, or into a decoder with its LM head.
-
-    Cross-attention stays fresh; token types and pooler are left out.
-    """
+    """Load BERT into a text transformer, or into a decoder with its LM head; cross-attention stays fresh."""
     prefix = "bert." if hasattr(text, "bert") else ""
     renames = ((r"^(bert\.)?(?=embeddings|encoder)", prefix), (r"\.gamma$", ".weight"), (r"\.beta$", ".bias"))
     state = {}

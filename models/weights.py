@@ -57,10 +57,7 @@ def resolve(source: str) -> list[Path]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the weights of a folder: those that transformers would read, or the one .safetensors file.
-
-    UserError if there are none, or several of other names, or a part is missing.
-    """
+    """Return the weights of a folder: those that transformers would read, or its only .safetensors file."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return [folder / name]

@@ -66,10 +66,7 @@ def freeze_parts(model: nn.Module, names: list[str]) -> None:
 
 
 def add_adapters(model: nn.Module, config: TrainConfig) -> None:
-    """Add adapters to a model's linear layers, and freeze all but them and the parts of `adapter_also`.
-
-    UserError if peft is missing, a name fits nothing, or the model has momentum encoders.
-    """
+    """Add adapters to a model's linear layers, and freeze all but them and the parts of `adapter_also`."""
     if isinstance(model, MomentumModel):
         raise UserError(
             "adapters do not go with retrieval and pretraining, whose momentum models follow whole weights; "
@@ -114,10 +111,7 @@ def adapted_layers(model: nn.Module, config: TrainConfig) -> list[str]:
 
 
 def adapter_state(model: nn.Module) -> State:
-    """Return the trained part of an adapted model, by names without peft's: X.lora_A.weight, X.lora_B.weight, parts.
-
-    All processes call this and `base_state`.
-    """
+    """Return what an adapted model trains, X.lora_A.weight, X.lora_B.weight and whole parts; all processes call it."""
     state = parallel.full_state(model)
     trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     return {key.replace(f".{NAME}.", "."): value for key, value in state.items() if key in trained}

@@ -29,11 +29,7 @@ class StepCheck:
 
     @torch.no_grad()
     def update(self, losses: dict[str, torch.Tensor], grad_norm: torch.Tensor, step: int) -> torch.Tensor:
-        """Check the losses of a step, and the norm of all gradients before clipping, scalars on the device.
-
-        Returns:
-            float32 scalar on the device: 1 if the update has to be skipped, else 0.
-        """
+        """Check a step's losses and gradient norm; return 1.0 on the device to skip its update, else 0.0."""
         self.names = [*losses, "the gradient norm"]
         values = torch.stack([value.detach().float() for value in (*losses.values(), grad_norm)])
         counted = values[:-1] if self.overflow_is_normal else values
@@ -48,10 +44,7 @@ class StepCheck:
         return torch.maximum((self.bad_step >= 0).float(), overflow)
 
     def read(self) -> bool:
-        """Return True if the run was asked to stop; waits for the device. All ranks call it together.
-
-        UserError if a loss or a gradient was not finite, or a rank has a problem.
-        """
+        """Return True if the run was asked to stop, or raise UserError; waits for the device, on all ranks together."""
         if self.values is None:
             return False
         bad_step, stop, *values = torch.cat((torch.stack((self.bad_step, self.stop)), self.values)).tolist()

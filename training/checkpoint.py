@@ -85,10 +85,7 @@ def save_best(state: TrainState, run: Run) -> None:
 
 
 def load_last(path: Path, device: torch.device) -> dict[str, Any]:
-    """Read a checkpoint to continue from, and set the random number generators to it.
-
-    UserError if the file is missing, damaged, no checkpoint of a run, or of another number of processes.
-    """
+    """Read a checkpoint to continue from and set the random number generators to it; UserError if it does not fit."""
     if not path.is_file():
         raise UserError(f"{path} does not exist; leave out --resume to start a run, or correct --output_dir")
     refuse_compressed(path)
@@ -126,10 +123,7 @@ def check_space(state: TrainState, folder: Path) -> None:
 
 
 def restore(state: TrainState, run: Run, path: Path) -> None:
-    """Continue from a checkpoint that `save` wrote.
-
-    UserError as `load_last`, or if it holds another model, or other parts of it were trained.
-    """
+    """Continue from a checkpoint that `save` wrote; UserError if it holds another model or other trained parts."""
     content = load_last(path, run.device)
     saved = Progress(**content["progress"])
     note_changes(run, content["config"], asdict(state.config))

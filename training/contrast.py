@@ -14,10 +14,7 @@ from models.tokenizer import tokenize
 
 
 def compute_candidates(model: MomentumModel, batches: list[dict[str, Any]]) -> list[Candidates]:
-    """Return what the contrastive loss of pretraining or retrieval compares each batch of a step with.
-
-    The batches, on the model's device, have "image" and "caption", for retrieval also "idx", and all the same size.
-    """
+    """Return what each batch of a step, on the model's device and of one size, is contrasted with."""
     device, length = batches[0]["image"].device, model.max_text_tokens
     texts = [tokenize(model.tokenizer, batch["caption"], "cls", length, device) for batch in batches]
     return model.candidates((b["image"], text, b.get("idx")) for b, text in zip(batches, texts, strict=True))

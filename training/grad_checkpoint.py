@@ -17,10 +17,7 @@ FAIRSCALE_LIMITS = (
 
 
 def set_grad_checkpointing(model: nn.Module, config: Any) -> None:
-    """Checkpoint the layers of the text transformers if asked, and ViT blocks by PyTorch or by fairscale.
-
-    UserError if fairscale is missing or does not go with another setting.
-    """
+    """Checkpoint layers of the text transformers if asked, and ViT blocks by PyTorch or by fairscale."""
     for part in model.modules():
         if isinstance(part, TextTransformer):
             part.grad_checkpointing = config.get("text_grad_ckpt", False)

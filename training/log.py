@@ -24,10 +24,7 @@ Meters = dict[str, Mean]
 
 
 class TrainLog:
-    """Means of named values over an epoch and since the last reading, and where they are written.
-
-    With `tensorboard` TensorBoard's event files are written too; UserError if it is not installed.
-    """
+    """Means of named values over an epoch and since the last reading, and where they are written."""
 
     def __init__(self, run: Run, tensorboard: bool = False):
         self.run = run

@@ -88,10 +88,7 @@ def fit(run: Run, config: TrainConfig, model: nn.Module, loader: DataLoader, tas
 
 
 def take_step(state: TrainState, task: Task, batches: list[Batch]) -> Losses:
-    """Update the weights from `grad_accum` batches on the device, whose gradients are accumulated.
-
-    Return the losses, their sum where there are several, and the gradient norm: scalars on the device, detached.
-    """
+    """Update the weights from `grad_accum` batches; return losses, their sum if several, and gradient norm."""
     config, device, num_batches = state.config, state.check.device, len(batches)
     if hasattr(state.model, "begin_step"):
         state.model.begin_step()  # momentum encoders and temperature change once per step

@@ -25,10 +25,7 @@ Content = dict[str, Any]
 
 
 def wrap(model: nn.Module, parallel: str, device: torch.device) -> nn.Module:
-    """Prepare a model for training on all processes; a single process gets the model itself.
-
-    Return DistributedDataParallel of the model for "ddp"; the model, sharded in place, for "fsdp".
-    """
+    """Return a model in DistributedDataParallel, or sharded in place; a single process gets the model itself."""
     if get_world_size() == 1:
         return model
     broadcast_(model.buffers())  # the queues: equal at the start, and every rank updates them alike
@@ -137,10 +134,7 @@ def split_params(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 @torch.no_grad()
 def finish_gradients(model: nn.Module, clip_grad: float) -> torch.Tensor:
-    """Average gradients that sharding leaves as they are, and clip their norm to `clip_grad` (0: no limit).
-
-    Return the norm of all gradients before clipping, a scalar on the device.
-    """
+    """Average gradients that sharding leaves as they are, clip them, and return their norm before clipping."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     whole = [grad for grad in grads if not isinstance(grad, DTensor)]
     local = [grad.to_local() for grad in grads if isinstance(grad, DTensor)]

@@ -42,10 +42,7 @@ class TrainState:
 
     @torch.no_grad()
     def update_weights(self, step: int, losses: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Check losses and gradients, clip, and take the optimizer's step; nothing waits for the device.
-
-        Return the gradient norm before clipping, a scalar; 0 where fp16 has overflowed and the step is left out.
-        """
+        """Check losses and gradients, clip, step; return the norm before clipping, 0 where fp16 has overflowed."""
         self.scaler.unscale_(self.optimizer)
         grad_norm = parallel.finish_gradients(self.model, self.config.clip_grad)
         # fused AdamW skips the update on the device where found_inf is 1
@@ -57,10 +54,7 @@ class TrainState:
 
 
 def create_state(run: Run, config: TrainConfig, model: nn.Module, num_batches: int) -> TrainState:
-    """Prepare a model, on any device, for training with a number of batches an epoch.
-
-    UserError if the data do not fill a step, or settings do not go together.
-    """
+    """Prepare a model, on any device, for training with so many batches an epoch; UserError if settings do not fit."""
     if num_batches < config.grad_accum:
         raise UserError(
             f"the training data fill {num_batches} batches and a step needs {config.grad_accum}; "
@@ -94,10 +88,7 @@ def prepare_model(model: nn.Module, config: Any, device: torch.device) -> nn.Mod
 
 
 def compile_blocks(model: nn.Module, **options: Any) -> int:
-    """Compile the ViT's blocks and the text transformers' layers, each by itself; return their number.
-
-    Of a sharded model, compile the parts that are gathered one at a time.
-    """
+    """Compile the ViT's blocks and the text layers, or a sharded model's units, each by itself; return their number."""
     torch._dynamo.config.cache_size_limit = MAX_GRAPHS
     if parallel.is_sharded(model):
         return parallel.compile_units(model, **options)
