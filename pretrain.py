@@ -75,8 +75,8 @@ def train_step(
 ) -> Losses:
     """Contrastive, matching and LM losses of pairs; the weight `alpha` of momentum targets grows over ALPHA_EPOCHS."""
     alpha *= min(1.0, progress.epoch_fraction / ALPHA_EPOCHS)
-    losses = model(batch["image"], batch["caption"], alpha=alpha, candidates=candidates)
-    return dict(zip(("loss_itc", "loss_itm", "loss_lm"), losses, strict=True))
+    loss_itc, loss_itm, loss_lm = model(batch["image"], batch["caption"], alpha=alpha, candidates=candidates)
+    return {"loss_itc": loss_itc, "loss_itm": loss_itm, "loss_lm": loss_lm}
 
 
 class Watch:
