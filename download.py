@@ -87,18 +87,19 @@ def _download(url: str, path: Path, check: Callable[[Path], str] | None) -> None
 def _continue(url: str, part: Path, version: Path) -> None:
     """Download the rest of a file; raises one of FAILURES when the connection breaks or crawls.
 
-    The file `version` holds the server's tag of the partial file, so that parts of two versions are never joined.
+    The file `version` holds the server's tag or time of the partial file, without which the download begins anew, so
+    that parts of two versions are never joined.
     """
-    have = part.stat().st_size if part.is_file() else 0
-    headers = {"Range": f"bytes={have}-"} if have else {}
-    if have and version.is_file():
-        headers["If-Range"] = version.read_text(encoding="utf-8")
+    have = part.stat().st_size if part.is_file() and version.is_file() else 0
+    headers = {"Range": f"bytes={have}-", "If-Range": version.read_text(encoding="utf-8")} if have else {}
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS) as response:
         if response.status != 206:  # the server sends the whole
             have = 0
             version.unlink(missing_ok=True)
-            tag = response.headers.get("ETag") or ""
-            if tag and not tag.startswith("W/"):  # a weak tag does not promise the same bytes
+            tag = response.headers.get("ETag", "W/")
+            if tag.startswith("W/"):  # a weak tag does not promise the same bytes
+                tag = response.headers.get("Last-Modified", "")
+            if tag:
                 version.write_text(tag, encoding="utf-8")
         rest = response.headers.get("Content-Length")
         total = have + int(rest) if rest else 0

@@ -137,6 +137,11 @@ def test_halves_of_two_versions_are_not_joined(server, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("e.part*"))
 
 
+def test_without_a_strong_tag_a_download_begins_anew(server, tmp_path):
+    Handler.tag = 'W/"one"'
+    assert fetch(f"{server}/file", tmp_path / "e").read_bytes() == CHANGED and Handler.asked == ["", ""]
+
+
 def test_a_crawling_server_is_given_up(server, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "TRIES", 1)
     monkeypatch.setattr(download, "PATIENCE_SECONDS", 0.2)
