@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from data import make_loaders
@@ -21,6 +20,7 @@ from launch.config import VideoConfig
 from launch.run import Run, launch
 from metrics.retrieval import retrieval_scores
 from models.blip_retrieval import BLIP_Retrieval, blip_retrieval
+from models.losses import unit_features
 from training.results import evaluate_only, report_scores
 from utils import UserError, all_gather_object, on_main_process
 
@@ -37,8 +37,8 @@ def encode_video(model: BLIP_Retrieval, video: torch.Tensor) -> tuple[torch.Tens
     """
     batch, frames = video.shape[:2]
     embeds = model.visual_encoder(video.flatten(0, 1))  # (batch * frames, tokens, width)
-    projected = model.vision_proj(embeds[:, 0]).unflatten(0, (batch, frames)).mean(dim=1)
-    return embeds.reshape(batch, -1, embeds.shape[-1]), F.normalize(projected, dim=-1)
+    mean = embeds[:, 0].float().unflatten(0, (batch, frames)).mean(dim=1)  # its projection is the projections' mean
+    return embeds.reshape(batch, -1, embeds.shape[-1]), unit_features(model.vision_proj, mean)
 
 
 def evaluate(model: BLIP_Retrieval, loader: DataLoader, config: VideoConfig, run: Run) -> dict[str, float]:

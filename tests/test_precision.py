@@ -2,10 +2,12 @@
 
 import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from eval_retrieval_video import encode_video
 from launch.config import NLVRConfig
 from launch.run import launch
 from models import precision
@@ -56,3 +58,13 @@ def test_other_settings():
     assert isinstance(precision.has_bfloat16("cpu"), bool)
     with pytest.raises(UserError, match="amp is 'int8'; expected 'bf16', 'fp16', 'auto', or '' for float32"):
         precision.autocast("int8", CPU)
+
+
+def test_features_of_clips_are_float32_also_under_autocast():
+    embeds, projection = torch.randn(4, 5, 48), torch.nn.Linear(48, 16)
+    model = SimpleNamespace(visual_encoder=lambda video: embeds, vision_proj=projection)
+    expected = torch.nn.functional.normalize(projection(embeds[:, 0]).unflatten(0, (2, 2)).mean(dim=1), dim=-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens, feature = encode_video(model, torch.zeros(2, 2, 3, 4, 4))
+    torch.testing.assert_close(feature, expected)
+    assert torch.equal(tokens, embeds.reshape(2, 10, 48))
