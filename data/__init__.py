@@ -15,7 +15,7 @@ from data.dialogue import Dialogues, DialogueTrain
 from data.mixture import Mixture, MixtureSampler, read_ratios
 from data.nlvr import NLVR
 from data.pretrain import PairDataset, list_turns
-from data.sampler import EpochSampler, SeededDataset, ShardSampler
+from data.sampler import EpochSampler, SeededDataset
 from data.shards import TarPairs
 from data.tars import only_shards
 from data.transforms import Transform, test_transform, train_transform
@@ -204,7 +204,7 @@ def make_loader(
         processes: number of processes and the number of this one; None takes those of the process group.
     """
     num_replicas, rank = processes or (get_world_size(), get_rank())
-    sampler: Sampler = ShardSampler(len(dataset), num_replicas, rank)
+    sampler: Sampler | range = range(rank, len(dataset), num_replicas)
     if is_train:
         if isinstance(dataset, Mixture):
             sampler = MixtureSampler(dataset, num_replicas, rank, seed)

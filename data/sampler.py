@@ -38,19 +38,6 @@ class EpochSampler(Sampler):
         return torch.randperm(self.num_items, generator=generator) if self.shuffle else torch.arange(self.num_items)
 
 
-class ShardSampler(Sampler):
-    """Evaluation order of one process: rank, rank + replicas, ...; nothing twice, nothing left out."""
-
-    def __init__(self, num_items: int, num_replicas: int = 1, rank: int = 0):
-        self.indices = range(rank, num_items, num_replicas)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)
-
-
 class SeededDataset(Dataset):
     """A dataset read by (epoch, index), with random numbers of that sample's own.
 

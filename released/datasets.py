@@ -11,7 +11,7 @@ from torchvision.transforms import Normalize
 from data import DATASETS, build_datasets, set_one_thread
 from data.annotations import read_list
 from data.coco_flickr import MAX_WORDS
-from data.sampler import EpochSampler, SeededDataset, ShardSampler
+from data.sampler import EpochSampler, SeededDataset
 from data.shards import TarPairs
 from data.transforms import MEAN, STD, Transform
 from data.video import VideoDataset as Clips
@@ -198,13 +198,13 @@ class TrainSampler(EpochSampler):
 
 def create_sampler(
     datasets: Sequence[Dataset], shuffles: Sequence[bool], num_tasks: int, global_rank: int
-) -> list[Sampler]:
+) -> list[Sampler | range]:
     """Build a sampler for each dataset; a process evaluates its own part of it, no sample twice."""
-    samplers: list[Sampler] = []
+    samplers: list[Sampler | range] = []
     for data, shuffle in zip(datasets, shuffles, strict=True):
         in_order = isinstance(getattr(data, "dataset", data), TarPairs)  # shards are shuffled while they are read
         train = TrainSampler(len(data), num_tasks, global_rank, not in_order)
-        samplers.append(train if shuffle else ShardSampler(len(data), num_tasks, global_rank))
+        samplers.append(train if shuffle else range(global_rank, len(data), num_tasks))
     return samplers
 
 

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from data import randaugment
+from data import make_loader, randaugment
 from data.randaugment import OPERATIONS, RandomAugment, apply_operation
-from data.sampler import EpochSampler, SeededDataset, ShardSampler
+from data.sampler import EpochSampler, SeededDataset
 from data.transforms import MEAN, STD, to_tensor, train_transform
 from formula import arrays
 
@@ -99,5 +99,5 @@ def test_epoch_sampler():
 
 
 def test_shards_are_a_partition():
-    shards = [list(ShardSampler(7, 3, rank)) for rank in range(3)]
+    shards = [list(make_loader(range(7), 2, False, processes=(3, rank)).sampler) for rank in range(3)]
     assert shards == [[0, 3, 6], [1, 4], [2, 5]]
