@@ -1,8 +1,8 @@
-"""Images read, augmented and made tensors, a second and core: python -m benchmarks.loading
+"""Images per second and core that are read, augmented and made tensors: python -m benchmarks.loading
 
-Ours against Pillow with torchvision's transforms, of both versions, on the photographs that two packages bring, at
-COCO's size and as a camera takes them. torchvision's transforms of tensors are fast, but round in another way than
-Pillow, with which the released code resizes: of noise, 0.5% of the values differ by 1.
+Ours against Pillow with both versions of torchvision's transforms, on the photographs of two packages, at COCO's size
+and at a camera's. torchvision's transforms of tensors are fast, but round differently from Pillow, with which the
+released code resizes: 0.5% of the values of noise differ by 1.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""A captioning set of the photographs in scikit-image and scikit-learn, as a pattern for own data.
+"""A captioning set of the photographs in scikit-image and scikit-learn, as an example of own data.
 
     python -m demo.photographs --output output/photographs
     python train_caption.py --config output/photographs/caption.yaml --output_dir output/photographs/run
@@ -29,7 +29,7 @@ CAPTIONS = {
     "sklearn/china.jpg": ["a chinese temple with a large roof", "a pavilion behind trees in summer"],
     "sklearn/flower.jpg": ["a red flower with a yellow middle", "a dahlia in full bloom"],
 }
-CONFIG = """# Captioning of bundled photographs: a pattern for own data
+CONFIG = """# Captioning of bundled photographs: an example of own data
 # Command:  python train_caption.py --config {folder}/caption.yaml --output_dir {folder}/run
 
 image_root: {folder}/images

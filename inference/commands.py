@@ -1,4 +1,4 @@
-"""The commands of predict.py: from parsed options to rows that are written."""
+"""The commands of predict.py: from parsed options to written rows."""
 
 import argparse
 import sys

@@ -43,7 +43,7 @@ def explain(
         text: the caption, the text matched, or the question.
         answer: what was answered, for an `Answerer`; the caption's own prompt, if any, for a `Captioner`.
         method: "gradcam", or "attention", the mean over heads.
-        layer: of the text transformer that reads the image, 0 first; None takes the one 2/3 up.
+        layer: of the text transformer that reads the image, 0 first; None: the one at 2/3 of the depth.
 
     Returns:
         (word, float32 (grid, grid)) pairs; non-negative, of each image patch.

@@ -1,4 +1,4 @@
-"""Images that a command line names by files, folders, lists and URLs, and texts that it names by lists."""
+"""The images of a command line, given as files, folders, lists and URLs, and the texts, given as lists."""
 
 import os
 import sys
@@ -41,12 +41,12 @@ def image_endings() -> frozenset[str]:
 def find_images(names: Iterable[str | Path], recursive: bool = True) -> list[Path | str]:
     """Return the images that files, folders, lists and URLs name, in order, each once; URLs as texts.
 
-    Notes on standard error count the files of folders that are no images, by ending, and what else was left out.
+    A note on standard error counts what was left out: other files of folders, by ending, and linked folders.
 
     Args:
         names: an image; a folder; a URL; a list: .txt with a path a line, .json or .jsonl with paths or
             {"image": path}, relative paths starting from its own folder; or "-" for paths on standard input, a line
-            each. Among other names, as when a shell expands "folder/*", texts that are no lists are left out.
+            each. Among other names, as when a shell expands "folder/*", text files without image names are left out.
         recursive: search folders with their subfolders; linked folders are never searched.
 
     Raises:

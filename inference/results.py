@@ -1,4 +1,4 @@
-"""Result rows of a command: written as they come, continued after an interruption, with what failed.
+"""Result rows of a command: written as they come, and continued after an interruption.
 
 A file of JSON lines begins with a record of what made it: {"made_by": {"command", "weights", settings}}.
 """
