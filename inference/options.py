@@ -102,7 +102,7 @@ def _add_caption(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=number(0), default=1.0, help="of sampling; above 1 for rarer words (default: 1)")
     add("--repetition_penalty", type=number(0), help="above 1 avoids words said (default: 1, in sampling 1.1)")
     add("--length_penalty", type=number(-math.inf), default=1.0, help="above 1 for longer captions (default: 1)")
-    add("--no_repeat_ngram_size", type=whole(0), default=0, help="no sequence of N tokens occurs twice (default: 0, off)")
+    add("--no_repeat_ngram_size", type=whole(0), default=0, help="no N tokens in a row occur twice (default: 0, off)")
     add("--ban", action="append", default=[], help="word or phrase that no caption has; may be given many times")
     add("--prompt", help="beginning that captions continue (default: 'a picture of ')")
     add("--seed", type=int, default=42, help="of sampling (default: 42)")
