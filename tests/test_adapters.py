@@ -149,7 +149,7 @@ def test_resuming_equals_the_run_never_stopped(tmp_path):
 
 def rank_trained(rank, world_size, folder):
     model = trained(folder / f"rank{rank}", "decoder", steps=1, freeze=["visual_encoder"], **ADAPTED)
-    return adapters.adapter_state(model)
+    return adapters.adapted_states(model)[1]
 
 
 def test_two_processes_train_the_same_adapters(tmp_path):
@@ -184,7 +184,7 @@ def test_a_note_tells_how_much_is_trained(tmp_path):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     (note,) = run.notes
     assert note.startswith(f"{trained / 1e6:.3g} of ") and note.endswith(" million parameters are trained")
-    assert trained == sum(value.numel() for value in adapters.adapter_state(model).values())
+    assert trained == sum(value.numel() for value in adapters.adapted_states(model)[1].values())
 
 
 MISTAKES = [

@@ -110,24 +110,22 @@ def adapted_layers(model: nn.Module, config: TrainConfig) -> list[str]:
 # Checkpoints.
 
 
-def adapter_state(model: nn.Module) -> State:
-    """Return what an adapted model trains, X.lora_A.weight, X.lora_B.weight and whole parts; all processes call it."""
+def adapted_states(model: nn.Module) -> tuple[State, State]:
+    """Return an adapted model's state under a plain model's names, without adapters, and what it trains.
+
+    The latter are X.lora_A.weight, X.lora_B.weight and whole parts. All processes call this.
+    """
     state = parallel.full_state(model)
     trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    return {key.replace(f".{NAME}.", "."): value for key, value in state.items() if key in trained}
-
-
-def base_state(model: nn.Module) -> State:
-    """Return an adapted model's state dict without its adapters, under the names of a plain model."""
-    state = parallel.full_state(model)
-    return {key.replace(".base_layer.", "."): value for key, value in state.items() if ".lora_" not in key}
+    base = {key.replace(".base_layer.", "."): value for key, value in state.items() if ".lora_" not in key}
+    return base, {key.replace(f".{NAME}.", "."): value for key, value in state.items() if key in trained}
 
 
 def merged_state(model: nn.Module, config: TrainConfig) -> State:
     """Return a model's whole weights under its plain names, adapters added; all processes call it."""
     if not config.adapter_rank:
         return parallel.full_state(model)
-    return add_to_weights(base_state(model), adapter_state(model), config)
+    return add_to_weights(*adapted_states(model), config)
 
 
 def add_to_weights(state: State, tensors: State, config: Any) -> State:
@@ -146,9 +144,9 @@ def split_tensors(tensors: State) -> tuple[dict[str, tuple[torch.Tensor, torch.T
 
 def adapter_file(model: nn.Module, config: TrainConfig) -> dict[str, Any]:
     """Return the content of adapters.pth: tensors, settings, and the fingerprint of the weights they belong to."""
-    tensors = adapter_state(model)
+    base, tensors = adapted_states(model)
     settings = {key: config[key] for key in (*SETTINGS, "pretrained")}
-    return {"adapters": tensors, "config": settings, "base": fingerprint(base_state(model), tensors)}
+    return {"adapters": tensors, "config": settings, "base": fingerprint(base, tensors)}
 
 
 def fingerprint(state: State, tensors: State) -> int:
@@ -182,8 +180,8 @@ def _is_adapter_file(content: Any) -> bool:
 
 def load_adapters(model: nn.Module, saved: dict[str, Any], path: str) -> None:
     """Load the adapters of a file into an adapted model; UserError if they are of another architecture or weights."""
-    _refuse_other_models(base_state(model), saved, path)
-    own = adapter_state(model)
+    base, own = adapted_states(model)
+    _refuse_other_models(base, saved, path)
     if own.keys() != saved["adapters"].keys():
         raise UserError(f"{path} does not adapt all of this model; set vit and med_config as it was trained")
     for name, value in own.items():
