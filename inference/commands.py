@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,10 @@ from inference.results import Rows, begin, digest_of, refuse_existing, report, w
 from inference.search import Index, find_images_by_image, find_images_by_text, find_texts_by_image
 from inference.sidecars import Sidecars
 from inference.tasks import CAPTION_DEFAULTS
+from models.generation import GenerationConfig
 from utils import UserError, user_message
 
-DECODING = (
-    "num_captions", "sample", "top_p", "top_k", "temperature", "repetition_penalty", "length_penalty", "seed",
-    "no_repeat_ngram_size",
-)  # fmt: skip
+DECODING = {"num_captions", "seed"} | {field.name for field in fields(GenerationConfig)}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,7 +61,7 @@ def load_model(args: argparse.Namespace, task: str, checkpoint: str = "", **sett
 def caption(args: argparse.Namespace) -> None:
     """Write captions."""
     model = load_model(args, "caption", prompt=args.prompt)
-    settings = {name: getattr(args, name) for name in DECODING} | {"banned": args.ban}
+    settings = {name: value for name, value in vars(args).items() if name in DECODING} | {"banned": args.ban}
     settings |= {name: model.setting(name, getattr(args, name)) for name in CAPTION_DEFAULTS}
     record, ranker = settings | {"prompt": model.model.prompt}, None
     if args.rank_by:
