@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ SIDE = 32  # pixels of the image that is transformed
 CROPPED = 0.95  # width and height of the crops
 PLACES = tuple((x, y) for x in (0, 0.5, 1) for y in (0, 0.5, 1))  # of the crops, in what is cut
 BLOCKS = ((0, 11), (11, 11), (22, 11), (33, 11), (44, 10), (54, 10))  # first bit and number of bits
-AT_ONCE = 1 << 18  # hashes that are looked up at once
+AT_ONCE = 1 << 20  # hashes that are looked up at once
+COMPARED = 1 << 17  # hashes that are compared at once: arrays that stay in a core's cache
 MOST = 1000  # hashes of equal bits that are compared: the first ones, which are those that are kept
 THREADS = 2  # each needs 30 bytes an image
 LOWEST = sorted(((i, j) for i in range(16) for j in range(16)), key=lambda at: (sum(at), at))[1:65]  # frequencies
@@ -109,28 +110,42 @@ def near_pairs(hashes: np.ndarray) -> np.ndarray:
 def _agreeing(hashes: np.ndarray, one: tuple[int, int], other: tuple[int, int]) -> np.ndarray:
     """Return the pairs of near hashes that agree in two blocks of bits, each as first * images + second."""
 
-    def keys(values: np.ndarray) -> np.ndarray:
+    def in_order(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the bits of values in two blocks, sorted, and the place of each before."""
         parts = [(values >> np.uint64(first)) & np.uint64((1 << bits) - 1) for first, bits in (one, other)]
-        return (parts[0] << np.uint64(other[1]) | parts[1]).astype(np.int64)
+        keys = parts[0] << np.uint64(other[1]) | parts[1]
+        packed = np.sort(keys << np.uint64(32) | np.arange(len(keys), dtype=np.uint64)).view(np.int64)
+        return packed >> 32, packed & 0xFFFFFFFF
 
-    own = keys(hashes[:, 0])
-    order = np.argsort(own, kind="stable").astype(np.uint32)
-    ordered = hashes[order, 0]
-    starts = np.concatenate([[0], np.cumsum(np.bincount(own, minlength=1 << (one[1] + other[1])))])
+    own, order = in_order(hashes[:, 0])
+    ordered, order = hashes[order, 0], order.astype(np.uint32)
+    starts = np.concatenate([[0], np.cumsum(np.bincount(own, minlength=1 << (one[1] + other[1])))]).astype(np.int32)
     found = []
     for start in range(0, len(hashes), AT_ONCE):
-        for values in hashes[start : start + AT_ONCE].T:
-            wanted = keys(values)
-            first, count = starts[wanted], starts[wanted + 1] - starts[wanted]
-            left = np.arange(len(values))
-            for step in range(min(int(count.max()), MOST)):
-                left = left[count[left] > step]
-                places = first[left] + step
-                near = np.bitwise_count(ordered[places] ^ values[left]) <= NEAR
-                pair = start + left[near], order[places[near]].astype(np.int64)
-                codes = np.minimum(*pair) * len(hashes) + np.maximum(*pair)
-                found.append(codes[pair[0] != pair[1]])
+        for column in hashes[start : start + AT_ONCE].T:
+            wanted, number = in_order(column)  # in order, so that memory is read in order
+            first = starts[wanted]
+            reader, place = _compare(column[number], ordered, first, np.minimum(starts[wanted + 1] - first, MOST))
+            pair = start + number[reader], order[place].astype(np.int64)
+            codes = np.minimum(*pair) * len(hashes) + np.maximum(*pair)
+            found.append(codes[pair[0] != pair[1]])
     return np.concatenate(found)
+
+
+def _compare(
+    values: np.ndarray, ordered: np.ndarray, first: np.ndarray, count: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compare each value with ordered[first : first + count]; return the indices of near ones in both."""
+    ends, found = np.cumsum(count), []
+    cuts = np.searchsorted(ends, np.arange(COMPARED, ends[-1], COMPARED))
+    for low, high in pairwise(np.unique([0, *cuts, len(count)])):
+        own, before = count[low:high], ends[low:high] - count[low:high]
+        reader = np.repeat(np.arange(low, high), own)
+        place = np.repeat(first[low:high] - before, own) + np.arange(before[0], ends[high - 1])
+        near = np.flatnonzero(np.bitwise_count(ordered[place] ^ values[reader]) <= NEAR)
+        found.append((reader[near], place[near]))
+    reader, place = map(np.concatenate, zip(*found, strict=True))
+    return reader, place
 
 
 def keep_first(pairs: np.ndarray) -> dict[int, int]:

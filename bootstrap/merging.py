@@ -20,13 +20,14 @@ SHOWN = 24  # images of the report
 
 @dataclass
 class Tally:
-    """Counts over all rows, added one shard at a time; memory grows with the vocabulary only."""
+    """Counts over all rows, added one shard at a time, in memory that does not grow."""
 
     kept: Counter = field(default_factory=Counter)
     dropped: Counter = field(default_factory=Counter)
     unreadable: int = 0
     histograms: dict[str, list[int]] = field(default_factory=dict)
-    words: dict[str, Counter] = field(default_factory=dict)
+    num_words: Counter = field(default_factory=Counter)
+    words: dict[str, "Distinct"] = field(default_factory=lambda: defaultdict(lambda: Distinct(1 << 22)))
     texts: dict[str, "Distinct"] = field(default_factory=lambda: defaultdict(Distinct))
     same: int = 0
     shared_words: float = 0.0
@@ -36,6 +37,7 @@ class Tally:
     def add(self, rows: Sequence[Row]) -> None:
         """Count the rows of a shard."""
         by_image: dict[str, list[Row]] = {}
+        words: dict[str, set[str]] = defaultdict(set)
         for row in rows:
             if "error" in row:
                 self.unreadable += 1
@@ -45,9 +47,14 @@ class Tally:
             if "probability" in row:
                 counts = self.histograms.setdefault(source, [0] * BINS)
                 counts[min(int(row["probability"] * BINS), BINS - 1)] += 1
-            self.words.setdefault(source, Counter()).update(row["caption"].lower().split())
+            own = row["caption"].lower().split()
+            self.num_words[source] += len(own)
+            words[source].update(own)
             self.texts[source].add(row["caption"])
             by_image.setdefault(row["image"], []).append(row)
+        for source, found in words.items():
+            for word in found:
+                self.words[source].add(word)
         for group in by_image.values():
             self.compare(group)
             if len(self.shown) < SHOWN:
@@ -68,19 +75,17 @@ class Tally:
         found = {}
         for source in sorted(set(self.kept) | set(self.dropped), reverse=True):
             kept, total = self.kept[source], self.kept[source] + self.dropped[source]
-            words = self.words[source]
             found[source] = {
                 "texts": total,
                 "kept": kept,
                 "kept (%)": 100 * kept / total,
                 "distinct texts": self.texts[source].count(),
-                "distinct words": len(words),
-                "words a text": sum(words.values()) / total,
+                "distinct words": self.words[source].count(),
+                "words a text": self.num_words[source] / total,
             }
         if self.compared:
-            unseen = set(self.words["synthetic"]) - set(self.words.get("web", ()))
             found["synthetic"] |= {
-                "words no web text has": len(unseen),
+                "words no web text has": self.words["synthetic"].count_beyond(self.words["web"]),
                 "equal to the web text (%)": 100 * self.same / self.compared,
                 "words shared with it (%)": 100 * self.shared_words / self.compared,
             }
@@ -88,7 +93,7 @@ class Tally:
 
 
 class Distinct:
-    """Counts distinct texts in 16 MB however many there are: exact for few, within a per cent up to ten millions."""
+    """Counts distinct texts in `size` bytes however many: exact for few, within a per cent up to ten times `size`."""
 
     def __init__(self, size: int = 1 << 24):
         self.seen = np.zeros(size, bool)
@@ -100,8 +105,16 @@ class Distinct:
 
     def count(self) -> int:
         """Return the number of distinct texts, by linear counting (Whang et al., 1990)."""
-        share = self.seen.mean()
-        return round(-len(self.seen) * math.log1p(-min(share, 1 - 1 / len(self.seen))))
+        return _linear_count(self.seen)
+
+    def count_beyond(self, other: "Distinct") -> int:
+        """Return the number of distinct texts that `other` has not."""
+        return _linear_count(self.seen | other.seen) - other.count()
+
+
+def _linear_count(seen: np.ndarray) -> int:
+    share = min(seen.mean(), 1 - 1 / len(seen))
+    return round(-len(seen) * math.log1p(-share))
 
 
 def merge_shards(shards: Shards, folder: Path) -> Tally:

@@ -74,7 +74,7 @@ def ray_results(
     actor = ray.remote(num_cpus=config.cpus_per_worker, num_gpus=config.gpus_per_worker)(Worker)
     waiting = deque(shard for shard in range(len(shards)) if not shards.path(shard).is_file())
     running: dict[Any, tuple[Any, int | None]] = {}  # result -> worker, and its shard or None while it starts
-    idle, losses = [], Counter[int]()
+    idle, finished, losses = [], list[tuple[int, list[Row]]](), Counter[int]()
     while waiting or any(shard is not None for _, shard in running.values()):
         wanted = min(config.workers or room(ray, config), len(waiting) + len(running))
         for _ in range(wanted - len(running) - len(idle)):
@@ -84,6 +84,8 @@ def ray_results(
             worker, shard = idle.pop(), waiting.popleft()
             rows = {name: of.rows(shard) for name, of in before.items()}
             running[worker.do.remote(shard, shards.pairs(shard), rows)] = worker, shard
+        yield from finished  # written while the workers go on
+        finished = []
         for result in ray.wait([*running], timeout=POLL_SECONDS)[0]:
             worker, shard = running.pop(result)
             try:
@@ -95,7 +97,8 @@ def ray_results(
                 continue
             idle.append(worker)
             if shard is not None:
-                yield shard, rows
+                finished.append((shard, rows))
+    yield from finished
 
 
 def _give_back(shard: int | None, waiting: deque[int], losses: Counter[int], reason: str) -> None:

@@ -38,11 +38,10 @@ class Shards:
 
     def pairs(self, shard: int) -> list[Pair] | list[str]:
         """Return the pairs of a shard, or the name of its tar file."""
-        found, start = [], 0
-        first, last = shard * self.size, min((shard + 1) * self.size, self.total)
+        found, first, last = [], shard * self.size, (shard + 1) * self.size
         for pairs in self.lists:
-            found += [pairs[i - start] for i in range(max(first, start), min(last, start + len(pairs)))]
-            start += len(pairs)
+            found += pairs[max(first, 0) : max(last, 0)]
+            first, last = first - len(pairs), last - len(pairs)
         return found
 
     def path(self, shard: int) -> Path:

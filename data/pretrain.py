@@ -7,6 +7,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +37,28 @@ class PairList:
     """
 
     def __init__(self, path: Path):
-        folder = index_folder(path)
-        self.offsets = np.load(folder / "offsets.npy", mmap_mode="r")
-        self.rows = np.memmap(folder / "rows.bin", dtype=np.uint8, mode="r")
+        self.path = index_folder(path) / "rows.bin"
+        self.offsets = np.load(self.path.with_name("offsets.npy"), mmap_mode="r")
+        self.rows = np.memmap(self.path, dtype=np.uint8, mode="r")
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, index: int) -> tuple[str, str]:
-        """Return a row's image path and caption."""
-        start, end = self.offsets[index : index + 2]
-        image, _, caption = self.rows[start:end].tobytes().decode().partition("\0")
-        return image, caption
+    def __getitem__(self, index: Any) -> Any:
+        """Return image path and caption of a row; of a slice, those of its rows, read from the file and not mapped."""
+        if not isinstance(index, slice):
+            start, end = self.offsets[index : index + 2]
+            return _pair(self.rows[start:end].tobytes())
+        first, last, _ = index.indices(len(self))
+        offsets = self.offsets[first : last + 1].tolist()
+        with open(self.path, "rb") as file:
+            file.seek(offsets[0])
+            return [_pair(file.read(end - start)) for start, end in pairwise(offsets)]
+
+
+def _pair(row: bytes) -> tuple[str, str]:
+    image, _, caption = row.decode().partition("\0")
+    return image, caption
 
 
 def list_turns(folder: str) -> list[Path]:

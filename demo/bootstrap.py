@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -31,7 +31,11 @@ from models.pretrained import load_pretrained
 from utils import UserError, run_command
 
 CONFIGS = "configs/miniature"
-DECODING = {"nucleus": "true", "beam": "false"}  # capfilt.py's `sample`
+DECODING = {  # settings of capfilt.py
+    "nucleus": {"sample": "true"},
+    "beam": {"sample": "false"},
+    "best": {"sample": "true", "best_of": 4},
+}
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,8 @@ def seed_stages(root: Path, plan: Plan, seed: int) -> Iterator[Stage]:
     yield from model_stages(root, plan, seed, "none", f"{here}/start")
     yield from tool_stages(root, plan, seed)
     tools = {name: root / here / "tools" / name / "checkpoint_best.pth" for name in ("captioner", "filter")}
-    for decoding, sample in DECODING.items():
-        settings = {"pairs": [annotation(root, "pretrain_web.json")], "image_root": root / "world", "sample": sample}
+    tools |= {"pairs": [annotation(root, "pretrain_web.json")], "image_root": root / "world"}
+    for decoding, settings in DECODING.items():
         needs = (f"{here}/tools/captioner", f"{here}/tools/filter")
         yield script_stage(root, f"{here}/capfilt_{decoding}", needs, "capfilt.py", "capfilt", settings | tools, seed)
     for name, pairs in SETS.items():
@@ -262,13 +266,13 @@ async def run_python(arguments: list[str], name: str, log: Path) -> None:
 
 
 def keep_plan(root: Path, plan: Plan) -> None:
-    """Write the plan to the folder.
+    """Write the plan to the folder; one with more seeds continues it.
 
     Raises:
         UserError: the folder holds stages of another plan.
     """
     path = root / "plan.json"
-    if path.is_file() and read_json(path) != vars(plan):
+    if path.is_file() and read_json(path) | {"seeds": plan.seeds} != vars(plan):
         raise UserError(f"{root} holds stages of another plan ({path}); choose another --output, or delete it")
     write_json(path, vars(plan))
 
@@ -278,9 +282,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="output/bootstrap", help="folder of everything (default: output/bootstrap)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="stages at once (default: all cores)")
+    parser.add_argument("--seeds", type=int, help="repetitions (default: 3); more of them continue a finished run")
     parser.add_argument("--quick", action="store_true", help="a few pairs and one seed, as a test")
     args = parser.parse_args()
     root, plan = Path(args.output), QUICK if args.quick else Plan()
+    plan = replace(plan, seeds=args.seeds or plan.seeds)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     keep_plan(root, plan)
     asyncio.run(run_stages(root, all_stages(root, plan), max(args.jobs, 1)))

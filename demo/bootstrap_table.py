@@ -35,6 +35,7 @@ SETS = {
     "captioner": Pairs("captioner", synthetic=True, filtered=False),
     "both": Pairs("captioner and filter", synthetic=True, filtered=True),
     "beam": Pairs("captioner (beam) and filter", synthetic=True, filtered=True, decoding="beam"),
+    "best": Pairs("captioner (best of 4) and filter", synthetic=True, filtered=True, decoding="best"),
 }
 PAPERS_ORDER = ("none", "filter", "captioner", "both")
 COLUMNS = ("right pairs (%)", "CIDEr", "exact captions (%)", "text R@1", "image R@1")
@@ -47,7 +48,7 @@ def write_tables(root: Path, seeds: int) -> str:
     values = {name: columns_of([model_scores(folder / name, scenes) for folder in folders]) for name in SETS}
     tools = {
         name: columns_of([tool_scores(folder / f"capfilt_{name}", scenes, root / "world") for folder in folders])
-        for name in ("nucleus", "beam")
+        for name in ("nucleus", "beam", "best")
     }
     text = "\n\n".join(
         (

@@ -25,6 +25,7 @@ import torch
 from data.images import as_rgb
 from data.text import pre_question
 from demo.app import SMALL
+from demo.interface_page import interface_page
 from demo.limits import megapixels, read_text
 from inference import load
 from inference.predictor import MAX_WORDS, Row
@@ -37,6 +38,11 @@ from utils import UserError, run_command, user_message
 
 MODEL_OF = {"caption": "caption", "answer": "vqa", "match": "match", "features": "match"}
 MAX_BYTES = 20 << 20  # of an image
+REFUSALS = {
+    422: "the image or text cannot be answered, and why",
+    503: "too many requests wait",
+    504: "no answer within the time limit",
+}
 Answer = Callable[[torch.Tensor, list[str]], list[Row]]  # images (batch, 3, H, W), a text for each -> a row for each
 
 
@@ -163,34 +169,37 @@ def create_app(batcher: Batcher, timeout: float) -> Any:
     """
     try:
         from fastapi import FastAPI, Request
-        from fastapi.responses import JSONResponse, PlainTextResponse
+        from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
     except ImportError:
         raise UserError("the endpoint needs FastAPI and uvicorn; pip install fastapi uvicorn") from None
-    app = FastAPI(title="BLIP")
+    app = FastAPI(title="BLIP", docs_url=None, redoc_url=None)  # FastAPI's pages load scripts from another server
     image = {"schema": {"type": "string", "format": "binary", "description": "an image"}}
-    body = {"requestBody": {"required": True, "content": {"application/octet-stream": image}}}
+    described: dict[str, Any] = {
+        "openapi_extra": {"requestBody": {"required": True, "content": {"application/octet-stream": image}}},
+        "responses": {status: {"description": text} for status, text in REFUSALS.items()},
+    }
 
     async def respond(task: str, request: Request, text: str = "") -> JSONResponse:
         status, content = await outcome(batcher, task, request.stream(), text, timeout)
         batcher.counts["blip_requests_total", task, str(status)] += 1
         return JSONResponse(content, status, {"Retry-After": "1"} if status in (503, 504) else {})
 
-    @app.post("/caption", openapi_extra=body)
+    @app.post("/caption", **described)
     async def caption(request: Request) -> JSONResponse:
         """Caption the image in the body."""
         return await respond("caption", request)
 
-    @app.post("/answer", openapi_extra=body)
+    @app.post("/answer", **described)
     async def answer_question(request: Request, question: str) -> JSONResponse:
         """Answer a question about the image in the body."""
         return await respond("answer", request, question)
 
-    @app.post("/match", openapi_extra=body)
+    @app.post("/match", **described)
     async def match(request: Request, text: str) -> JSONResponse:
         """Return the probability that a text describes the image in the body."""
         return await respond("match", request, text)
 
-    @app.post("/features", openapi_extra=body)
+    @app.post("/features", **described)
     async def features(request: Request) -> JSONResponse:
         """Return the unit-length feature of the image in the body."""
         return await respond("features", request)
@@ -199,6 +208,10 @@ def create_app(batcher: Batcher, timeout: float) -> Any:
     async def metrics() -> PlainTextResponse:
         """Return counts of requests, batches and images, and the queue's length, in the format of Prometheus."""
         return PlainTextResponse(batcher.metrics())
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(interface_page(app.openapi()))
 
     return app
 

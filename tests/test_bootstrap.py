@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from scripts import environment
@@ -24,7 +25,7 @@ def test_every_stage_needs_only_what_comes_before(tmp_path):
     for stage in all_stages(tmp_path, Plan()):
         assert seen.issuperset(stage.needs), stage.name
         seen.add(stage.name)
-    assert len(seen) == 1 + 3 * (1 + 5 * 3 + 2 + 2)
+    assert len(seen) == 1 + 3 * (1 + 6 * 3 + 2 + 3)
 
 
 def test_a_set_takes_what_its_name_says():
@@ -35,7 +36,7 @@ def test_a_set_takes_what_its_name_says():
     assert taken["none"] == [("web", True), ("web", False)]
     assert taken["filter"] == [("web", True)]
     assert taken["captioner"] == [("web", True), ("web", False), ("synthetic", True), ("synthetic", False)]
-    assert taken["both"] == taken["beam"] == [("web", True), ("synthetic", True)]
+    assert taken["both"] == taken["beam"] == taken["best"] == [("web", True), ("synthetic", True)]
 
 
 def test_pairs_are_repeated_evenly_or_left_out(tmp_path):
@@ -89,6 +90,12 @@ def test_a_folder_of_another_plan_is_refused(tmp_path):
         keep_plan(tmp_path, Plan())
 
 
+def test_a_finished_run_goes_on_with_more_seeds(tmp_path):
+    keep_plan(tmp_path, QUICK)
+    keep_plan(tmp_path, replace(QUICK, seeds=3))
+    assert json.loads((tmp_path / "plan.json").read_text())["seeds"] == 3
+
+
 def test_the_order_is_reported_with_the_number_of_seeds():
     rows = {"none": [1.0, 2.0], "filter": [3.0, 1.0], "captioner": [4.0, 4.0], "both": [5.0, 5.0]}
     columns = ("CIDEr", "exact captions (%)", "text R@1", "image R@1")
@@ -124,5 +131,5 @@ def test_the_quick_experiment_killed_goes_on_to_its_tables(tmp_path, monkeypatch
     table = write_tables(tmp_path, QUICK.seeds)
     assert done.read_text() == first  # not done again
     values = json.loads((tmp_path / "bootstrap.json").read_text())
-    assert set(values["models"]) == set(SETS) and set(values["tools"]) == {"nucleus", "beam"}
+    assert set(values["models"]) == set(SETS) and set(values["tools"]) == {"nucleus", "beam", "best"}
     assert "| captioner and filter |" in table and (tmp_path / "bootstrap.png").stat().st_size > 5000

@@ -210,7 +210,7 @@ def test_many_pairs_in_flat_memory(tmp_path, pairs):
             return pairs
 
         def __getitem__(self, index):
-            return f"{index:07d}.jpg", f"a picture of thing {index % 1000}"
+            return [(f"{i:07d}.jpg", f"an image of thing {i}") for i in range(*index.indices(pairs))]
 
     shards = Shards([Made()], 10_000, tmp_path / "shards")
     shards.folder.mkdir()

@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -179,27 +180,45 @@ def test_mistakes_end_in_one_line(world, tmp_path, change, said):
     assert done.returncode == 2 and last.startswith("error: ") and said in last, done.stderr[-3000:]
 
 
-def timed(words):
-    """Seconds of a command."""
+def timed(words, output):
+    """Seconds of a command, and those a shard: from the first to the last file of each stage, without the start."""
     began = time.monotonic()
     subprocess.run(words, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=LIMIT)
-    return time.monotonic() - began
+    whole, steady = time.monotonic() - began, 0.0
+    for stage in ("captions", "texts"):
+        times = [path.stat().st_mtime for path in (output / "shards" / stage).glob("*.jsonl")]
+        steady += (max(times) - min(times)) / (len(times) - 1)
+    return whole, steady
+
+
+def race(world, folder, rounds):
+    """Print the times of torchrun and of Ray's workers on two cores, in turn; return the results, which are equal."""
+    seconds, results_of = {"torchrun": [], "ray": []}, {}
+    for number in range(rounds):
+        for engine in list(seconds)[:: 1 if number % 2 else -1]:
+            output = folder / f"{engine}{number}"
+            words = arguments(world, output, **({"workers": 2} if engine == "ray" else {}))
+            words = command("capfilt.py", *words, processes=1 if engine == "ray" else 2)
+            seconds[engine].append(timed([*words, "--engine", engine], output))
+            assert results_of.setdefault("", results(output)) == results(output)
+    for engine, taken in seconds.items():
+        print(f"{engine}: s in all, ms a shard:", *(f"{whole:.1f}, {1e3 * shard:.0f};" for whole, shard in taken))
+    ratios = [ours[1] / theirs[1] for ours, theirs in zip(seconds["ray"], seconds["torchrun"], strict=True)]
+    print(f"Ray / torchrun, a shard: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})", flush=True)
+    return results_of[""]
 
 
 def main():
-    """Print the campaign's counts, and the times of torchrun and Ray on two cores."""
+    """Print the times of torchrun and Ray on two cores, and the campaign's counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--pairs", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=3, help="of the race between torchrun and Ray")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         world = make_world(folder / "world", args.pairs)
-        torchrun = timed(command("capfilt.py", *arguments(world, folder / "whole"), processes=2))
-        local = timed([*command("capfilt.py", *arguments(world, folder / "ray", workers=2)), "--engine", "ray"])
-        whole = results(folder / "whole")
-        assert results(folder / "ray") == whole
-        print(f"{args.pairs} pairs, 2 processes: torchrun {torchrun:.1f} s, Ray {local:.1f} s, with start", flush=True)
+        whole = race(world, folder, args.rounds)
         began = time.monotonic()
         with simulated() as cluster:
             done = campaign(world, cluster, folder / "kills", args.kills, whole, random.Random(0), (2, 8))

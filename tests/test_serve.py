@@ -4,6 +4,7 @@ import http.client
 import io
 import json
 import random
+import re
 import socket
 import threading
 import time
@@ -133,7 +134,16 @@ def test_metrics_and_description(served, images):
     paths = json.loads(served.get("openapi.json"))["paths"]
     assert {"/caption", "/answer", "/match", "/features"} <= paths.keys()
     assert "application/octet-stream" in paths["/answer"]["post"]["requestBody"]["content"]
-    assert "swagger" in served.get("docs")
+
+
+def test_the_page_describes_every_operation_and_loads_nothing_else(served):
+    page, operations = served.get("docs"), json.loads(served.get("openapi.json"))["paths"]
+    for path, methods in operations.items():
+        for method, operation in methods.items():
+            assert f"<b>{method.upper()}</b> {path}</h2><p>{operation['description']}</p>" in page
+    assert '<input type="text" name="question" required>' in page and page.count('<input type="file"') == 4
+    assert "503: too many requests wait" in page
+    assert not re.search(r"""(src|href|action)\s*=\s*["']?(https?:)?//""", page) and "import" not in page
 
 
 def test_what_cannot_be_answered(served, images):
