@@ -204,7 +204,8 @@ def race(world, folder, rounds):
     for engine, taken in seconds.items():
         print(f"{engine}: s in all, ms a shard:", *(f"{whole:.1f}, {1e3 * shard:.0f};" for whole, shard in taken))
     ratios = [ours[1] / theirs[1] for ours, theirs in zip(seconds["ray"], seconds["torchrun"], strict=True)]
-    print(f"Ray / torchrun, a shard: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})", flush=True)
+    middle = statistics.median(ratios)
+    print(f"Ray / torchrun, a shard: {middle:.3f} ({min(ratios):.3f} to {max(ratios):.3f})", flush=True)
     return results_of[""]
 
 
