@@ -141,8 +141,9 @@ class OnnxModel:
         searches = [kind(texts, 1.0) for _ in range(keys.shape[2])]
         running, last = searches, np.tile(prompt, (keys.shape[2], 1, 1))
         cache = np.zeros((*keys.shape[:3], 1, keys.shape[3], 0, keys.shape[5]), np.float32)
+        read, axis = self._read_by_decoder(keys)
         for length in range(len(prompt) + 1, config["max_length"] + 1):
-            logits, cache = self._run("decoder", input_ids=last, cache=cache, keys=keys)
+            logits, cache = self._run("decoder", input_ids=last, cache=cache, **read)
             if length == len(prompt) + 1:
                 logits, cache = np.repeat(logits, beams, axis=1), np.repeat(cache, beams, axis=3)
             origins = [
@@ -152,10 +153,19 @@ class OnnxModel:
             left = [i for i, search in enumerate(running) if not search.done]
             if not left:
                 break
-            running, keys = [running[i] for i in left], keys[:, :, left] if len(left) < len(running) else keys
+            if len(left) < len(running):
+                read = {name: np.take(part, left, axis) for name, part in read.items()}
+            running = [running[i] for i in left]
             cache = np.take_along_axis(cache[:, :, left], as_index([origins[i] for i in left]), axis=3)
             last = np.array([[text.tokens[-1:] for text in search.texts] for search in running])
         return [search.best(1)[0] for search in searches]
+
+    def _read_by_decoder(self, keys: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
+        """Return keys as the decoder takes them, in older folders in one tensor, and the dimension of the sources."""
+        if any(found.name == "keys" for found in self.graphs["decoder"].get_inputs()):
+            return {"keys": keys}, 2
+        parts = keys.reshape(-1, *keys.shape[2:])
+        return {f"keys_{i}": part for i, part in enumerate(parts)}, 0
 
     def _candidates(self, logits: np.ndarray, running: Sequence[Beams], min_length: int) -> Iterator[np.ndarray]:
         """Yield for each source the 2 * beams best continuations, as `Beams.advance` takes them."""

@@ -1,6 +1,7 @@
 """Write the captioner or the VQA model as ONNX graphs, over which `inference.onnx` searches without PyTorch.
 
-Keys and values of all layers are one tensor (layers, 2, ..., heads, length, head width).
+Keys and values of all layers are one tensor (layers, 2, ..., heads, length, head width). The decoder step takes those of
+the image or question one by one, since a graph copies what it cuts out of a tensor.
 """
 
 from collections.abc import Sequence
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tokenizers import BertWordPieceTokenizer
 from torch import nn
 from torch.export import Dim
@@ -26,7 +26,8 @@ from utils import UserError
 
 ANSWER_DEFAULTS = {"max_length": 10, "min_length": 1, "num_beams": 3}  # as `BLIP_VQA.generate_answers`
 WHOLE = ("caption", "vqa")
-Graph = tuple[nn.Module, dict[str, tuple[torch.Tensor, Sequence[int]]], list[str]]  # inputs with dynamic dimensions
+Value = torch.Tensor | list[torch.Tensor]
+Graph = tuple[nn.Module, dict[str, tuple[Value, Sequence[int]]], list[str]]  # inputs with dynamic dimensions
 
 
 class ImageKeys(nn.Module):
@@ -62,33 +63,42 @@ class DecoderStep(nn.Module):
         self.decoder = decoder
 
     def forward(
-        self, input_ids: torch.Tensor, cache: torch.Tensor, keys: torch.Tensor
+        self, input_ids: torch.Tensor, cache: torch.Tensor, keys: list[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits (sources, readers, vocabulary), and the cache with the new positions.
 
         Args:
             input_ids: int64 (sources, readers, new): the new tokens of each text of each source.
             cache: (layers, 2, sources, readers, heads, past, head width).
-            keys: (layers, 2, sources, heads, length, head width).
+            keys: of each layer keys and values, each (sources, heads, length, head width).
         """
         sources, readers, new = input_ids.shape
         past, bert, held = cache.shape[5], self.decoder.bert, []
         positions = torch.arange(past, past + new)
         mask = torch.arange(past + new) <= positions[:, None]
         hidden = bert.embeddings(input_ids.flatten(0, 1), positions)  # (rows, new, width)
-        for layer, old, read in zip(bert.encoder.layer, cache.unbind(), keys.unbind(), strict=True):
+        for layer, old, *read in zip(bert.encoder.layer, cache.unbind(), keys[::2], keys[1::2], strict=True):
             own, cross = layer.attention, layer.crossattention
             fresh = own.self.key_value(hidden)
             key, value = (torch.cat((x.flatten(0, 1), y), dim=2) for x, y in zip(old.unbind(), fresh, strict=True))
             query = own.self.split(own.self.query(hidden))
-            hidden = own.output(merge_heads(F.scaled_dot_product_attention(query, key, value, mask)), hidden)
+            hidden = own.output(merge_heads(attend(query, key, value, mask)), hidden)
             query = cross.self.query(hidden).reshape(sources, readers * new, hidden.shape[2])  # as `attention.fold`
-            context = merge_heads(F.scaled_dot_product_attention(cross.self.split(query), *read.unbind()))
+            context = merge_heads(attend(cross.self.split(query), *read))
             hidden = cross.output(context.reshape(hidden.shape), hidden)
             hidden = layer.output(layer.intermediate(hidden), hidden)
             held.append(torch.stack((key, value)))
         logits = self.decoder.logits(hidden[:, -1])
         return logits.unflatten(0, (sources, readers)), torch.stack(held).unflatten(2, (sources, readers))
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attend as `scaled_dot_product_attention`, whose export scales the keys, which copies the image's at every token."""
+    scores = query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)
+    scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(dim=-1) @ value
 
 
 def stack(projection: Projection) -> torch.Tensor:
@@ -113,7 +123,7 @@ def graphs(model: Predictor) -> dict[str, Graph]:
     inputs = {
         "input_ids": (torch.full((2, 3, 4), 5), (0, 1, 2)),
         "cache": (torch.zeros(layers, 2, 2, 3, heads, 6, width), (2, 3, 5)),
-        "keys": (keys, (2,) if of_captions else (2, 4)),
+        "keys": ([*keys.flatten(0, 1)], (0,) if of_captions else (0, 2)),
     }
     found["decoder"] = (DecoderStep(net.text_decoder), inputs, ["logits", "new_cache"])
     return found
@@ -134,11 +144,14 @@ def export_whole(source: str, task: str, folder: Path, allow_pickle: bool = Fals
         raise UserError(f"{source} has a tokenizer or resampling of its own, which the ONNX runner does not follow")
     folder.mkdir(parents=True, exist_ok=True)
     for name, (module, inputs, outputs) in graphs(model).items():
-        shapes = {key: dict.fromkeys(sizes, Dim.DYNAMIC) for key, (_, sizes) in inputs.items()}
-        values = tuple(value for value, _ in inputs.values())
+        shapes, values, names = {}, tuple(value for value, _ in inputs.values()), []
+        for key, (value, sizes) in inputs.items():
+            shape = dict.fromkeys(sizes, Dim.DYNAMIC)
+            shapes[key] = [shape] * len(value) if isinstance(value, list) else shape
+            names += [f"{key}_{i}" for i in range(len(value))] if isinstance(value, list) else [key]
         try:
             torch.onnx.export(
-                module.eval(), values, folder / f"{name}.onnx", input_names=list(inputs), output_names=outputs,
+                module.eval(), values, folder / f"{name}.onnx", input_names=names, output_names=outputs,
                 dynamic_shapes=shapes, dynamo=True, external_data=False, verbose=False,
             )  # fmt: skip
         except ImportError as error:
