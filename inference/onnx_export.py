@@ -1,7 +1,7 @@
 """Write the captioner or the VQA model as ONNX graphs, over which `inference.onnx` searches without PyTorch.
 
-Keys and values of all layers are one tensor (layers, 2, ..., heads, length, head width). The decoder step takes those of
-the image or question one by one, since a graph copies what it cuts out of a tensor.
+Keys and values of all layers are one tensor (layers, 2, ..., heads, length, head width). The decoder step takes those
+of the image or question one by one, since a graph copies what it cuts out of a tensor.
 """
 
 from collections.abc import Sequence
@@ -95,7 +95,7 @@ class DecoderStep(nn.Module):
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Attend as `scaled_dot_product_attention`, whose export scales the keys, which copies the image's at every token."""
+    """Attend as `scaled_dot_product_attention`, whose export scales keys, which copies the image's at every token."""
     scores = query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)
     scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
     return scores.softmax(dim=-1) @ value
