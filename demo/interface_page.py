@@ -7,7 +7,8 @@ STYLE = """
 body {font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color: #222}
 section {border: 1px solid #ccc; border-radius: 6px; padding: 0 1rem 1rem; margin: 1rem 0}
 h2 {font: bold 1.1rem monospace} h2 b {background: #246; color: #fff; padding: .1rem .5rem; border-radius: 4px}
-pre {background: #f4f4f4; padding: .6rem; overflow-x: auto; margin: .5rem 0} pre:empty {display: none} label {margin-right: 1rem}
+pre {background: #f4f4f4; padding: .6rem; overflow-x: auto; margin: .5rem 0}
+pre:empty {display: none} label {margin-right: 1rem}
 td, th {text-align: left; padding-right: 1.5rem; vertical-align: top; font-weight: normal} th {color: #666}
 input[type=text] {width: 20rem; padding: .2rem} button {padding: .2rem 1rem}
 """
