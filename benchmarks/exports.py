@@ -28,6 +28,7 @@ from utils import run_command
 IMAGES, REPEATS = 2, 5
 SEARCH = {"num_beams": BEAMS, "max_length": LENGTH, "min_length": LENGTH}
 TITLE = "Captions of exported models: `python -m benchmarks.exports`"
+NAMES = ("PyTorch, float32", "PyTorch, bfloat16", "ONNX Runtime, float32", "ONNX Runtime, int8")
 COLUMNS = ("", "s", "times as fast as PyTorch in float32", "MB")
 
 
@@ -36,13 +37,13 @@ def make_ways(size: Size, folder: Path) -> dict[str, tuple[Callable[[list[Any]],
     checkpoint = folder / "captioner.pth"
     torch.save({"model": build(BLIP_Decoder, size, "cpu").state_dict(), "config": size.settings}, checkpoint)
     found = {}
-    for name, amp in (("PyTorch, float32", ""), ("PyTorch, bfloat16", "bf16")):
+    for name, amp in zip(NAMES[:2], ("", "bf16"), strict=True):
         model = load("caption", checkpoint, "cpu", amp)
         found[name] = (
             lambda images, model=model: [row["captions"][0]["caption"] for row in model.captions(images, **SEARCH)],
             checkpoint.stat().st_size,
         )
-    for name, int8 in (("ONNX Runtime, float32", False), ("ONNX Runtime, int8", True)):
+    for name, int8 in zip(NAMES[2:], (False, True), strict=True):
         export_whole(str(checkpoint), "caption", folder / name, int8=int8)
         runner = OnnxModel(folder / name, torch.get_num_threads())
         stored = sum(path.stat().st_size for path in (folder / name).iterdir())
@@ -65,13 +66,13 @@ def measure(size: Size = BASE, repeats: int = REPEATS) -> str:
         for _ in range(repeats):
             for name, (caption, _) in ways.items():
                 times[name].append(seconds(lambda caption=caption: caption(images)))
-    first, *_ = ways
-    assert captions[first] == captions["ONNX Runtime, float32"], captions
+    first, _, exported, _ = NAMES
+    assert captions[first] == captions[exported], captions
     rows = []
     for name, (_, stored) in ways.items():
         ratios = [own / other for own, other in zip(times[first], times[name], strict=True)]
         ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        rows.append([name, f"{statistics.median(times[name]):.2f}", ratio, f"{stored / 1e6:.0f}"])
+        rows.append([name, f"{statistics.median(times[name]):.2f}", ratio, f"{stored / 1e6:.1f}"])
     return table(COLUMNS, rows)
 
 

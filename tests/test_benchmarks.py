@@ -6,8 +6,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+<<<<<<< HEAD
 from benchmarks import floor, measure, results, throughput
 from benchmarks.__main__ import ROWS, cells, run_row
+=======
+from benchmarks import exports, floor, measure, results, throughput
+from benchmarks.__main__ import cells, run_row
+>>>>>>> c36b6bd (The benchmark of exported captioners runs at tiny size in the tests)
 from benchmarks.case import Size, word_texts
 from benchmarks.inference_rows import needed_tokens
 from benchmarks.measure import Timing
@@ -130,6 +135,14 @@ def test_the_page_of_a_gpu_at_tiny_size(small_probes, monkeypatch):
     assert len([row for row in text.splitlines() if row.startswith("| tiny | ")]) == len(throughput.PRECISIONS)
     assert text.count("| captioning 8 images") == text.count("| re-ranking one image") == 2
     assert text.count("| VQA ranking") == 4 and "| 64 | 1 | " in text
+
+
+def test_the_exported_captioners_at_tiny_size():
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    rows = exports.measure(TINY, repeats=1).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in exports.NAMES]
+    assert float(rows[3].split(" | ")[3].rstrip(" |")) < float(rows[2].split(" | ")[3].rstrip(" |")) / 2
 
 
 def test_without_a_gpu_the_page_is_refused(monkeypatch, capsys):
