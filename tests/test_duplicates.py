@@ -10,11 +10,12 @@ import sys
 import tarfile
 import tempfile
 import time
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
@@ -26,12 +27,15 @@ from bootstrap import duplicates  # noqa: E402
 from bootstrap.duplicates import (  # noqa: E402
     NEAR,
     PLACES,
+    alike_features,
     duplicates_of,
     image_hashes,
     keep_first,
     near_pairs,
 )
+from inference import load  # noqa: E402
 from miniature.writing import write_miniature  # noqa: E402
+from models.losses import unit_features  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not hasattr(np, "bitwise_count"), reason="needs NumPy 2")
 MODEL = str(ROOT / "configs" / "miniature" / "model.safetensors")
@@ -76,10 +80,25 @@ def planted(images, seed=0, share=0.2):
     return [image for _, image in items], [i for i, _ in items]
 
 
-def precision_and_recall(images, owners):
+def by_hash(images):
+    return duplicates_of(np.stack([image_hashes(image).numpy() for image in images]).view(np.uint64))
+
+
+def by_features(model, cosine):
+    """Return a function that finds duplicates by the features of a model."""
+
+    def find(images):
+        with torch.no_grad():
+            tokens = model.model.visual_encoder(torch.stack([model.transform(image) for image in images]))
+            feats = unit_features(model.model.vision_proj, tokens[:, 0])
+        return alike_features(feats.half().numpy(), cosine, Path())
+
+    return find
+
+
+def precision_and_recall(images, owners, find=by_hash):
     """Return precision and recall of the images that are left out."""
-    hashes = np.stack([image_hashes(image).numpy() for image in images]).view(np.uint64)
-    found = duplicates_of(hashes)
+    found = find(images)
     right = sum(owners[i] == owners[j] for i, j in found.items())
     return right / max(len(found), 1), right / (len(owners) - len(set(owners)))
 
@@ -232,10 +251,12 @@ def main():
         write_miniature(Path(name), level=4, num_train=300, num_val=1, num_test=1, num_web=1)
         paths = sorted((Path(name) / "images" / "train").iterdir())
         sets = {"photographs": photograph_tiles(), "miniature": [Image.open(path).convert("RGB") for path in paths]}
-    for name, images in sets.items():
-        results = [precision_and_recall(*planted(images, seed)) for seed in range(10)]
+    model = load("features", MODEL, "cpu")
+    ways = {"hash": by_hash} | {f"cosine {cosine}": by_features(model, cosine) for cosine in (0.95, 0.99, 0.999)}
+    for (name, images), (way, find) in product(sets.items(), ways.items()):
+        results = [precision_and_recall(*planted(images, seed), find) for seed in range(10)]
         precision, recall = np.mean(results, axis=0)
-        print(f"{name}, {len(images)} images, 20% planted: precision {precision:.3f}, recall {recall:.3f}", flush=True)
+        print(f"{name}, {len(images)} images, {way}: precision {precision:.3f}, recall {recall:.3f}", flush=True)
     for images in map(int, sys.argv[1:]):
         time_search(images)
 
