@@ -6,13 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-<<<<<<< HEAD
-from benchmarks import floor, measure, results, throughput
-from benchmarks.__main__ import ROWS, cells, run_row
-=======
 from benchmarks import exports, floor, measure, results, throughput
-from benchmarks.__main__ import cells, run_row
->>>>>>> c36b6bd (The benchmark of exported captioners runs at tiny size in the tests)
+from benchmarks.__main__ import ROWS, cells, run_row
 from benchmarks.case import Size, word_texts
 from benchmarks.inference_rows import needed_tokens
 from benchmarks.measure import Timing
