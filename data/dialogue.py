@@ -92,7 +92,8 @@ class Dialogues(Dataset):
 class DialogueTrain(Dialogues):
     """Dialogues with right and wrong answers: {"image", "caption", "dialogue": texts, "targets": int64 (texts,)}.
 
-    Of every dialogue `num_rounds` are drawn, each with the right answer (target 1) and `num_negatives` wrong ones (0).
+    Of every dialogue `num_rounds` are drawn, evenly spaced, so that texts in one place of a batch have similar lengths;
+    each with the right answer (target 1) and `num_negatives` wrong ones (0). A short dialogue repeats its rounds.
     """
 
     def __init__(
@@ -109,8 +110,9 @@ class DialogueTrain(Dialogues):
     def __getitem__(self, index: int) -> dict[str, Any]:
         rounds, texts = self.annotation[index]["dialog"], []
         known = [turn for turn, one in enumerate(rounds) if "gt_index" in one]
-        several = -(-self.num_rounds // len(known))  # a short dialogue repeats its rounds
-        for turn in random.sample(known * several, self.num_rounds):
+        shift = random.randrange(len(known))
+        for place in range(self.num_rounds):
+            turn = known[(place * len(known) + shift) // self.num_rounds]
             options, right = rounds[turn]["answer_options"], rounds[turn]["gt_index"]
             wrong = random.sample([number for number in range(len(options)) if number != right], self.num_negatives)
             texts += self.texts(index, turn, options[[right, *wrong]])

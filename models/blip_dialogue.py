@@ -13,6 +13,8 @@ from models.med_config import MED_CONFIG, MedSource
 from models.pretrained import load_pretrained
 from models.tokenizer import tokenize
 
+GROUP = 4  # dialogues of an image that are padded to one length
+
 
 class BLIP_Dialogue(ImageTextModel):
     """Text encoder of captions and dialogues, and the matching head on a dialogue's first token.
@@ -45,8 +47,7 @@ class BLIP_Dialogue(ImageTextModel):
             targets: int64 (dialogues,), 1 where the answer is right, for the loss.
             train: return the matching loss, a scalar; otherwise logits of wrong and right (dialogues, 2).
         """
-        projection = self.project(image, caption).read_by(len(dialogue) // len(image))
-        logits = self.judge(projection, dialogue)
+        logits = self.judge_by_length(self.project(image, caption), dialogue, len(dialogue) // len(image))
         return F.cross_entropy(logits.float(), targets) if train else logits
 
     def project(self, image: torch.Tensor, caption: Sequence[str]) -> Projection:
@@ -56,6 +57,19 @@ class BLIP_Dialogue(ImageTextModel):
         caption_embeds = self.caption_proj(self.text_encoder(*text))  # (batch, caption tokens, image width)
         atts = torch.cat((text.attention_mask.new_ones(image_embeds.shape[:2]), text.attention_mask), dim=1)
         return self.text_encoder.project(torch.cat((image_embeds, caption_embeds), dim=1), mask=atts)
+
+    def judge_by_length(self, projection: Projection, dialogue: Sequence[str], per_image: int) -> torch.Tensor:
+        """As `judge`, a few dialogues of each image at a time, the shortest first: padding costs as much as words."""
+        firsts = range(0, len(dialogue), per_image)
+        order = [sorted(range(first, first + per_image), key=lambda n: len(dialogue[n])) for first in firsts]
+        numbers, logits = [], []
+        for start in range(0, per_image, GROUP):
+            group = [own[start : start + GROUP] for own in order]
+            chosen = [number for own in group for number in own]
+            logits.append(self.judge(projection.read_by(len(group[0])), [dialogue[number] for number in chosen]))
+            numbers += chosen
+        places = torch.tensor(numbers).argsort().to(logits[0].device, non_blocking=True)
+        return torch.cat(logits)[places]
 
     def judge(self, projection: Projection, dialogue: Sequence[str]) -> torch.Tensor:
         """Return the logits of wrong and right (dialogues, 2) of dialogues that read a projection."""

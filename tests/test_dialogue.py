@@ -173,6 +173,12 @@ def test_training_draws_rounds_and_wrong_options(world):
         for texts in groups:
             assert len(set(texts)) == 5 and len({text.rpartition(" [SEP] ")[0] for text in texts}) == 1
         assert item["targets"].tolist() == [1, 0, 0, 0, 0] * 8
+    found.num_rounds, turns = 4, []
+    for _ in range(300):  # each round as often as the others, none twice, in their order
+        own = [text.count(" [SEP] ") // 2 for text in found[0]["dialogue"][::5]]
+        assert len(set(own)) == 4 and own == sorted(own)
+        turns += own
+    assert sorted(set(turns)) == list(range(6)) and all(150 < turns.count(turn) < 250 for turn in range(6))
     with pytest.raises(UserError, match="expected 'gt_index' in a round, and more options than num_negatives, 10"):
         build_datasets("dialogue", config | {"num_negatives": 10})
 
@@ -245,6 +251,17 @@ def test_each_dialogue_reads_its_own_image_and_caption():
         assert (logits - other).abs().amax(dim=1).min() > 1e-4
         loss = model(image, captions, texts, torch.tensor([1, 0, 0, 1]))
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, torch.tensor([1, 0, 0, 1])))
+
+
+def test_dialogues_that_are_padded_in_groups_keep_their_places(monkeypatch):
+    model, image = BLIP_Dialogue(**SIZE).eval(), torch.randn(2, 3, 48, 48)
+    texts = [f"{'is it red ' * (n * 7 % 5)}what is {n} [SEP] two" for n in range(18)]
+    found = model(image, ["a dog", "a cat"], texts, train=False)
+    lengths, judge = [], model.judge
+    monkeypatch.setattr(model, "judge", lambda projection, part: lengths.append(len(part)) or judge(projection, part))
+    assert torch.equal(found, model(image, ["a dog", "a cat"], texts, train=False)) and lengths == [8, 8, 2]
+    monkeypatch.setattr("models.blip_dialogue.GROUP", len(texts))
+    torch.testing.assert_close(found, model(image, ["a dog", "a cat"], texts, train=False), rtol=1e-5, atol=1e-5)
 
 
 def test_a_long_dialogue_loses_its_oldest_words():
