@@ -47,6 +47,8 @@ MINIATURE = {
     "classification": c.ClassificationConfig,
     "dialogue": c.DialogueConfig,
     "aokvqa": c.VQAConfig,
+    "gqa": c.VQAConfig,
+    "okvqa": c.VQAConfig,
     "pretrain": c.PretrainConfig,
 }
 
