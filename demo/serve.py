@@ -138,9 +138,12 @@ class Batcher:
             )  # fmt: skip
             for job, row in zip(jobs, rows, strict=True):
                 job.row.set_result(row)
-        except Exception as error:  # the next batch is answered all the same
-            for job in jobs:
-                job.row.set_exception(error)
+        except Exception as error:
+            if len(jobs) > 1:  # one job may be at fault, so each is answered alone
+                for job in jobs:
+                    self._answer(task, [job])
+                return
+            jobs[0].row.set_exception(error)
         self.counts["blip_batches_total", task] += 1
         self.counts["blip_images_total", task] += len(jobs)
         self.counts["blip_busy_seconds_total", task] += time.monotonic() - start

@@ -20,11 +20,12 @@ from PIL import Image
 
 from inference import load
 from miniature.scene import draw_scene, render
+from utils import UserError
 
 pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 from demo.app import SMALL  # noqa: E402
-from demo.serve import MAX_BYTES, Batcher, create_app  # noqa: E402
+from demo.serve import MAX_BYTES, Batcher, Job, create_app  # noqa: E402
 
 QUESTIONS = ("how many objects are there?", "what color is the circle?", "is there a red ring left of a square?")
 
@@ -161,6 +162,14 @@ def test_what_cannot_be_answered(served, images):
         status, row = served.post(task, body, **query)
         assert status == 422 and said in row["error"], row
     assert served.post("answer", content)[0] == 422  # FastAPI's own: no question
+
+
+def test_a_text_that_cannot_be_matched_fails_alone(models, images):
+    batcher = Batcher(models, max_batch=4, max_queue=4)
+    jobs = [Job("match", models["match"].transform(images[0]), text) for text in ("a red ring", "!!!", "a star")]
+    batcher._answer("match", jobs)
+    assert isinstance(jobs[1].row.exception(), UserError)
+    assert all(0 <= job.row.result()["probability"] <= 1 for job in (jobs[0], jobs[2]))
 
 
 def test_a_client_that_leaves_takes_nothing_with_it(served, models, images):
