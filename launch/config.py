@@ -211,7 +211,7 @@ class DialogueConfig(Files, TrainConfig):
     test_dense: str = setting("", "the same for the test")
     batch_size_train: int = setting(8, "dialogues per process and step", ">= 1")
     batch_size_test: int = setting(32, "images at once in evaluation", ">= 1")
-    num_rounds: int = setting(10, "rounds of each dialogue that a step trains, drawn at random", ">= 1")
+    num_rounds: int = setting(10, "rounds of each dialogue that a step trains, evenly spaced", ">= 1")
     num_negatives: int = setting(3, "wrong options that a round trains beside the right one, drawn at random", ">= 1")
     drop_path_rate: float = setting(0.0, "stochastic depth of the image encoder", ">= 0 and < 1")
     adapter_also: list = setting(["itm_head"], "parts trained whole beside adapters, by pieces of names")
