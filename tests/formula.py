@@ -3,12 +3,14 @@
 import gzip
 import json
 import zlib
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 
+from models import med
 from models.blip import BLIP_Base, BLIP_Decoder
 from models.blip_classification import BLIP_Classification
 from models.blip_dialogue import BLIP_Dialogue
@@ -74,8 +76,9 @@ def img(name, batch=2):
     return arr("a:" + name, (batch, 3, 48, 48))
 
 
+@cache
 def formula_value(key, shape):
-    """The value of a state-dict entry, numpy, float64 or int64."""
+    """The value of a state-dict entry, numpy, float64 or int64; not to be changed."""
     if key == "temp":
         return np.float64(0.07)
     if key.endswith(("queue_ptr", "ptr_queue")):
@@ -107,8 +110,12 @@ def fill(model):
     return model.eval()
 
 
-def build(name, vocab_file="", **kwargs):
-    """A tiny model of one kind with formula weights, in eval mode; by default with bert-base-uncased's vocabulary."""
+def build(name, vocab_file="", num_layers=None, **kwargs):
+    """A tiny model of one kind with formula weights, in eval mode.
+
+    By default it has the 8 text layers and the vocabulary, bert-base-uncased's, of the golden values. NLVR2's merges
+    begin at layer 6, of fewer layers at the last one.
+    """
     spec = golden()["spec"]
     if name in ("retrieval", "pretrain"):
         kwargs["embed_dim"] = spec["embed_dim"]
@@ -120,7 +127,9 @@ def build(name, vocab_file="", **kwargs):
     med_config = {**json.loads(MED_CONFIG.read_text()), "vocab_file": str(vocab_file)}
     if name == "pretrain":
         med_config["vocab_size"] = 30522
-    model = MODELS[name](med_config=med_config, image_size=spec["image_size"], vit=spec["vit"], **kwargs)
+    med_config["num_hidden_layers"] = layers = num_layers or med_config["num_hidden_layers"]
+    with mock.patch.object(med, "FIRST_MERGE_LAYER", min(med.FIRST_MERGE_LAYER, layers - 1)):
+        model = MODELS[name](med_config=med_config, image_size=spec["image_size"], vit=spec["vit"], **kwargs)
     return use_cpu_products(fill(model), products)
 
 

@@ -14,7 +14,7 @@ from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 
 # A server imports these once, and every process is a copy of it: importing takes longer than most tests.
-PRELOADED = ["pretrain", "train_caption", "train_retrieval", "train_nlvr", "train_vqa", "capfilt", "predict"]
+PRELOADED = ["pretrain", "train_caption", "train_retrieval", "train_nlvr", "train_vqa", "capfilt", "predict", "convert"]
 COPIES = multiprocessing.get_context("forkserver")
 COPIES.set_forkserver_preload(PRELOADED)
 
@@ -44,12 +44,17 @@ def start(function, *args):
     return process
 
 
-def run_script(words, processes, folder, environment):
-    """Do here what `python *words` would, or torchrun with so many processes; writes `stdout` and `stderr`."""
+def run_script(words, processes, folder, environment, fresh=False):
+    """Do here what `python *words` would, or torchrun with so many processes; writes `stdout` and `stderr`.
+
+    With `fresh` the words are a whole command line, and this process becomes it.
+    """
     os.environ.update(environment)
     torch.set_num_threads(1)
     for number, name in enumerate(("stdout", "stderr"), 1):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    if fresh:
+        os.execv(words[0], words)
     if processes == 1:
         run_main(words)
     else:

@@ -65,8 +65,10 @@ def run_here(script, *args):
 
 def family(pid):
     """A process and all that descend from it; torchrun's workers have sessions of their own."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
-    return [pid] + [found for child in children for found in family(child)]
+    with contextlib.suppress(FileNotFoundError):  # it has ended
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
+        return [pid] + [found for child in children for found in family(child)]
+    return []
 
 
 def kill_family(pid):
@@ -76,33 +78,37 @@ def kill_family(pid):
             os.kill(int(found), signal.SIGKILL)
 
 
-def run_and_signal(script, *args, when, number=signal.SIGKILL, processes=1, limit=120):
+def run_and_signal(script, *args, when, number=signal.SIGKILL, processes=1, limit=120, fresh=False):
     """Start a script, send it a signal as soon as `when()` is true, by `limit` seconds, and wait.
 
-    SIGKILL goes to all its processes; any other to its group, whose torchrun passes it on.
+    SIGKILL goes to all its processes; any other to the first one, which under several is torchrun and passes it on.
+    The processes are copies, as those of `run`, or with `fresh` those of the command line.
     """
-    process = subprocess.Popen(
-        command(script, *args, processes=processes),
-        cwd=ROOT,
-        env=environment(),
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    words = command(script, *args, processes=processes) if fresh else [str(ROOT / script), *map(str, args)]
+    with tempfile.TemporaryDirectory() as folder:
+        process = start(run_script, words, processes, Path(folder), environment(), fresh)
+        try:
+            wait_for(when, process, limit)
+        except AssertionError as error:
+            kill_family(process.pid)  # or it would go on beside the other tests
+            raise AssertionError(f"{error}\n{output(folder)[-3000:]}") from None
+        kill_family(process.pid) if number == signal.SIGKILL else os.kill(process.pid, number)
+        process.join(120)
+        return process.exitcode, output(folder)
+
+
+def wait_for(when, process, limit):
+    """Wait for `when()` to be true; an AssertionError if the process ends before, or after so many seconds."""
     deadline = time.monotonic() + limit
-    try:
-        while not when():
-            assert process.poll() is None, process.communicate()[0][-3000:]
-            assert time.monotonic() < deadline, "the moment to send the signal never came"
-            time.sleep(0.01)
-    except AssertionError:
-        if process.poll() is None:  # or it would go on beside the other tests
-            kill_family(process.pid)
-        raise
-    kill_family(process.pid) if number == signal.SIGKILL else os.killpg(process.pid, number)
-    output = process.communicate(timeout=120)[0]
-    return process.returncode, output
+    while not when():
+        assert process.is_alive(), "the script ended before the moment to send the signal"
+        assert time.monotonic() < deadline, "the moment to send the signal never came"
+        time.sleep(0.005)
+
+
+def output(folder):
+    """What `run_script` wrote to stdout, and then to stderr."""
+    return "".join((Path(folder) / name).read_text() for name in ("stdout", "stderr"))
 
 
 def lines(path):

@@ -24,7 +24,8 @@ from training.results import evaluate_only
 from utils import UserError, get_rank
 
 CPU = torch.device("cpu")
-build = partial(build_formula, vocab_file=ROOT / "configs" / "miniature" / "vocab.txt")  # small, for quick checkpoints
+VOCAB = ROOT / "configs" / "miniature" / "vocab.txt"
+build = partial(build_formula, vocab_file=VOCAB, num_layers=2)  # small, for quick checkpoints
 ADAPTED = {"adapter_rank": 2, "adapter_alpha": 4.0}
 IMAGE = img("adapted")
 LOSSES = {

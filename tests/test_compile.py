@@ -1,16 +1,19 @@
 """`compile: true`: every block in one graph, and the same losses, gradients and captions as without."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
-from formula import arr, build, img
+from formula import arr, img
+from formula import build as build_formula
 from launch.config import NLVRConfig
 from models.tokenizer import tokenize
 from training.adapters import add_adapters
 from training.state import compile_blocks
 
+build = partial(build_formula, num_layers=2)
 TEXTS = ["a red ring", "two rings left of a large green star"]
 QUESTIONS = ["what color is it ?", "how many rings are left of the star ?"]
 

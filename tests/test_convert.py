@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scripts import run
 from transformers import (
     BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
@@ -38,9 +39,9 @@ SIZES = {
         med_config=dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128),
         image_size=32,
     ),
-    "large, two layers": dict(
-        vit=dict(embed_dim=1024, depth=2, num_heads=16, patch_size=16),
-        med_config=dict(num_hidden_layers=2),
+    "two widths": dict(
+        vit=dict(embed_dim=128, depth=2, num_heads=2, patch_size=16),
+        med_config=dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128),
         image_size=32,
     ),
     "base": dict(vit="base", image_size=32),
@@ -48,7 +49,7 @@ SIZES = {
 }
 SLOW = pytest.mark.skipif("BLIP_SLOW" not in os.environ, reason="gigabytes on disk; BLIP_SLOW=1 runs it")
 EVERY_SIZE = pytest.mark.parametrize(
-    "size", ["small", "large, two layers", pytest.param("base", marks=SLOW), pytest.param("large", marks=SLOW)]
+    "size", ["small", "two widths", pytest.param("base", marks=SLOW), pytest.param("large", marks=SLOW)]
 )
 TEXTS = ["a dog", "two cats on a red sofa"]
 
@@ -132,7 +133,7 @@ def test_vqa_both_ways(tmp_path, size):
 
 
 def test_vqa_of_two_widths_has_no_place_there(tmp_path):
-    _, path = checkpoint(tmp_path, blip_vqa, "large, two layers")
+    _, path = checkpoint(tmp_path, blip_vqa, "two widths")
     with pytest.raises(UserError, match="cannot be converted"):
         write_huggingface(str(path), tmp_path / "hub")
 
@@ -181,8 +182,9 @@ def test_half_precision(tmp_path):
 @pytest.mark.parametrize("part", ["image", "match"])
 @torch.no_grad()
 def test_export_gives_equal_outputs(tmp_path, part):
-    export(str(MODEL), part, tmp_path / "part.pt2", onnx=False)
-    module, inputs, _ = select_part(str(MODEL), part)
+    _, path = checkpoint(tmp_path, blip_itm, "two widths", embed_dim=32)
+    export(str(path), part, tmp_path / "part.pt2", onnx=False)
+    module, inputs, _ = select_part(str(path), part)
     inputs = other_inputs(module, part)
     found = torch.export.load(tmp_path / "part.pt2").module()(*inputs)
     torch.testing.assert_close(found, module(*inputs), rtol=1e-4, atol=1e-5)
@@ -193,8 +195,9 @@ def test_export_gives_equal_outputs(tmp_path, part):
 def test_onnx_gives_equal_outputs(tmp_path, part):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    export(str(MODEL), part, tmp_path / "part.onnx", onnx=True)
-    module, _, _ = select_part(str(MODEL), part)
+    _, path = checkpoint(tmp_path, blip_itm, "two widths", embed_dim=32)
+    export(str(path), part, tmp_path / "part.onnx", onnx=True)
+    module, _, _ = select_part(str(path), part)
     inputs = other_inputs(module, part)
     session = onnxruntime.InferenceSession(tmp_path / "part.onnx")
     names = [found.name for found in session.get_inputs()]
@@ -204,7 +207,7 @@ def test_onnx_gives_equal_outputs(tmp_path, part):
 
 def other_inputs(module, part):
     """Inputs of another batch size and text length than the export's examples."""
-    image = arr("a:export", (3, 3, 64, 64))
+    image = arr("a:export", (3, 3, 32, 32))
     if part == "image":
         return (image,)
     text = tokenize(module.model.tokenizer, ["a red circle", "a blue square above it", "a star"], "enc")
@@ -212,11 +215,8 @@ def other_inputs(module, part):
 
 
 def test_command_line(tmp_path):
-    command = [sys.executable, "convert.py"]
-    done = subprocess.run([*command, "--to-half", str(MODEL), "--output", str(tmp_path / "a" / "m.safetensors")],
-                          cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    words = [sys.executable, "convert.py", "--to-half", str(MODEL), "--output", str(tmp_path / "a" / "m.safetensors")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "a" / "m.safetensors").is_file(), done.stderr
-    done = subprocess.run(
-        [*command, "--to-hf", str(MODEL), "--output", str(tmp_path / "b")], cwd=ROOT, capture_output=True, text=True
-    )
+    done = run("convert.py", "--to-hf", MODEL, "--output", tmp_path / "b", check=False)
     assert done.returncode == 2 and "choose the model with --task" in done.stderr and done.stderr.count("\n") == 1

@@ -55,6 +55,7 @@ def any_trees(model, answer_ids, candidates):
 def allowed(monkeypatch):
     """Replace the allowed reads, and timm's drop-path rates, which it reads from a tensor while a model is built."""
     monkeypatch.setattr(med, "labelled_positions", all_positions)
+    monkeypatch.setattr(med, "FIRST_MERGE_LAYER", 1)  # of NLVR2's two layers
     monkeypatch.setattr(blip_vqa.BLIP_VQA, "select_trees", any_trees)
     rates = lambda rate, depth: [rate * i / max(depth - 1, 1) for i in range(depth)]  # noqa: E731
     monkeypatch.setattr(vision_transformer, "calculate_drop_path_rates", rates)
@@ -73,7 +74,8 @@ def model_of(kind, **options):
     """A tiny model of a kind on the fake device."""
     spec = golden()["spec"]
     sizes = {"embed_dim": 32, "queue_size": 16} if kind in ("retrieval", "pretrain") else {}
-    settings = {"med_config": json.loads(MED_CONFIG.read_text()), "image_size": spec["image_size"], "vit": spec["vit"]}
+    med_config = json.loads(MED_CONFIG.read_text()) | {"num_hidden_layers": 2}
+    settings = {"med_config": med_config, "image_size": spec["image_size"], "vit": spec["vit"]}
     with CUDA:
         return MODELS[kind](**settings, **sizes, **options)
 
@@ -274,7 +276,7 @@ class CountReads(torch.utils._python_dispatch.TorchDispatchMode):
 def test_17_6_an_eager_step_on_the_cpu_reads_no_value(name, monkeypatch):
     monkeypatch.undo()  # nothing is replaced here
     kind, options, train_step, batch = STEPS[name]
-    model = build(kind, **options).train()
+    model = build(kind, num_layers=2, **options).train()
     values = {key: make(torch.device("cpu")) for key, make in batch.items()}
     if hasattr(model, "begin_step"):
         model.begin_step()

@@ -3,10 +3,7 @@
 import json
 import os
 import random
-import signal
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -17,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file
-from scripts import ROOT
+from scripts import ROOT, lines, run, run_and_signal
 
 import predict
 from inference import load
@@ -138,17 +135,13 @@ def test_resume_after_any_cut_gives_the_same_file(folder, tmp_path, monkeypatch,
 
 def test_a_killed_run_is_continued(folder, tmp_path):
     output = tmp_path / "features.npy"
-    words = [sys.executable, "predict.py", "features", str(folder), "--checkpoint", MODEL, "--output", str(output)]
+    words = ["features", folder, "--checkpoint", MODEL, "--output", output]
     log = tmp_path / "features.npy.rows.jsonl"
-    run = subprocess.Popen([*words, "--batch_size", "1"], cwd=ROOT, stderr=subprocess.DEVNULL)
-    while run.poll() is None and not (log.is_file() and log.read_text().count("\n") > 3):
-        time.sleep(0.005)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    run_and_signal("predict.py", *words, "--batch_size", "1", when=lambda: lines(log) > 3 or output.exists())
     if not output.exists():  # else it was done before the kill
-        again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        again = run("predict.py", *words, check=False)
         assert again.returncode == 2 and "continue it with --resume" in again.stderr
-        assert subprocess.run([*words, "--resume"], cwd=ROOT, capture_output=True).returncode == 0
+        run("predict.py", *words, "--resume")
     assert np.load(output).shape == (12, 128) and not log.exists()
 
 

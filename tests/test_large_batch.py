@@ -4,10 +4,12 @@ from functools import partial
 
 import pytest
 import torch
+from scripts import ROOT
 from torch.nn.parallel import DistributedDataParallel
 
 import train_retrieval
-from formula import arr, build
+from formula import arr
+from formula import build as build_formula
 from launch.config import RetrievalConfig
 from launch.run import Run
 from processes import run_in_processes
@@ -16,6 +18,7 @@ from training.loop import Task, take_step
 from training.progress import Progress
 from training.state import create_state
 
+build = partial(build_formula, vocab_file=ROOT / "configs" / "miniature" / "vocab.txt", num_layers=2)
 CPU = torch.device("cpu")
 ALPHA, STEPS, PAIRS = 0.4, 2, 8
 IDX = torch.tensor([[5, 1, 2, 3, 4, 5, 2, 7], [1, 8, 9, 5, 9, 9, 10, 1]])  # same images in several parts, and steps

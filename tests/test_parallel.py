@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.fsdp
 import torch.multiprocessing as mp
-from scripts import ROOT, TINY, run_here, settings
+from scripts import ROOT, TINY, run_here, settings  # and `processes`, by which "forkserver" has imported all
+from torch.distributed.tensor import DTensor
 
 from formula import MODELS, arr, fill
 from launch import run
@@ -112,7 +113,7 @@ def prepared(case, how, folder, seen):
     task = Task(train_step, candidates=compute_candidates if case == "cached contrast" else None)
     run = Run(folder, CPU)
     made = state.create_state(run, config, model, STEPS * config.grad_accum)
-    made.optimizer.register_step_pre_hook(keep_gradients)
+    seen["hook"] = made.optimizer.register_step_pre_hook(keep_gradients)
     return run, made, task
 
 
@@ -138,23 +139,28 @@ def trained(case, how, rank, folder):
         save(made, run)
     step_once(made, task, rank)
     files = saved_adapters(made) if made.config.adapter_rank else {}
+    seen.pop("hook").remove()
     found = {name: list(values) for name, values in seen.items()}  # before the steps that follow
     found |= {"state": state_of(made.model) | files, **evaluated(case, made)}
     return {**found, "skipped": is_skipped(made, task, rank)}
 
 
 def is_skipped(made, task, rank):
-    """Whether a step after a bad one leaves the parameters as they are, on the device, sharded or not."""
-    before = state_of(made.model)
+    """Whether a step after a bad one leaves this rank's parameters as they are, on the device, sharded or not."""
+    before = own_parameters(made.model)
     made.check.bad_step.fill_(0.0)
     step_once(made, task, rank)
     made.check.bad_step.fill_(-1.0)
-    names = [name for name, p in made.model.named_parameters() if p.requires_grad and "_m." not in name]
-    after = state_of(made.model)
-    same = all(torch.equal(after[name], before[name]) for name in names if name in before and name != "temp")
+    same = all(map(torch.equal, own_parameters(made.model), before))
     step_once(made, task, rank)
-    moved = any(not torch.equal(state_of(made.model)[name], before[name]) for name in names if name in before)
+    moved = not all(map(torch.equal, own_parameters(made.model), before))
     return same and moved
+
+
+def own_parameters(model):
+    """Copies of the trained parameters, as far as this rank holds them; without the temperature, which is clamped."""
+    trained = [p.detach() for p in model.parameters() if p.requires_grad and p.dim()]
+    return [(p.to_local() if isinstance(p, DTensor) else p).clone() for p in trained]
 
 
 def saved_adapters(made):
@@ -243,7 +249,7 @@ def found(folder):
     train = [*arguments, "--output_dir", folder / "run"]
     weights = settings(pretrained=folder / "run/checkpoint_best.pth")
     evaluate = [*arguments, "--evaluate", *weights, "--output_dir", folder / "evaluated"]
-    mp.spawn(everything, ([train, evaluate], folder), nprocs=2)
+    mp.start_processes(everything, ([train, evaluate], folder), nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

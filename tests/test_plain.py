@@ -1,6 +1,7 @@
 """What is computed once equals what the released algorithm computes again and again."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from models import blip_pretrain
 from models.med import TextTransformer
 from models.tokenizer import tokenize
 from tests import plain
-from tests.formula import arr, build, img
+from tests.formula import arr, img
+from tests.formula import build as build_formula
 from utils import UserError
 
+build = partial(build_formula, num_layers=2)
 TEXTS = ["a red ring", "two rings left of a large green star", "a heart", "a small blue cross above a pink square"]
 
 

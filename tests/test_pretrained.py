@@ -2,8 +2,7 @@
 
 import argparse
 import json
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,8 @@ from models.blip_retrieval import blip_retrieval
 from models.blip_vqa import blip_vqa
 from models.huggingface import to_huggingface
 from models.pretrained import checkpoint_kind, load_bert, load_vit, refuse_fresh_parts
+from models.weights import read_file
+from processes import run_in_processes
 from utils import UserError
 
 SIZES = dict(med_config=json.loads(MED_CONFIG.read_text()), image_size=48, vit=golden()["spec"]["vit"])
@@ -42,24 +43,22 @@ def same(model, other, prefix=""):
     return all(torch.equal(mine[key], theirs[key]) for key in keys)
 
 
-MEASURE = """
-import re, sys
-from pathlib import Path
-from models.weights import read_file
-peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
-before = peak()
-total = sum(float(value.sum()) for value in read_file(Path(sys.argv[1]))[0].values())
-print(total, (peak() - before) / 1024)
-"""
+def peak():
+    """The most memory that this process has had, in MiB."""
+    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def measured_sum(rank, world_size, path):
+    """The sum of all entries of a file, and the memory that it took, in MiB."""
+    before = peak()
+    return sum(float(value.sum()) for value in read_file(path)[0].values()), peak() - before
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
 def test_an_optimizer_in_the_file_takes_no_memory(tmp_path):
     moments = {i: torch.zeros(2**24) for i in range(3)}  # 192 MiB
     torch.save({"model": {"a": torch.ones(2**20)}, "optimizer": {"state": moments}}, tmp_path / "a.pth")
-    command = [sys.executable, "-c", MEASURE, str(tmp_path / "a.pth")]
-    told = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    total, mebibytes = map(float, told.stdout.split())
+    ((total, mebibytes),) = run_in_processes(measured_sum, 1, tmp_path / "a.pth")
     assert total == 2**20 and mebibytes < 64
 
 

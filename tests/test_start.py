@@ -15,11 +15,13 @@ from launch.config import CaptionConfig
 from launch.run import LAST
 from miniature.writing import write_miniature
 from models.blip import BLIP_Decoder
+from processes import run_script, start
 from train_caption import check_captions
 from training.checkpoint import check_space
 from utils import UserError, say
 
 MODEL = ROOT / "configs/miniature/model.safetensors"
+SHORT = {"batch_size": 20, "max_length": 12}
 
 
 @pytest.fixture(scope="module")
@@ -106,14 +108,28 @@ def heed_interrupts():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize("moment", ["torch", "training.loop", "torch.utils.tensorboard"])
-def test_18_e_ctrl_c_during_imports_and_start(world, tmp_path, moment):
-    """The last moment is in the start of the run, after the model has been made."""
+@pytest.mark.parametrize("moment", ["torch", "training.loop"])
+def test_18_e_ctrl_c_during_imports(world, tmp_path, moment):
     (tmp_path / "sitecustomize.py").write_text(INTERRUPT.format(moment=moment), encoding="utf-8")
     env = environment() | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    words = [sys.executable, "train_caption.py", *caption_words(world, tmp_path / "run", tensorboard="true")]
+    words = [sys.executable, "train_caption.py", *caption_words(world, tmp_path / "run")]
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, preexec_fn=heed_interrupts)
     assert (done.returncode, done.stderr) == (130, "\ninterrupted\n")
+
+
+def run_interrupted(moment, words, folder):
+    """Run a script in a process that has imported its modules."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    exec(INTERRUPT.format(moment=moment), {})
+    run_script(words, 1, folder, environment())
+
+
+def test_18_e_ctrl_c_during_the_start(world, tmp_path):
+    """After the model has been made, when a module is imported that only this run needs."""
+    words = [ROOT / "train_caption.py", *caption_words(world, tmp_path / "run", tensorboard="true")]
+    process = start(run_interrupted, "torch.utils.tensorboard", words, tmp_path)
+    process.join()
+    assert (process.exitcode, (tmp_path / "stderr").read_text()) == (130, "\ninterrupted\n")
 
 
 def test_18_e_every_script_handles_ctrl_c_before_its_imports():
@@ -188,7 +204,7 @@ def test_18_e_lone_surrogates_in_texts(world, tmp_path, script):
 
 
 def test_18_e_a_full_disk_under_both_streams_does_not_end_a_run(world, tmp_path):
-    words = [sys.executable, "train_caption.py", *caption_words(world, tmp_path)]
+    words = [sys.executable, "train_caption.py", *caption_words(world, tmp_path, **SHORT)]
     with open("/dev/full", "w", encoding="utf-8") as full:
         done = subprocess.run(words, cwd=ROOT, env=environment(), stdout=full, stderr=full)
     assert done.returncode == 0 and (tmp_path / "report.html").exists()
@@ -212,29 +228,18 @@ def test_18_e_characters_that_a_terminal_lacks(tmp_path):
 # 18.F: Windows and macOS
 
 
-def other_system(*words):
+def test_18_f_modules_training_and_prediction_without_what_other_systems_lack(world, tmp_path):
+    """All modules are imported; data workers are started by `spawn`, so dataset and collate function are pickled."""
+    rooms = [path.relative_to(ROOT).with_suffix("") for room in ROOMS for path in files(room)]
+    names = {".".join(path.parts).removesuffix(".__init__") for path in rooms if path.stem != "__main__"}
+    image, output = next((world / "images").rglob("*.*")), tmp_path / "captions.jsonl"
+    words = ["import", *(path.stem for path in ROOT.glob("*.py")), *sorted(names)]
+    words += ["then", "train_caption", *caption_words(world, tmp_path, num_workers=1, **SHORT)]
+    words += ["then", "predict", "caption", image, "--checkpoint", MODEL, "--output", output, "--device", "cpu"]
     done = subprocess.run(
         [sys.executable, ROOT / "tests/other_system.py", *map(str, words)],
         cwd=ROOT, env=environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-
-
-def test_18_f_all_modules_import_without_what_other_systems_lack():
-    scripts = [path.stem for path in ROOT.glob("*.py")]
-    rooms = [path.relative_to(ROOT).with_suffix("") for room in ROOMS for path in files(room)]
-    names = {".".join(path.parts).removesuffix(".__init__") for path in rooms if path.stem != "__main__"}
-    other_system("import", *scripts, *sorted(names))
-
-
-def test_18_f_training_without_what_other_systems_lack(world, tmp_path):
-    """With a data worker, which is started by `spawn`: dataset and collate function are pickled."""
-    other_system("train_caption", *caption_words(world, tmp_path, num_workers=1))
     assert (tmp_path / "report.html").exists()
-
-
-def test_18_f_prediction_without_what_other_systems_lack(world, tmp_path):
-    image = next((world / "images").rglob("*.*"))
-    output = tmp_path / "captions.jsonl"
-    other_system("predict", "caption", image, "--checkpoint", MODEL, "--output", output, "--device", "cpu")
     assert json.loads(output.read_text(encoding="utf-8").splitlines()[-1])["captions"]

@@ -76,7 +76,7 @@ def test_two_processes_and_sigterm(arguments, tmp_path):
     run(SCRIPT, *arguments, "--output_dir", whole, processes=2)
     reached = lambda: lines(stopped / "curve.jsonl") >= 1  # noqa: E731
     code, output = run_and_signal(
-        SCRIPT, *arguments, "--output_dir", stopped, when=reached, number=signal.SIGTERM, processes=2
+        SCRIPT, *arguments, "--output_dir", stopped, when=reached, number=signal.SIGTERM, processes=2, fresh=True
     )
     assert code != 0 and "stopped and saved at step" in output and "--resume" in output
     run(SCRIPT, *arguments, "--output_dir", stopped, "--resume", processes=2)
@@ -85,7 +85,8 @@ def test_two_processes_and_sigterm(arguments, tmp_path):
 
 def test_evaluation_alone(arguments, whole, tmp_path):
     folder, weights_file = tmp_path / "eval", whole[0] / "checkpoint_last.pth"
-    run(SCRIPT, *arguments, "--output_dir", folder, "--evaluate", *settings(pretrained=weights_file, java="true"))
+    more = settings(pretrained=weights_file, java="true", splits="[test]")
+    run(SCRIPT, *arguments, "--output_dir", folder, "--evaluate", *more)
     scores = json.loads((folder / "evaluate.txt").read_text())
     row = json.loads((whole[0] / "log.txt").read_text().splitlines()[-1])
     assert scores["test_CIDEr"] == pytest.approx(row["test_CIDEr"], rel=0.02)  # another tokenizer

@@ -13,12 +13,13 @@ import pytest
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
+from launch import watchdog
 from launch.config import CaptionConfig
 from launch.run import launch
 from launch.watchdog import State, Watchdog
 from utils import all_gather_object, on_main_process
 
-SECONDS = 2.0  # that the tests' runs may stand still
+SECONDS = 1.0  # that the tests' runs may stand still
 
 
 class Stuck(Dataset):
@@ -65,6 +66,7 @@ def process(rank, port, fault, folder):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     sys.stderr = open(f"{folder}/{rank}.txt", "w", encoding="utf-8", buffering=1)  # noqa: SIM115
+    watchdog.STORE_SECONDS = 3.0
     sys.argv = ["work", "--output_dir", f"{folder}/out", "--set", f"hang_minutes={SECONDS / 60}"]
     if fault != "nothing":  # NCCL waits there for collectives that other ranks have begun
         dist.destroy_process_group = lambda: time.sleep(60)
@@ -92,14 +94,14 @@ def two_processes(fault, folder, limit=30):
     return codes, [line for line in told.splitlines() if line.startswith("error") or "Error" in line]
 
 
-HANGS = "hangs, or was stopped; no rank made progress for 2 s; continue with --resume"
+HANGS = "hangs, or was stopped; no rank made progress for 1 s; continue with --resume"
 
 
 @pytest.mark.parametrize(
     ("fault", "codes", "message"),
     [
         ("stop", [2, None], "rank 1 in a step at step 3 (tests/test_watchdog.py, line "),
-        ("stop rank 0", [None, 2], "no answer from the store, which rank 0 or torchrun holds, and no progress for 2 s"),
+        ("stop rank 0", [None, 2], "no answer from the store, which rank 0 or torchrun holds, and no progress for 1 s"),
         ("kill", [2, -9], "rank 0 in a step at step 3"),
         ("kill rank 0", [-9, 2], "rank 1 in a step at step 3"),
         ("data", [2, 2], "rank 1 in data loading at step 3 (tests/test_watchdog.py, line "),
