@@ -14,7 +14,8 @@ from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 
 # A server imports these once, and every process is a copy of it: importing takes longer than most tests.
-PRELOADED = ["pretrain", "train_caption", "train_retrieval", "train_nlvr", "train_vqa", "capfilt", "predict", "convert"]
+PRELOADED = ["pretrain", "train_caption", "train_retrieval", "train_nlvr", "train_vqa", "capfilt", "predict", "convert",
+             "inference.commands", "matplotlib.figure", "matplotlib.backends.backend_agg"]  # fmt: skip
 COPIES = multiprocessing.get_context("forkserver")
 COPIES.set_forkserver_preload(PRELOADED)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import exports, floor, measure, results, throughput
+from benchmarks import exports, floor, inference_rows, measure, results, throughput
 from benchmarks.__main__ import ROWS, cells, run_row
 from benchmarks.case import Size, word_texts
 from benchmarks.inference_rows import needed_tokens
@@ -109,7 +109,9 @@ def test_a_row_is_summed_up_by_medians():
 
 @pytest.fixture
 def small_probes(monkeypatch):
-    """Probes of the machine's rates that take milliseconds, and no compiler."""
+    """Probes of the machine's rates that take milliseconds, captions of few tokens, and no compiler."""
+    monkeypatch.setattr(inference_rows, "LENGTH", 9)
+    monkeypatch.setattr(throughput, "WARM_UP", 1)
     monkeypatch.setattr(measure, "PRODUCTS", ((64, 64, 64),))
     monkeypatch.setattr(measure, "FEW_ROWS", (2, 64, 64))
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)

@@ -140,7 +140,7 @@ CASES = st.fixed_dictionaries({
 })  # fmt: skip
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=CASES, size=st.tuples(st.integers(8, 70), st.integers(8, 70)), binary=st.booleans())
 def test_d1_any_configuration_gives_transformers_outputs(case, size, binary):
     with tempfile.TemporaryDirectory() as folder:

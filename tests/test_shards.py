@@ -135,7 +135,7 @@ def test_what_cannot_be_read_is_named_and_replaced(shards):
 
 def test_mistakes(shards):
     with pytest.raises(UserError, match="4 shards for 5 readers"):
-        batches(config(shards, [str(shards / "*.tar")]), num_workers=5)
+        batches(config(shards, [str(shards / "*.tar")]), world_size=5)
     with pytest.raises(UserError, match="both shards and lists"):
         build_datasets("pretrain", config(shards, [str(shards / "*.tar"), "list.json"]))
     with pytest.raises(UserError, match="no pair can be read from 1 shards; pipe:true cannot be read to its end"):
