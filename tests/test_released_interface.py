@@ -378,10 +378,13 @@ def test_a_task_of_slurm_that_sees_one_gpu_uses_it(monkeypatch):
 
 def test_a_captioning_script_on_one_and_two_processes(config, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")  # without Java
-    sizes = dict(vit=dict(embed_dim=32, depth=1, num_heads=2, patch_size=16), med_config=str(MED_CONFIG))
+    text = json.loads(MED_CONFIG.read_text()) | {"num_hidden_layers": 1}
+    (tmp_path / "med_config.json").write_text(json.dumps(text))
+    vit, med_config = dict(embed_dim=32, depth=1, num_heads=2, patch_size=16), str(tmp_path / "med_config.json")
     hyper = dict(batch_size=8, init_lr=1e-3, min_lr=0, weight_decay=0.05, max_epoch=2, pretrained="")
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({**config, **sizes, **hyper, "image_size": 32, "coco_gt_root": config["ann_root"]}))
+    sizes = dict(vit=vit, med_config=med_config, image_size=32)
+    path.write_text(json.dumps({**config, **sizes, **hyper, "coco_gt_root": config["ann_root"]}))
     for processes in (1, 2):
         out = tmp_path / f"out{processes}"
         done = run(

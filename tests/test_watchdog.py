@@ -66,7 +66,7 @@ def process(rank, port, fault, folder):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     sys.stderr = open(f"{folder}/{rank}.txt", "w", encoding="utf-8", buffering=1)  # noqa: SIM115
-    watchdog.STORE_SECONDS = 3.0
+    watchdog.STORE_SECONDS, watchdog.END_SECONDS = 3.0, 2.0
     sys.argv = ["work", "--output_dir", f"{folder}/out", "--set", f"hang_minutes={SECONDS / 60}"]
     if fault != "nothing":  # NCCL waits there for collectives that other ranks have begun
         dist.destroy_process_group = lambda: time.sleep(60)
