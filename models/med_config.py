@@ -102,7 +102,9 @@ def _check_values(config: MedConfig) -> None:
         usual = getattr(MedConfig, key)
         right, expected = isinstance(value, str | Path), "a text"
         if not isinstance(usual, str):
-            least, most = int(isinstance(usual, int) and usual > 0), 1 if key.endswith("_prob") else MOST
+            # a vocab_size of 0 is that of the tokenizer
+            least = int(isinstance(usual, int) and usual > 0 and key != "vocab_size")
+            most = 1 if key.endswith("_prob") else MOST
             right = type(value) in (int, type(usual)) and least <= value <= most
             expected = f"{'a whole' if isinstance(usual, int) else 'a'} number from {least} to {most}"
         if not right:
