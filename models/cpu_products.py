@@ -20,6 +20,7 @@ from utils import UserError, note_once
 
 MIN_MULTIPLICATIONS = 2**21  # in smaller products the call of oneDNN costs more than it saves
 MOST_ROWS, MANY_COLUMNS = 128, 8192  # with AVX2 alone, MKL is faster for more rows, except into many columns
+LARGE_WEIGHT = 2**19  # a smaller one stays in the cache, and its results should not depend on the number of rows
 CHOICES = ("auto", "onednn", "torch")
 
 enabled = True  # False within `pytorch_products`
@@ -72,8 +73,8 @@ def linear_of_few_rows(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """`nn.Linear.forward`, by oneDNN for few rows or many columns, without gradients."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():  # a graph must not depend on the number of rows
         return F.linear(x, layer.weight, layer.bias)
-    few = layer.out_features >= MANY_COLUMNS or x.numel() <= MOST_ROWS * layer.in_features
-    return linear(layer, x) if few else F.linear(x, layer.weight, layer.bias)
+    few = x.numel() <= MOST_ROWS * layer.in_features and layer.weight.numel() >= LARGE_WEIGHT
+    return linear(layer, x) if few or layer.out_features >= MANY_COLUMNS else F.linear(x, layer.weight, layer.bias)
 
 
 class LinearFunction(torch.autograd.Function):

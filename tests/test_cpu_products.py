@@ -117,6 +117,11 @@ def test_auto_by_the_processor(capability, with_gradients, without, monkeypatch)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(cpu_products, "multiply", lambda *args: calls.append(args) or torch.nn.functional.linear(*args))
     linear, x = use_cpu_products(nn.Linear(IN, OUT)), torch.randn(ROWS, IN)
+    with torch.no_grad():
+        linear(x)
+    assert bool(calls) == (capability == "AVX512")  # a small weight
+    monkeypatch.setattr(cpu_products, "LARGE_WEIGHT", IN * OUT)
+    calls.clear()
     linear(x)
     assert bool(calls) == with_gradients
     calls.clear()
