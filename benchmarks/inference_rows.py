@@ -58,6 +58,7 @@ def captioning(device: str, amp: bool = False, size: Size = BASE, images: int = 
 
     @torch.no_grad()
     def generate(model: Any) -> list[str]:
+        """Return captions of a model of transformers."""
         pixels = image.to(next(model.parameters()).dtype)
         rows = model.generate(pixel_values=pixels, input_ids=prompt, do_sample=False, **settings)
         return [ours.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
@@ -65,6 +66,7 @@ def captioning(device: str, amp: bool = False, size: Size = BASE, images: int = 
     caption = inference(device, amp, lambda: ours.generate(image, **settings))
 
     def difference() -> float:
+        """Return the largest difference; AssertionError where strings or ranks differ."""
         texts = generate(theirs)
         if amp:  # beams of random weights lie too close for equal strings, so the loss of one text is compared
             losses = (inference(device, in_bfloat16, ours)(image, texts) for in_bfloat16 in (True, False))
@@ -148,6 +150,7 @@ def reranking(device: str, amp: bool = False, size: Size = BASE, count: int = 32
     theirs.load_state_dict(to_huggingface(model.state_dict()), strict=False)
 
     def by_transformers() -> torch.Tensor:
+        """Return the logits of matches by transformers."""
         hidden = theirs.text_encoder(ids, mask, encoder_hidden_states=all_states, return_dict=True).last_hidden_state
         return theirs.itm_head(hidden[:, 0])[:, 1]
 
@@ -179,6 +182,7 @@ def retrieval_evaluation(device: str, share: int = 100, size: Size = SMALL) -> C
     to_texts, to_images = similarity[own].topk(k).indices.cpu(), similarity.T.topk(k).indices.cpu()
 
     def score() -> list[torch.Tensor]:
+        """Return a row of scores for each image."""
         found = []
         for image, wanted in zip(own.tolist(), wanted_pairs(to_texts, to_images, own), strict=True):
             logits = match_image(model, states[image : image + 1], [rows[t] for t in wanted], 64)
@@ -188,12 +192,14 @@ def retrieval_evaluation(device: str, share: int = 100, size: Size = SMALL) -> C
         return found
 
     def plainly() -> list[torch.Tensor]:
+        """Return the same by the released algorithm."""
         scored = [plain.image_scores(model, states[i : i + 1], image_feat[i], ids, mask, text_feat, k) for i in own]
         for t in range(0, 2500, share):
             plain.text_scores(model, ids[t : t + 1], mask[t : t + 1], text_feat[t], states, image_feat, k)
         return scored
 
     def of_best(scored: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the scores of the k best texts of each image."""
         return [row[best.to(device)] for best, row in zip(to_texts, scored, strict=True)]
 
     ours, theirs = (inference(device, False, way) for way in (score, plainly))
@@ -233,6 +239,7 @@ def answer_ranking(device: str, smooth_padding: bool, amp: bool = False, size: S
 
     @torch.no_grad()
     def difference() -> float:
+        """Return the largest difference; AssertionError where strings or ranks differ."""
         if amp:  # rounding changes which of many candidates are the k best, so k are given
             exact = plain.rank_answers(model, states, seen, ids[:k], mask[:k], k)[1]
             return largest_difference([rank(k)[0].sort().values], [exact.sort().values], relative=True)

@@ -45,6 +45,7 @@ def evaluation(images: int = 16, k: int = 8) -> Case:
     batches = [{"image": part} for part in pixels.split(16)]
 
     def encode(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return tokens and features of images."""
         states = model.visual_encoder(batch["image"])
         return states, torch.nn.functional.normalize(model.vision_proj(states[:, 0]), dim=-1)
 

@@ -34,6 +34,7 @@ def training_step(model: torch.nn.Module, losses: Losses, plainly: bool = False)
     optimizer = torch.optim.AdamW(params, lr=1e-6, foreach=False) if plainly else create_optimizer(model, 1e-6, 0.05)
 
     def step() -> float:
+        """Take a step and return its loss."""
         if not plainly and hasattr(model, "begin_step"):
             model.begin_step()
         optimizer.zero_grad(set_to_none=not plainly)
@@ -54,6 +55,7 @@ def step_case(
 
     @torch.no_grad()
     def difference() -> float:
+        """Return the largest difference of the losses without dropout."""
         without_dropout = (copy.deepcopy(own).eval() for _ in range(2))
         found, expected = (losses(next(without_dropout))[compared] for losses in (ours, theirs))
         return largest_difference(found, expected, relative=amp)

@@ -40,6 +40,7 @@ def count_pairs(shards: Sequence[str]) -> int:
     """
 
     def count() -> int:
+        """Return the number of pairs, and note what is left out."""
         dropped: Counter[str] = Counter()
         total = sum(_count(shard, dropped) for shard in track(shards, "counting pairs of shards"))
         if dropped:

@@ -217,6 +217,7 @@ async def run_stages(root: Path, stages: Sequence[Stage], jobs: int) -> None:
     tasks: dict[str, asyncio.Task] = {}
 
     async def run(stage: Stage) -> None:
+        """Run a stage after those it needs, unless it is done."""
         await asyncio.gather(*(tasks[name] for name in stage.needs))
         if done_file(root, stage).is_file():
             return

@@ -168,6 +168,7 @@ def limited(receive: Receive, send: Send, body: Body, has_body: bool) -> tuple[R
     refused, answered, unread = False, False, has_body
 
     async def counted() -> Message:
+        """Receive a message and count its body."""
         nonlocal refused, unread
         if refused:
             return {"type": "http.disconnect"}
@@ -181,6 +182,7 @@ def limited(receive: Receive, send: Send, body: Body, has_body: bool) -> tuple[R
         return {"type": "http.disconnect"}
 
     async def sent(message: Message) -> None:
+        """Send a message, unless the request was refused."""
         nonlocal answered
         answered = True
         if message["type"] == "http.response.start" and unread:

@@ -11,7 +11,7 @@ from utils import refuse_nan
 def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
     """Return the share of predictions that equal their labels, in [0, 1].
 
-    Labels are classes (examples,); predictions too, or scores (examples, classes), of which the highest counts.
+    Labels are classes (examples,); predictions too, or scores (examples, classes), whose highest counts.
     """
     return float(_right(predictions, labels).mean())
 

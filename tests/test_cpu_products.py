@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from formula import build, img
 from models import cpu_products
@@ -134,6 +135,19 @@ def test_auto_by_the_processor(capability, with_gradients, without, monkeypatch)
         calls.clear()
         use_cpu_products(nn.Linear(IN, MANY_COLUMNS))(torch.randn(MOST_ROWS + 1, IN))
         assert bool(calls) == without
+
+
+@needs_onednn
+@pytest.mark.parametrize("capability", ["AVX512", "AVX2"])
+def test_tensors_on_a_gpu_are_left_to_pytorch(capability, monkeypatch):
+    def fail(*_):
+        raise AssertionError("oneDNN was called")
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(cpu_products, "multiply", fail)
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
+        y = use_cpu_products(nn.Linear(1024, MANY_COLUMNS))(torch.empty(4, 1024))
+    assert y.device.type == "cuda" and y.shape == (4, MANY_COLUMNS)
 
 
 def test_choices(monkeypatch, capsys):

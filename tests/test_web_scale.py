@@ -217,7 +217,7 @@ def test_without_pyarrow_one_line_says_what_to_install(tmp_path, monkeypatch, wo
 
 
 def test_memory_does_not_grow_with_a_file(tmp_path):
-    """One row group, of which pyarrow holds some pages at a time."""
+    """One row group; pyarrow holds some of its pages at a time."""
     peaks = []
     for number in (100_000, 300_000):
         columns = {"image": [f"{i}.jpg" for i in range(number)], "caption": [f"a text {i}" for i in range(number)]}
