@@ -16,7 +16,7 @@ from bootstrap.tars import Output
 from utils import UserError, get_world_size, note_once, say
 
 POLL_SECONDS = 1.0  # after which lost and new machines are noticed
-MOST_LOSSES = 20  # of workers by one shard
+MOST_LOSSES = 20  # of workers by one shard, or in a row while they start, for each that is wanted
 
 
 class Given:
@@ -74,7 +74,7 @@ def ray_results(
     actor = ray.remote(num_cpus=config.cpus_per_worker, num_gpus=config.gpus_per_worker)(Worker)
     waiting = deque(shard for shard in range(len(shards)) if not shards.path(shard).is_file())
     running: dict[Any, tuple[Any, int | None]] = {}  # result -> worker, and its shard or None while it starts
-    idle, finished, losses = [], list[tuple[int, list[Row]]](), Counter[int]()
+    idle, finished, losses = [], list[tuple[int, list[Row]]](), Counter[int | None]()
     while waiting or any(shard is not None for _, shard in running.values()):
         wanted = min(config.workers or room(ray, config), len(waiting) + len(running))
         for _ in range(wanted - len(running) - len(idle)):
@@ -93,21 +93,26 @@ def ray_results(
             except ray.exceptions.RayTaskError:  # raised by the work
                 raise
             except ray.exceptions.RayError as error:  # the worker, its machine, or the result is lost
-                _give_back(shard, waiting, losses, type(error).__name__)
+                _give_back(shard, waiting, losses, type(error).__name__, wanted)
                 continue
             idle.append(worker)
+            losses[None] = 0
             if shard is not None:
                 finished.append((shard, rows))
     yield from finished
 
 
-def _give_back(shard: int | None, waiting: deque[int], losses: Counter[int], reason: str) -> None:
-    """Put the shard of a lost worker before the others; UserError if it has ended too many."""
+def _give_back(
+    shard: int | None, waiting: deque[int], losses: Counter[int | None], reason: str, wanted: int
+) -> None:
+    """Put the shard of a lost worker, None while it starts, before the others; UserError after too many losses."""
     say(f"note: a worker was lost ({reason}); another takes its place")
+    losses[shard] += 1
     if shard is None:
+        if losses[None] > MOST_LOSSES * wanted:
+            raise UserError(f"{losses[None]} workers in a row were lost while they started; see Ray's logs and memory")
         return
     waiting.appendleft(shard)
-    losses[shard] += 1
     if losses[shard] > MOST_LOSSES:
         raise UserError(f"shard {shard} has ended {MOST_LOSSES} workers; see Ray's logs, and look at its images")
 

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+from collections import Counter, deque
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ from PIL import Image
 from scripts import ROOT, lines, run, run_and_signal, run_here, settings
 
 from bootstrap.merging import Distinct, merge_shards
+from bootstrap.ray_engine import _give_back
 from bootstrap.shards import Shards, run_shards
 from data.pretrain import PairDataset, image_of_url
 from data.transforms import test_transform as make_transform
 from miniature.writing import write_miniature
+from utils import UserError
 
 SLOW = pytest.mark.skipif("BLIP_SLOW" not in os.environ, reason="takes a minute and a half; set BLIP_SLOW=1")
 MODEL = str(ROOT / "configs" / "miniature" / "model.safetensors")
@@ -229,3 +232,13 @@ def test_many_pairs_in_flat_memory(tmp_path, pairs):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
     with open(tmp_path / "bootstrapped.jsonl", encoding="utf-8") as file:
         assert sum(1 for _ in file) == pairs
+
+
+@pytest.mark.parametrize(("shard", "said"), [(None, "41 workers in a row"), (3, "shard 3 has ended 20 workers")])
+def test_workers_of_ray_that_are_lost_again_and_again_end_the_run(shard, said):
+    waiting, losses = deque(), Counter()
+    with pytest.raises(UserError, match=said):
+        for _ in range(1000):
+            _give_back(shard, waiting, losses, "ActorDiedError", 2)
+            assert list(waiting) == ([] if shard is None else [shard])
+            waiting.clear()
